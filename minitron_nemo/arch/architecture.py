@@ -1,0 +1,95 @@
+"""`Architecture`: the shape of a model, in Megatron-core's names. No weights, no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from minitron_nemo.arch.axes import Axis
+from minitron_nemo.errors import UserError
+
+FILE_NAME = "architecture.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Shape of a decoder-only transformer of one family.
+
+    `kv_channels` is the size of one attention head and need not be `hidden_size / num_attention_heads`.
+    `rope_scaling` is None or Hugging Face's llama3 mapping (`rope_type`, `factor`, `low_freq_factor`,
+    `high_freq_factor`, `original_max_position_embeddings`). `model_type` is the name Hugging Face gives the model
+    (`llama`, `mistral`): one family here may have several.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    max_position_embeddings: int
+    layernorm_epsilon: float = 1e-5
+    rotary_base: float = 10000.0
+    rope_scaling: Mapping[str, Any] | None = None
+    share_embeddings_and_output_weights: bool = False
+    family: str = "llama"
+    model_type: str = "llama"
+
+    def __post_init__(self) -> None:
+        for axis in Axis:
+            if self.size(axis) < 1:
+                raise UserError(f"architecture: {axis} is {self.size(axis)}; it must be at least 1")
+        if self.num_attention_heads % self.num_query_groups:
+            raise UserError(
+                f"architecture: num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_query_groups {self.num_query_groups}"
+            )
+        if self.kv_channels % 2:
+            raise UserError(f"architecture: kv_channels {self.kv_channels} is odd; rotary embeddings need pairs")
+
+    def size(self, axis: Axis) -> int:
+        """Number of entries on an axis."""
+        return int(getattr(self, axis.value))
+
+    @property
+    def heads_per_group(self) -> int:
+        return self.num_attention_heads // self.num_query_groups
+
+    def resized(self, sizes: Mapping[Axis, int]) -> Architecture:
+        """The same architecture with other axis sizes."""
+        return replace(self, **{axis.value: size for axis, size in sizes.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any], origin: str = "architecture") -> Architecture:
+        """Inverse of `to_dict`. Raises UserError naming `origin` for a missing, unknown or newer field."""
+        known = {field.name for field in fields(Architecture)}
+        given = {key: value for key, value in data.items() if key != "schema_version"}
+        if data.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
+            raise UserError(f"{origin}: schema_version {data['schema_version']} is not {SCHEMA_VERSION}")
+        if unknown := sorted(set(given) - known):
+            raise UserError(f"{origin}: unknown key {unknown[0]!r}")
+        try:
+            return Architecture(**given)
+        except TypeError as error:
+            raise UserError(f"{origin}: {error}") from None
+
+    def save(self, directory: Path) -> None:
+        (directory / FILE_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @staticmethod
+    def load(directory: Path) -> Architecture:
+        path = directory / FILE_NAME
+        try:
+            return Architecture.from_dict(json.loads(path.read_text()), str(path))
+        except FileNotFoundError:
+            raise UserError(f"{path}: not found; is {directory} a checkpoint?") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: not valid JSON: {error}") from None

@@ -1,0 +1,40 @@
+"""Parameter and FLOP counts, from the family's table alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import prod
+
+from minitron_nemo.arch.architecture import Architecture
+from minitron_nemo.arch.tensors import tensors
+
+
+def parameters_by_part(architecture: Architecture) -> dict[str, int]:
+    """Parameters of `embedding`, `attention`, `mlp`, `norm` and, where it is not tied, `output`."""
+    counts: Counter[str] = Counter()
+    for tensor in tensors(architecture):
+        counts[tensor.spec.part] += prod(tensor.spec.shape(architecture))
+    return dict(counts)
+
+
+def parameters(architecture: Architecture) -> int:
+    """All parameters; a tied output weight counts once."""
+    return sum(parameters_by_part(architecture).values())
+
+
+def non_embedding_parameters(architecture: Architecture) -> int:
+    """Parameters without the embedding and without an output weight of its own."""
+    parts = parameters_by_part(architecture)
+    return sum(count for part, count in parts.items() if part not in ("embedding", "output"))
+
+
+def forward_flops_per_token(architecture: Architecture, sequence_length: int) -> int:
+    """FLOPs of one token's forward pass at the mean causal context of `sequence_length`: arithmetic, not measured.
+
+    Two per multiply-add of every matrix incl. the output projection, plus scores and values of attention
+    (2 x 2 x context x heads x kv_channels a layer, context = sequence_length / 2). A backward pass costs twice this.
+    """
+    matrices = parameters_by_part(architecture)
+    linear = 2 * (matrices["attention"] + matrices["mlp"] + architecture.vocab_size * architecture.hidden_size)
+    per_layer = 2 * sequence_length * architecture.num_attention_heads * architecture.kv_channels
+    return linear + architecture.num_layers * per_layer

