@@ -62,7 +62,8 @@ class Architecture:
 
     def resized(self, sizes: Mapping[Axis, int]) -> Architecture:
         """The same architecture with other axis sizes."""
-        return replace(self, **{axis.value: size for axis, size in sizes.items()})
+        changes: dict[str, Any] = {axis.value: size for axis, size in sizes.items()}
+        return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}

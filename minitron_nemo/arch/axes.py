@@ -1,16 +1,16 @@
 """Named axes: what each dimension of a weight tensor means.
 
 An **axis** is a dimension of the model (`hidden_size`, heads); a **dim** is a dimension of a tensor. A dim lays
-entries of an axis out in rows: one row an entry (`AxisDim`), one block of rows per projection (`GatedDim`), `kv_channels` rows
-a head (`HeadsDim`), or the interleaving of queries, keys and values by query group (`QKVDim`). Given the entries
-of an axis that are kept, a dim says which of its rows are kept; that is all pruning needs to know.
+entries of an axis out in rows: one row an entry (`AxisDim`), one block of rows per projection (`GatedDim`),
+`kv_channels` rows a head (`HeadsDim`), or the interleaving of queries, keys and values by query group (`QKVDim`).
+Given the entries of an axis that are kept, a dim says which of its rows are kept; that is all pruning needs to know.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Indices = NDArray[np.int64]
 
 
-class Axis(StrEnum):
+class Axis(str, Enum):
     """The dimensions of a model, spelled as Megatron-core spells their sizes."""
 
     HIDDEN = "hidden_size"
@@ -31,6 +31,9 @@ class Axis(StrEnum):
     GROUPS = "num_query_groups"
     LAYERS = "num_layers"
     VOCAB = "vocab_size"
+
+    def __str__(self) -> str:
+        return self.value
 
     @property
     def per_layer(self) -> bool:

@@ -29,7 +29,8 @@ class Plan:
     stay, or None for all. `kept_ffn[i]` and `kept_heads[i]` belong to student layer i, which is source layer
     `kept_layers[i]`; None for all. `gaps` records, per cut (`hidden_size`, `ffn_hidden_size/3`), the relative
     difference between the worst score kept and the best score dropped: where it is below the accuracy of the
-    Scores, another layout may choose otherwise. `provenance` holds fingerprints of the teacher and the Scores and the settings used.
+    Scores, another layout may choose otherwise. `provenance` holds fingerprints of the teacher and the Scores and the
+    settings used.
     """
 
     source: Architecture
