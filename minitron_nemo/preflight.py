@@ -1,0 +1,211 @@
+"""`minitron plan`: check a recipe against its model and say what it will cost, before anything runs.
+
+Everything here is arithmetic on the families' tables; nothing is measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minitron_nemo.arch import Architecture
+from minitron_nemo.arch.counts import forward_flops_per_token, non_embedding_parameters, parameters
+from minitron_nemo.arch.huggingface import hf_warnings
+from minitron_nemo.checkpoint.source import open_source
+from minitron_nemo.config import Recipe
+from minitron_nemo.data.pypi import cached
+from minitron_nemo.errors import UserError
+from minitron_nemo.parallel.layout import Layout
+from minitron_nemo.pruning.plan import target_architecture
+
+CHOICES = {
+    "distill.divergence": ("forward_kl", "reverse_kl"),
+    "train.precision": ("bf16", "fp32"),
+    "prune.calibration.precision": ("bf16", "fp32"),
+    "prune.calibration.sequence_aggregation": ("mean", "l2", "var"),
+    "prune.calibration.batch_aggregation": ("mean", "l2", "var"),
+    "prune.depth_method": ("block_influence", "contiguous"),
+    "teacher.placement": ("colocated",),
+    "cluster.launcher": ("none", "local"),
+    "model.dtype": (None, "bfloat16", "float32", "float16"),
+    "export.dtype": (None, "bfloat16", "float32", "float16"),
+}
+POSITIVE = (
+    "data.sequence_length",
+    "prune.calibration.samples",
+    "prune.calibration.micro_batch_size",
+    "teacher.buffer_bytes",
+    "distill.temperature",
+    "distill.chunk_bytes",
+    "train.steps",
+    "train.global_batch_size",
+    "train.micro_batch_size",
+    "train.lr",
+    "train.log_interval",
+    "train.save_interval",
+    "train.keep_last",
+    "evaluate.documents",
+    "evaluate.micro_batch_size",
+    "cluster.nodes",
+    "cluster.processes_per_node",
+)
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What a recipe amounts to. `flops` are arithmetic; `tokens` count positions, separators included."""
+
+    recipe: Recipe
+    teacher: Architecture
+    student: Architecture
+    layout: Layout
+    world_size: int
+    warnings: tuple[str, ...]
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.recipe.train.global_batch_size * self.recipe.data.sequence_length
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Tokens that each step that runs the model reads."""
+        recipe = self.recipe
+        return {
+            "correction": recipe.teacher.correction.steps * self.tokens_per_step,
+            "calibration": recipe.prune.calibration.samples * recipe.data.sequence_length,
+            "distillation": recipe.train.steps * self.tokens_per_step,
+        }
+
+    @property
+    def flops(self) -> dict[str, int]:
+        """Forward = 1, backward = 2: correction 3 teachers, calibration 1, distillation 1 teacher + 3 students."""
+        teacher = forward_flops_per_token(self.teacher, self.recipe.data.sequence_length)
+        student = forward_flops_per_token(self.student, self.recipe.data.sequence_length)
+        tokens = self.tokens
+        return {
+            "correction": 3 * teacher * tokens["correction"],
+            "calibration": teacher * tokens["calibration"],
+            "distillation": (teacher + 3 * student) * tokens["distillation"],
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.recipe.name,
+            "teacher": _model(self.teacher),
+            "student": _model(self.student),
+            "steps": self.recipe.train.steps,
+            "tokens_per_step": self.tokens_per_step,
+            "tokens": self.tokens,
+            "flops": self.flops,
+            "processes": self.world_size,
+            "data_parallel_size": self.world_size // self.layout.model_parallel_size,
+            "warnings": list(self.warnings),
+        }
+
+
+def preflight(recipe: Recipe, world_size: int | None = None) -> Preflight:
+    """Check every key and every divisibility. Raises UserError for the first that is wrong.
+
+    `world_size` is the size of the job; None takes `cluster.nodes * cluster.processes_per_node`.
+    """
+    _check_values(recipe)
+    if world_size is None:
+        world_size = recipe.cluster.nodes * recipe.cluster.processes_per_node
+    teacher = teacher_architecture(recipe)
+    student = target_architecture(teacher, recipe.prune)
+    layout = Layout.from_config(recipe.parallel)
+    for architecture in (teacher, student):
+        layout.check(architecture, world_size)
+    data_parallel_size = world_size // layout.model_parallel_size
+    samples = recipe.train.micro_batch_size * data_parallel_size
+    if recipe.train.global_batch_size % samples:
+        raise UserError(
+            f"train.global_batch_size {recipe.train.global_batch_size} is not a multiple of train.micro_batch_size "
+            f"{recipe.train.micro_batch_size} x data-parallel size {data_parallel_size}"
+        )
+    if recipe.data.sequence_length > teacher.max_position_embeddings:
+        raise UserError(
+            f"data.sequence_length {recipe.data.sequence_length} is longer than the model's "
+            f"max_position_embeddings {teacher.max_position_embeddings}"
+        )
+    warnings = hf_warnings(student) if "hf" in recipe.export.formats else []
+    return Preflight(recipe, teacher, student, layout, world_size, tuple(warnings))
+
+
+def teacher_architecture(recipe: Recipe) -> Architecture:
+    """The source's architecture; where the source is not on this machine yet, the one `model.architecture` states."""
+    stated = recipe.model.architecture
+    expected = None if stated is None else Architecture.from_dict(stated, "model.architecture")
+    local = cached(recipe.model.source) if recipe.model.source.startswith("pypi:") else Path(recipe.model.source)
+    if expected is not None and (local is None or not local.exists()):
+        return expected
+    if local is None:
+        raise UserError(f"model.source {recipe.model.source}: not downloaded yet and model.architecture is not given")
+    found = open_source(local).architecture
+    if expected is not None and found != expected:
+        differing = [key for key, value in expected.to_dict().items() if found.to_dict()[key] != value]
+        raise UserError(
+            f"model.architecture: {differing[0]} is {expected.to_dict()[differing[0]]}, "
+            f"but {local} has {found.to_dict()[differing[0]]}"
+        )
+    return found
+
+
+def text(plan: Preflight) -> str:
+    """The plan as a person reads it."""
+    rows = [
+        ("recipe", plan.recipe.name),
+        ("teacher", _shape(plan.teacher)),
+        ("student", _shape(plan.student)),
+        ("kept", f"{parameters(plan.student) / parameters(plan.teacher):.1%} of the parameters, "
+                 f"{non_embedding_parameters(plan.student) / non_embedding_parameters(plan.teacher):.1%} without embeddings"),
+        ("steps", f"{plan.recipe.train.steps} of {plan.tokens_per_step:,} tokens "
+                  f"({plan.recipe.train.global_batch_size} x {plan.recipe.data.sequence_length})"),
+        *((f"tokens, {name}", f"{count:,}") for name, count in plan.tokens.items()),
+        *((f"FLOPs, {name}", f"{count:.3e} (arithmetic)") for name, count in plan.flops.items()),
+        ("processes", f"{plan.world_size} = TP {plan.layout.tensor_model_parallel_size} x PP "
+                      f"{plan.layout.pipeline_model_parallel_size} x DP {plan.world_size // plan.layout.model_parallel_size}"),
+        *(("warning", warning) for warning in plan.warnings),
+    ]
+    return "\n".join(f"{name:<22}{value}" for name, value in rows)
+
+
+def _check_values(recipe: Recipe) -> None:
+    for key, choices in CHOICES.items():
+        if (value := _get(recipe, key)) not in choices:
+            raise UserError(f"{key}: {value!r} is not one of {', '.join(str(choice) for choice in choices)}")
+    for key in POSITIVE:
+        if _get(recipe, key) <= 0:
+            raise UserError(f"{key}: {_get(recipe, key)} must be greater than 0")
+    if unknown := set(recipe.export.formats) - {"hf", "megatron"}:
+        raise UserError(f"export.formats: {sorted(unknown)[0]!r} is not one of hf, megatron")
+    if not recipe.data.train:
+        raise UserError("data.train: no text to train on; give at least one source")
+    if not 0 <= recipe.data.heldout_fraction < 1:
+        raise UserError(f"data.heldout_fraction: {recipe.data.heldout_fraction} must be in [0, 1)")
+    if recipe.distill.logits_weight <= 0 and recipe.distill.ce_weight <= 0:
+        raise UserError("distill: logits_weight and ce_weight are both 0; there is nothing to train on")
+
+
+def _get(recipe: Recipe, key: str) -> Any:
+    value: Any = recipe
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _model(architecture: Architecture) -> dict[str, Any]:
+    return {
+        "parameters": parameters(architecture),
+        "non_embedding_parameters": non_embedding_parameters(architecture),
+        "architecture": architecture.to_dict(),
+    }
+
+
+def _shape(architecture: Architecture) -> str:
+    return (
+        f"{parameters(architecture):,} parameters, {non_embedding_parameters(architecture):,} without embeddings: "
+        f"{architecture.num_layers} layers, hidden {architecture.hidden_size}, ffn {architecture.ffn_hidden_size}, "
+        f"{architecture.num_attention_heads} heads / {architecture.num_query_groups} groups x {architecture.kv_channels}"
+    )

@@ -1,0 +1,291 @@
+"""The chain of steps and its manifest.
+
+    convert -> prepare -> (correct) -> calibrate -> prune -> distill -> evaluate -> export
+
+The chain runs inside the job: every rank walks the same steps, whether torchrun, srun or a plain start made it. Rank 0
+decides whether a step has to run, and records it. A step that was killed is started again and resumes by itself.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import minitron_nemo
+from minitron_nemo.checkpoint.files import write_atomic
+from minitron_nemo.checkpoint.fingerprint import fingerprint
+from minitron_nemo.checkpoint.transform import convert
+from minitron_nemo.config import Recipe
+from minitron_nemo.data import pypi
+from minitron_nemo.data.prepare import prepare_data
+from minitron_nemo.distillation.status import write_status
+from minitron_nemo.distillation.train import train
+from minitron_nemo.errors import UserError
+from minitron_nemo.evaluation.report import evaluate_models, table
+from minitron_nemo.importance.calibrate import calibrate
+from minitron_nemo.importance.scores import Scores
+from minitron_nemo.manifest import Manifest, file_fingerprint, step_key
+from minitron_nemo.parallel import launch
+from minitron_nemo.preflight import Preflight, preflight
+from minitron_nemo.pruning.plan import make_plan
+from minitron_nemo.pruning.prune import prune
+
+
+class Stopped(Exception):
+    """A signal stopped the run with its state saved; the CLI exits with 75."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One arrow of the chain. `inputs` are paths it reads; `settings` decide its result; `output` is what it writes."""
+
+    name: str
+    inputs: Mapping[str, Path]
+    settings: Mapping[str, Any]
+    output: Path
+    work: Callable[[str], None]  # called on every rank with the step's key
+
+
+class Chain:
+    """The steps of one recipe, with their files under `run_dir`."""
+
+    def __init__(self, plan: Preflight) -> None:
+        self.plan = plan
+        self.recipe: Recipe = plan.recipe
+        self.run_dir = Path(self.recipe.run_dir)
+        self.converted = self.run_dir / "teacher"
+        self.prepared = self.run_dir / "data"
+        self.corrected = self.run_dir / "corrected"
+        self.scores = self.run_dir / "scores.npz"
+        self.pruned = self.run_dir / "pruned"
+        self.distilled = self.run_dir / "distilled"
+        self.evaluation = self.run_dir / "evaluation.json"
+        self.teacher = self.corrected if self.recipe.teacher.correction.steps else self.converted
+
+    def steps(self) -> list[Step]:
+        """All steps of the recipe in order."""
+        recipe, numerics = self.recipe, _numerics(self.recipe)
+        data = {"data": self.prepared / "prepared.json"}
+        steps = [
+            Step("convert", {}, self._source_identity(), self.converted, self._convert),
+            Step("prepare", {"tokenizer": self.converted / "tokenizer"}, asdict(recipe.data), data["data"], self._prepare),
+        ]
+        if recipe.teacher.correction.steps:
+            settings = {"correction": asdict(recipe.teacher.correction), "train": numerics}
+            steps.append(Step("correct", {"teacher": self.converted, **data}, settings, self.corrected, self._correct))
+        teacher = {"teacher": self.teacher}
+        calibration = {
+            key: value for key, value in asdict(recipe.prune.calibration).items() if key in ("samples", "precision")
+        }
+        models = {"teacher": self.teacher, "pruned": self.pruned, "distilled": self.distilled}
+        if self.teacher != self.converted:
+            models["source"] = self.converted
+        steps += [
+            Step("calibrate", {**teacher, **data}, calibration, self.scores, self._calibrate),
+            Step("prune", {**teacher, "scores": self.scores}, asdict(recipe.prune), self.pruned, self._prune),
+            Step(
+                "distill",
+                {**teacher, "pruned": self.pruned, **data},
+                {"distill": asdict(recipe.distill), "train": numerics},
+                self.distilled,
+                self._distill,
+            ),
+            Step("evaluate", {**models, **data}, asdict(recipe.evaluate), self.evaluation, self._evaluate),
+        ]
+        for to in recipe.export.formats:
+            output = self.run_dir / "export" / to
+            settings = {"to": to, "dtype": recipe.export.dtype}
+            steps.append(Step("export", {"distilled": self.distilled}, settings, output, self._export(to, output)))
+        return steps
+
+    def _source_identity(self) -> dict[str, Any]:
+        """What stands for the source's content: its pin for a package, else names, sizes and times of its files."""
+        settings: dict[str, Any] = {"source": self.recipe.model.source, "dtype": self.recipe.model.dtype}
+        if not self.recipe.model.source.startswith("pypi:"):
+            path = Path(self.recipe.model.source)
+            files = sorted(path.rglob("*")) if path.is_dir() else [path]
+            settings["files"] = [
+                [file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()
+            ]
+        return settings
+
+    def _transform(self, source: Path, output: Path, to: str, dtype: str | None) -> None:
+        convert(
+            source,
+            output,
+            to,
+            dtype=None if dtype is None else getattr(torch, dtype),
+            rank=launch.rank(),
+            world_size=launch.world_size(),
+            barrier=launch.barrier,
+        )
+
+    def _convert(self, key: str) -> None:
+        source = self.recipe.model.source
+        if source.startswith("pypi:"):
+            path = on_rank_0(lambda: pypi.fetch(source, self.recipe.model.sha256))
+        else:
+            path = Path(source)
+        self._transform(path, self.converted, "megatron", self.recipe.model.dtype)
+
+    def _prepare(self, key: str) -> None:
+        on_rank_0(lambda: prepare_data(self.recipe.data, self.converted / "tokenizer", self.prepared))
+
+    def _train(self, key: str, student: Path, teacher: Path | None, output: Path) -> None:
+        outcome = train(
+            self.recipe,
+            student_dir=student,
+            teacher_dir=teacher,
+            prepared=self.prepared,
+            work_dir=self.run_dir / "training" / f"{output.name}-{key[:8]}",
+            output_dir=output,
+            run_dir=self.run_dir,
+        )
+        if outcome == "stopped":
+            raise Stopped
+
+    def _correct(self, key: str) -> None:
+        self._train(key, self.converted, None, self.corrected)
+
+    def _calibrate(self, key: str) -> None:
+        scores = calibrate(self.teacher, self.prepared, self.recipe, self.plan.layout)
+        on_rank_0(lambda: scores.save(self.scores))
+
+    def _prune(self, key: str) -> None:
+        plan = make_plan(Scores.load(self.scores), self.plan.teacher, self.recipe.prune)
+        prune(self.teacher, plan, self.pruned, launch.rank(), launch.world_size(), launch.barrier)
+
+    def _distill(self, key: str) -> None:
+        self._train(key, self.pruned, self.teacher, self.distilled)
+
+    def _evaluate(self, key: str) -> None:
+        models = {"teacher": self.teacher, "pruned": self.pruned, "distilled": self.distilled}
+        if self.teacher != self.converted:
+            models["source"] = self.converted
+        evaluation = evaluate_models(models, self.prepared, self.recipe, self.plan.layout)
+        if launch.rank() == 0:
+            write_atomic(self.evaluation, json.dumps(evaluation, indent=2) + "\n")
+            print(table(evaluation), flush=True)
+
+    def _export(self, to: str, output: Path) -> Callable[[str], None]:
+        return lambda key: self._transform(self.distilled, output, to, self.recipe.export.dtype)
+
+
+def run_chain(recipe: Recipe, only: str | None = None) -> None:
+    """Run the whole chain, or the one step `only`, on every rank of the job.
+
+    Raises UserError for wrong input, Stopped where a signal ended the training with its state saved.
+    """
+    plan = preflight(recipe, launch.world_size())
+    chain = Chain(plan)
+    steps = [step for step in chain.steps() if only in (None, step.name)]
+    with _exclusive(chain.run_dir):
+        manifest = Manifest(chain.run_dir)
+        for step in steps:
+            _run_step(step, manifest, chain.run_dir)
+        if only is None:
+            on_rank_0(lambda: write_status(chain.run_dir, "done"))
+
+
+def _run_step(step: Step, manifest: Manifest, run_dir: Path) -> None:
+    inputs = on_rank_0(lambda: {name: _input_fingerprint(step, name, path) for name, path in step.inputs.items()})
+    key = step_key(inputs, step.settings)
+    label = f"[{step.name}]"
+    record = step.name if step.name != "export" else f"export/{step.output.name}"
+    if on_rank_0(lambda: manifest.done(record, key, _fingerprint(step.output))):
+        _say(f"{label} unchanged, not run again: {step.output}")
+        return
+    _say(f"{label} -> {step.output}")
+    on_rank_0(lambda: write_status(run_dir, "running", step=step.name))
+    start = time.time()
+    step.work(key)
+    launch.barrier()
+
+    def finish() -> None:
+        entry = {
+            "key": key,
+            "inputs": inputs,
+            "settings": dict(step.settings),
+            "output": _fingerprint(step.output),
+            "seconds": round(time.time() - start, 3),
+            "processes": launch.world_size(),
+            "versions": {"minitron_nemo": minitron_nemo.__version__, "torch": torch.__version__},
+        }
+        manifest.record(record, entry)
+
+    on_rank_0(finish)
+    _say(f"{label} done in {time.time() - start:.1f} s")
+
+
+def _numerics(recipe: Recipe) -> dict[str, Any]:
+    """The settings of `train` that decide the weights; intervals, console and overlap do not."""
+    neutral = ("log_interval", "save_interval", "keep_last", "fail_on_save_error", "recompute")
+    settings = {key: value for key, value in asdict(recipe.train).items() if key not in neutral}
+    return {key: value for key, value in settings.items() if not key.startswith("overlap_")}
+
+
+def _fingerprint(path: Path) -> str | None:
+    """Layout-free hash of a checkpoint's weights, hash of the bytes of anything else, None for what is not there."""
+    if not path.exists():
+        return None
+    is_checkpoint = (path / "architecture.json").exists() or (path / "config.json").exists()
+    return fingerprint(path) if is_checkpoint else file_fingerprint(path)
+
+
+def _input_fingerprint(step: Step, name: str, path: Path) -> str:
+    found = _fingerprint(path)
+    if found is None:
+        raise UserError(f"{path}: not there, but {step.name} reads it as its {name}; run the steps before it first")
+    return found
+
+
+def on_rank_0(function: Callable[[], Any]) -> Any:
+    """Call `function` on rank 0 and return its result on every rank; what it raises is raised on every rank."""
+    outcome: list[Any] = [None, None]
+    if launch.rank() == 0:
+        try:
+            outcome[0] = function()
+        except UserError as error:
+            outcome[1] = error
+    if launch.world_size() > 1:
+        torch.distributed.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+@contextmanager
+def _exclusive(run_dir: Path) -> Iterator[None]:
+    """Hold the run directory for this job: a second job on it would overwrite what the first writes."""
+    on_rank_0(lambda: run_dir.mkdir(parents=True, exist_ok=True))
+
+    def acquire() -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run_dir}: in use by another minitron ({path.read_text().strip()}); wait or stop it") from None
+        path.write_text(f"pid {os.getpid()} on {os.uname().nodename}\n")
+
+    path = run_dir / ".lock"
+    with path.open("a") as lock:
+        on_rank_0(acquire)
+        yield
+
+
+def _say(message: str) -> None:
+    if launch.rank() == 0:
+        print(message, flush=True)
+
+
+def verbs() -> Sequence[str]:
+    """Names of the steps that can be started alone."""
+    return ("convert", "prepare", "correct", "calibrate", "prune", "distill", "evaluate", "export")

@@ -1,0 +1,113 @@
+"""Bad input gets one clear line and exit code 2, and nothing is left half-written under a final name."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.e2e.chain import write_recipe
+from tests.tiny import write_tiny_llama
+
+pytestmark = [pytest.mark.e2e]
+
+
+def minitron(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "minitron_nemo.cli", *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def refused(*arguments: str) -> str:
+    """The one line that a refused command prints."""
+    result = minitron(*arguments)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("minitron: error: ")]
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("recipe"), cluster={"launcher": "none", "processes_per_node": 1}, parallel={"pipeline_model_parallel_size": 1})
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("train.learning_rate=1", "train.learning_rate"),
+        ("train.steps=many", "train.steps"),
+        ("prune.hidden_size=128", "prune.hidden_size"),
+        ("prune.num_attention_heads=6", "prune.num_attention_heads"),
+        ("prune.drop_layers=[0,9]", "prune.drop_layers"),
+        ("distill.divergence=backward_kl", "distill.divergence"),
+        ("data.sequence_length=4096", "data.sequence_length"),
+        ("train.global_batch_size=0", "train.global_batch_size"),
+        ("parallel.tensor_model_parallel_size=3 cluster.processes_per_node=3", "tensor_model_parallel_size"),
+        ("parallel.pipeline_model_parallel_size=3 cluster.processes_per_node=3", "pipeline_model_parallel_size"),
+        ("parallel.context_parallel_size=2 cluster.processes_per_node=2", "context_parallel_size"),
+        ("model.source=/nowhere", "/nowhere"),
+    ],
+)
+def test_plan_names_the_key_that_is_wrong(recipe: Path, override: str, key: str) -> None:
+    assert key in refused("plan", str(recipe), *override.split())
+
+
+def test_a_recipe_that_is_not_there_or_not_yaml(tmp_path: Path) -> None:
+    assert "no such recipe" in refused("plan", str(tmp_path / "none.yaml"))
+    (tmp_path / "broken.yaml").write_text("name: [")
+    assert "broken.yaml" in refused("plan", str(tmp_path / "broken.yaml"))
+
+
+def test_an_empty_data_file_is_named(tmp_path: Path, recipe: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    broken = yaml.safe_load(recipe.read_text())
+    broken["data"]["train"] = [{"path": str(tmp_path / "empty.jsonl")}]
+    broken["run_dir"] = str(tmp_path / "run")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(broken))
+    assert "empty.jsonl" in refused("run", str(tmp_path / "recipe.yaml"))
+    assert not (tmp_path / "run" / "data" / "prepared.json").exists()
+
+
+def test_a_step_says_which_step_comes_before_it(tmp_path: Path, recipe: Path) -> None:
+    assert "run the steps before it" in refused("distill", str(recipe), f"run_dir={tmp_path / 'fresh'}")
+
+
+def test_damaged_sources_leave_nothing_under_the_final_name(tmp_path: Path) -> None:
+    model = write_tiny_llama(tmp_path / "model")
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert "model.safetensors" in refused("convert", str(model), str(tmp_path / "out"), "--to", "megatron")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_second_job_on_the_same_run_directory_is_refused(tmp_path: Path, recipe: Path) -> None:
+    import fcntl
+
+    run = tmp_path / "run"
+    run.mkdir()
+    with (run / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "in use" in refused("run", str(recipe), f"run_dir={run}")
+
+
+@pytest.mark.parametrize(
+    ("name", "student", "non_embedding"),
+    [
+        ("llama31_8b_to_4b_width", 4.513e9, 3.725e9),
+        ("llama31_8b_to_4b_depth", 4.540e9, 3.490e9),
+        ("mistral_nemo_12b_to_8b", 8.414e9, 7.340e9),
+    ],
+)
+def test_plan_gives_the_published_parameter_counts(name: str, student: float, non_embedding: float) -> None:
+    root = Path(__file__).parents[2]
+    result = minitron("plan", str(root / "recipes" / f"{name}.yaml"), "--json")
+    assert result.returncode == 0, result.stderr
+    plan = json.loads(result.stdout)
+    assert plan["student"]["parameters"] == pytest.approx(student, rel=2e-4)
+    assert plan["student"]["non_embedding_parameters"] == pytest.approx(non_embedding, rel=2e-4)

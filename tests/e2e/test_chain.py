@@ -1,0 +1,105 @@
+"""The chain as a user runs it: from one command to an export, again, and through kills."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from minitron_nemo.checkpoint.fingerprint import fingerprint
+from tests.e2e.chain import Command, write_recipe
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+STEPS = ("convert", "prepare", "correct", "calibrate", "prune", "distill", "evaluate", "export/hf")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of an undisturbed run; `run` below it."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    command = Command(directory / "log", "run", str(write_recipe(directory)))
+    assert command.wait() == 0, command.output
+    return directory
+
+
+def test_the_run_directory_holds_every_result(finished: Path) -> None:
+    run = finished / "run"
+    manifest = json.loads((run / "manifest.json").read_text())["steps"]
+    assert tuple(manifest) == STEPS
+    assert json.loads((run / "status.json").read_text())["state"] == "done"
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    for name in ("teacher", "pruned", "distilled"):
+        for key in ("loss", "loss_se", "perplexity", "kl_to_teacher", "top1_agreement"):
+            assert evaluation[name][key] >= 0, (name, key)
+    assert evaluation["distilled"]["parameters"] < evaluation["teacher"]["parameters"]
+    assert evaluation["teacher"]["kl_to_teacher"] < 1e-6
+    assert evaluation["distilled"]["delta_vs_pruned"] < -2 * evaluation["distilled"]["delta_vs_pruned_se"]
+    assert {"delta_vs_teacher", "delta_vs_teacher_se"} <= evaluation["pruned"].keys()
+
+
+def test_the_export_loads_in_transformers_and_generates(finished: Path) -> None:
+    export = finished / "run" / "export" / "hf"
+    model = AutoModelForCausalLM.from_pretrained(export)
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    assert model.config.num_hidden_layers == 3
+    assert model.config.intermediate_size == 64
+    prompt = tokenizer("The quick brown", return_tensors="pt")
+    generated = model.generate(**prompt, max_new_tokens=4, do_sample=False)
+    assert generated.shape[1] == prompt["input_ids"].shape[1] + 4
+    # What was measured is what was exported, up to the export's bfloat16.
+    evaluation = json.loads((finished / "run" / "evaluation.json").read_text())
+    assert sum(parameter.numel() for parameter in model.parameters()) == evaluation["distilled"]["parameters"]
+    assert model.dtype == torch.bfloat16
+
+
+def test_a_rerun_does_nothing(finished: Path) -> None:
+    run = finished / "run"
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != "status.json"}
+    command = Command(finished / "log2", "run", str(finished / "tiny.yaml"))
+    assert command.wait() == 0, command.output
+    after = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != "status.json"}
+    assert command.output.count("unchanged, not run again") == len(STEPS)
+    assert {path.name for path in before if before[path] != after.get(path)} <= {".lock"}
+
+
+def test_only_what_depends_on_a_changed_setting_runs_again(finished: Path) -> None:
+    command = Command(finished / "log3", "run", str(finished / "tiny.yaml"), "evaluate.documents=4")
+    assert command.wait() == 0, command.output
+    assert command.output.count("unchanged, not run again") == len(STEPS) - 1
+    assert "[evaluate] done" in command.output
+
+
+def test_a_run_killed_in_every_step_ends_with_the_same_weights(finished: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    run = tmp_path / "run"
+    for step in STEPS:
+        name = step.split("/")[0]
+        command = Command(tmp_path / f"log_{name}", "run", str(recipe))
+        command.wait_for(lambda name=name, command=command: f"[{name}] ->" in command.output)
+        if name in ("correct", "distill"):  # a checkpoint behind it, work in front of it
+            output = {"correct": "corrected", "distill": "distilled"}[name]
+            command.wait_for(lambda output=output: list((run / "training").glob(f"{output}-*/iter_*2")))
+        command.kill()
+    last = Command(tmp_path / "log_last", "run", str(recipe))
+    assert last.wait() == 0, last.output
+    for model in ("teacher", "corrected", "pruned", "distilled"):
+        assert fingerprint(run / model) == fingerprint(finished / "run" / model), model
+    assert not list(run.rglob("*.partial"))
+
+
+def test_sigterm_saves_stops_with_75_and_a_rerun_ends_with_the_same_weights(finished: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, train={"steps": 6, "save_interval": 1000})
+    run = tmp_path / "run"
+    command = Command(tmp_path / "log1", "run", str(recipe))
+    command.wait_for(lambda: "[distill] ->" in command.output)
+    command.process.send_signal(signal.SIGTERM)
+    assert command.wait() == 75, command.output
+    assert json.loads((run / "status.json").read_text())["state"] == "stopped"
+    rerun = Command(tmp_path / "log2", "run", str(recipe))
+    assert rerun.wait() == 0, rerun.output
+    assert fingerprint(run / "distilled") == fingerprint(finished / "run" / "distilled")
