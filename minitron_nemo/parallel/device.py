@@ -1,0 +1,147 @@
+"""Every difference between CPU and GPU.
+
+Without CUDA, Megatron-core needs three things, all installed by `install`: answers to the `torch.cuda` functions it
+calls unconditionally, CPU generators behind its random-state helpers, and CPU names in the functions that spell out
+`"cuda"` or a CUDA tensor type. The last are changed where they are, constant by constant, so that no other code in
+the process sees another torch. The line numbers are those of the one version this was tested with; another version is
+refused.
+"""
+
+from __future__ import annotations
+
+import warnings
+from importlib import import_module
+from importlib.metadata import version
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+
+from minitron_nemo.errors import UserError
+
+TESTED_VERSIONS = ("0.16.1",)
+
+# Functions of megatron.core that name CUDA in a literal, and the lines that do.
+CUDA_LITERALS: dict[str, tuple[str, ...]] = {
+    "pipeline_parallel.schedules": (
+        "forward_backward_no_pipelining",  # 596: device="cuda" of the token count
+        "forward_backward_pipelining_with_interleaving",  # 983
+        "forward_backward_pipelining_without_interleaving",  # 2138
+    ),
+    "optimizer.clip_grads": (
+        "get_grad_norm_fp32",  # 90, 103, 115
+        "clip_grad_by_total_norm_fp32",  # 167 (tensor type), 174
+        "count_zeros_fp32",  # 207
+    ),
+    "optimizer.optimizer": (
+        "MixedPrecisionOptimizer.__init__",  # 473, 481, 485
+        "Float16OptimizerWithFloat16Params.__init__",  # 671, 690 (tensor types)
+        "FP32Optimizer.__init__",  # 907
+    ),
+    "optimizer.distrib_optimizer": (
+        "DistributedOptimizer._build_model_and_main_param_groups",  # 361, 420 (tensor types)
+        "DistributedOptimizer.__init__",  # 582 (tensor types)
+    ),
+    "dist_checkpointing.strategies.state_dict_saver": ("verify_global_md_reuse",),  # 204
+    "dist_checkpointing.exchange_utils": (
+        "_get_empty_tensor_for_exchange",  # 98, 104, 106, 110
+        "exchange_loaded_tensors_gather_rounds",  # 326
+    ),
+    "transformer.utils": ("get_default_causal_mask",),  # 35
+    "utils": ("local_multi_tensor_l2_norm",),  # 1207
+}
+
+CPU_NAMES = {
+    "cuda": "cpu",
+    "torch.cuda.FloatTensor": "torch.FloatTensor",
+    "torch.cuda.HalfTensor": "torch.HalfTensor",
+    "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
+}
+
+_installed = False
+
+
+def current_device() -> torch.device:
+    """The device this process computes on."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def backend() -> str:
+    """The torch.distributed backend of that device."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def choose(local_rank: int) -> None:
+    """Make this process use the GPU of its place on the machine; nothing to choose without CUDA."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+
+
+def install() -> None:
+    """Make Megatron-core run on the CPU; does nothing where CUDA is available or it is done already.
+
+    Raises UserError for a megatron-core version that this was not tested with.
+    """
+    global _installed
+    if torch.cuda.is_available() or _installed:
+        return
+    found = version("megatron-core")
+    if found not in TESTED_VERSIONS:
+        raise UserError(
+            f"megatron-core {found}: running without a GPU is tested with {', '.join(TESTED_VERSIONS)} only; "
+            f"pip install megatron-core=={TESTED_VERSIONS[-1]}"
+        )
+    # What Megatron-core says on import of every module that would use them; on a CPU nobody expects either.
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    _patch_torch_cuda()
+    _patch_random_state()
+    for module_name, functions in CUDA_LITERALS.items():
+        module = import_module(f"megatron.core.{module_name}")
+        for name in functions:
+            _rename_devices(_function(module, name))
+    _installed = True
+
+
+def _patch_torch_cuda() -> None:
+    cpu = torch.device("cpu")
+    # e.g. rotary_pos_embedding.py:162, layers.py:552, mappings.py:141, param_and_grad_buffer.py:800, utils.py:631
+    torch.cuda.current_device = lambda: cpu  # type: ignore[assignment,return-value]
+    # p2p_communication.py:398, filesystem_async.py:230, fully_parallel.py:272, parallel_state.py:198
+    torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
+    # random.py:235-240, 422
+    torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()  # type: ignore[assignment]
+    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
+
+
+def _patch_random_state() -> None:
+    """random.py:55 and 85-100: the model-parallel and recomputation random states are those of CUDA generators."""
+    random: Any = import_module("megatron.core.tensor_parallel.random")
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+
+
+def _function(module: Any, qualified_name: str) -> FunctionType:
+    target = module
+    for part in qualified_name.split("."):
+        target = getattr(target, part)
+    while hasattr(target, "__wrapped__"):
+        target = target.__wrapped__
+    return getattr(target, "__func__", target)
+
+
+def _rename_devices(function: FunctionType) -> None:
+    """Replace CUDA names by CPU names among a function's constants and default arguments, in place."""
+    code = _renamed(function.__code__)
+    if code == function.__code__:
+        raise RuntimeError(f"{function.__module__}.{function.__qualname__} names no CUDA device")
+    function.__code__ = code
+
+
+def _renamed(constant: Any) -> Any:
+    if isinstance(constant, CodeType):
+        return constant.replace(co_consts=tuple(_renamed(item) for item in constant.co_consts))
+    if isinstance(constant, tuple):
+        return tuple(_renamed(item) for item in constant)
+    return CPU_NAMES.get(constant, constant) if isinstance(constant, str) else constant

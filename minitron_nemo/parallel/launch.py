@@ -1,0 +1,200 @@
+"""How a process joins its job: torchrun, srun, or alone. Also the model-parallel groups of a layout.
+
+Nothing here knows about models. `join_job` is called once per process by whatever starts it, `initialize` whenever a
+step knows its layout.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import distributed
+
+from minitron_nemo.errors import UserError
+from minitron_nemo.parallel import device
+from minitron_nemo.parallel.layout import Layout
+
+# Long enough for one rank to read or write a large checkpoint while the others wait at a barrier.
+TIMEOUT = timedelta(minutes=30)
+
+_active_layout: Layout | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """This process's place in its job. `local_size` counts the job's processes on this machine."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+    master_address: str
+    master_port: int
+
+
+def job_from_environment(environment: Mapping[str, str]) -> Job | None:
+    """Read the job from torchrun's or srun's variables; None for a process that nobody launched.
+
+    A batch script's own shell carries SLURM_PROCID as well, but only an srun step has SLURM_STEP_ID: a plain call in
+    the script is a process of its own. Raises UserError for an incomplete environment.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return _torchrun_job(environment)
+    if "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
+        return _srun_job(environment)
+    return None
+
+
+def _torchrun_job(environment: Mapping[str, str]) -> Job:
+    world_size = _integer(environment, "WORLD_SIZE")
+    return Job(
+        rank=_integer(environment, "RANK"),
+        world_size=world_size,
+        local_rank=_integer(environment, "LOCAL_RANK"),
+        local_size=int(environment.get("LOCAL_WORLD_SIZE", world_size)),
+        master_address=_required(environment, "MASTER_ADDR"),
+        master_port=_integer(environment, "MASTER_PORT"),
+    )
+
+
+def _srun_job(environment: Mapping[str, str]) -> Job:
+    world_size = _integer(environment, "SLURM_NTASKS")
+    nodes = int(environment.get("SLURM_NNODES", 1))
+    return Job(
+        rank=_integer(environment, "SLURM_PROCID"),
+        world_size=world_size,
+        local_rank=_integer(environment, "SLURM_LOCALID"),
+        local_size=-(-world_size // nodes),
+        master_address=environment.get("MASTER_ADDR") or _first_host(environment),
+        master_port=int(environment.get("MASTER_PORT") or _port(environment)),
+    )
+
+
+def _first_host(environment: Mapping[str, str]) -> str:
+    """First host of the step, which is where rank 0 runs; the job's first host where the step has no list."""
+    hosts = environment.get("SLURM_STEP_NODELIST") or _required(environment, "SLURM_JOB_NODELIST")
+    try:
+        listing = subprocess.run(
+            ["scontrol", "show", "hostnames", hosts], check=True, capture_output=True, text=True, timeout=30
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UserError(f"environment: MASTER_ADDR is not set and scontrol cannot list {hosts!r}: {error}") from None
+    return listing.stdout.split()[0]
+
+
+def _port(environment: Mapping[str, str]) -> int:
+    """A port every task derives alike, different for jobs and steps that may share a machine, below the ephemeral range."""
+    job, step = _integer(environment, "SLURM_JOB_ID"), _integer(environment, "SLURM_STEP_ID")
+    return 15000 + (job * 17 + step) % 15000
+
+
+def _required(environment: Mapping[str, str], name: str) -> str:
+    if not environment.get(name):
+        raise UserError(f"environment: {name} is not set; start the job with torchrun or srun, or without either")
+    return environment[name]
+
+
+def _integer(environment: Mapping[str, str], name: str) -> int:
+    text = _required(environment, name)
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"environment: {name} is {text!r}, not a whole number") from None
+
+
+def join_job() -> None:
+    """Join the process group of this job and prepare torch and Megatron-core for this device. Idempotent.
+
+    With several processes on one machine and no OMP_NUM_THREADS, each computes with one thread.
+    """
+    job = job_from_environment(os.environ)
+    if job is not None:
+        device.choose(job.local_rank)
+        if job.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)
+    device.install()
+    _save_without_manager()
+    if distributed.is_initialized():
+        return
+    if job is None:
+        distributed.init_process_group(
+            device.backend(), store=distributed.HashStore(), rank=0, world_size=1, timeout=TIMEOUT
+        )
+        return
+    distributed.init_process_group(
+        device.backend(),
+        init_method=f"tcp://{job.master_address}:{job.master_port}",
+        rank=job.rank,
+        world_size=job.world_size,
+        timeout=TIMEOUT,
+    )
+
+
+def _save_without_manager() -> None:
+    """Give Megatron-core's checkpoint writer a queue within the process.
+
+    Its default (filesystem_async.py:54) is the proxy of a spawned manager process, made for asynchronous saves: it
+    re-imports the main script and takes seconds. Saves here are synchronous, the queue is read where it is filled.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
+
+
+def initialize(layout: Layout, seed: int) -> None:
+    """Make Megatron's process groups for `layout` and seed its random states. Collective.
+
+    Groups of the layout that is active already are kept; those of another one are dropped first, and models built on them
+    must not be used any more. Data-parallel ranks share `seed`; tensor-parallel ranks differ where Megatron wants it.
+    """
+    from megatron.core import parallel_state, tensor_parallel
+
+    global _active_layout
+    layout.check_processes(world_size())
+    if layout != _active_layout or not parallel_state.model_parallel_is_initialized():
+        _drop_groups()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor_model_parallel_size,
+            pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+            context_parallel_size=layout.context_parallel_size,
+        )
+        _active_layout = layout
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def _drop_groups() -> None:
+    from megatron.core import parallel_state
+
+    global _active_layout
+    parallel_state.destroy_model_parallel()
+    parallel_state.destroy_global_memory_buffer()
+    _active_layout = None
+
+
+def shutdown() -> None:
+    """Leave the job: drop model-parallel state and the process group."""
+    _drop_groups()
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def rank() -> int:
+    return distributed.get_rank()
+
+
+def world_size() -> int:
+    return distributed.get_world_size()
+
+
+def barrier() -> None:
+    """Wait for all ranks of the job."""
+    distributed.barrier()

@@ -1,0 +1,115 @@
+"""`Layout`: the parallel sizes of a job, and what a model must satisfy to run on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from minitron_nemo.arch import Architecture
+from minitron_nemo.config import ParallelConfig
+from minitron_nemo.errors import UserError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Parallel sizes; the data-parallel size is what the number of processes leaves (`data_parallel_size`)."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
+    sequence_parallel: bool = False
+
+    @staticmethod
+    def from_config(config: ParallelConfig) -> Layout:
+        """The layout a recipe asks for. One virtual stage is the same as none."""
+        virtual = config.virtual_pipeline_model_parallel_size
+        return Layout(
+            tensor_model_parallel_size=config.tensor_model_parallel_size,
+            pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=None if virtual == 1 else virtual,
+            context_parallel_size=config.context_parallel_size,
+            sequence_parallel=config.sequence_parallel,
+        )
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that hold one copy of the model (context-parallel ranks counted)."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    def data_parallel_size(self, world_size: int) -> int:
+        return world_size // self.model_parallel_size
+
+    @property
+    def stages(self) -> int:
+        """Pieces the layers are cut into: pipeline ranks times virtual stages."""
+        return self.pipeline_model_parallel_size * (self.virtual_pipeline_model_parallel_size or 1)
+
+    def __str__(self) -> str:
+        text = f"tp={self.tensor_model_parallel_size} pp={self.pipeline_model_parallel_size}"
+        if self.virtual_pipeline_model_parallel_size:
+            text += f" vpp={self.virtual_pipeline_model_parallel_size}"
+        if self.context_parallel_size > 1:
+            text += f" cp={self.context_parallel_size}"
+        return text + (" sp" if self.sequence_parallel else "")
+
+    def check(self, architecture: Architecture, world_size: int) -> None:
+        """Raise UserError, naming the recipe's key, unless `architecture` runs on this layout in `world_size` processes."""
+        self.check_processes(world_size)
+        tp = self.tensor_model_parallel_size
+        for size, name in (
+            (architecture.num_query_groups, "num_query_groups"),
+            (architecture.num_attention_heads, "num_attention_heads"),
+            (architecture.ffn_hidden_size, "ffn_hidden_size"),
+        ):
+            if size % tp:
+                fitting = [n for n in range(1, min(size, world_size) + 1) if _fits(architecture, n)]
+                raise UserError(
+                    f"parallel.tensor_model_parallel_size: {tp} does not divide the model's {name} {size}; "
+                    f"use one of {fitting}, or pipeline stages instead"
+                )
+        if architecture.num_layers % self.stages:
+            virtual = self.virtual_pipeline_model_parallel_size
+            key = "virtual_pipeline_model_parallel_size" if virtual else "pipeline_model_parallel_size"
+            fitting = [n for n in range(1, architecture.num_layers + 1) if architecture.num_layers % n == 0]
+            raise UserError(
+                f"parallel.{key}: {architecture.num_layers} layers cannot be cut into {self.stages} equal stages; "
+                f"make pipeline times virtual stages one of {fitting}"
+            )
+
+    def check_processes(self, world_size: int) -> None:
+        """The part of `check` that needs no model."""
+        sizes = {
+            "tensor_model_parallel_size": self.tensor_model_parallel_size,
+            "pipeline_model_parallel_size": self.pipeline_model_parallel_size,
+            "context_parallel_size": self.context_parallel_size,
+        }
+        if self.virtual_pipeline_model_parallel_size is not None:
+            sizes["virtual_pipeline_model_parallel_size"] = self.virtual_pipeline_model_parallel_size
+        for name, size in sizes.items():
+            if size < 1:
+                raise UserError(f"parallel.{name}: {size} is not a size; use 1 or more")
+        if self.context_parallel_size > 1 and find_spec("transformer_engine") is None:
+            raise UserError(
+                f"parallel.context_parallel_size: {self.context_parallel_size} needs TransformerEngine, which is not "
+                "installed; use 1"
+            )
+        if self.virtual_pipeline_model_parallel_size and self.pipeline_model_parallel_size == 1:
+            raise UserError(
+                "parallel.virtual_pipeline_model_parallel_size: virtual stages need pipeline_model_parallel_size of 2 "
+                "or more; leave it out"
+            )
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise UserError(
+                "parallel.sequence_parallel: it splits the sequence over tensor-parallel ranks, and "
+                "tensor_model_parallel_size is 1; set it to false"
+            )
+        if world_size % self.model_parallel_size:
+            raise UserError(
+                f"parallel: {self} needs a multiple of {self.model_parallel_size} processes, and this job has "
+                f"{world_size}; change the sizes or cluster.nodes and cluster.processes_per_node"
+            )
+
+
+def _fits(architecture: Architecture, tp: int) -> bool:
+    return architecture.num_query_groups % tp == 0 and architecture.ffn_hidden_size % tp == 0
