@@ -1,0 +1,74 @@
+"""What a person sees of a training run: a bar on a terminal, plain lines elsewhere, TensorBoard beside them.
+
+Rank 0 shows it; the other ranks hold a `Progress` that shows nothing.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from torch.utils.tensorboard import SummaryWriter
+
+from minitron_nemo.distillation.report import Report
+
+
+class Progress:
+    """Context manager for the console line and TensorBoard's event file of one run."""
+
+    def __init__(self, name: str, steps: int, done: int, tensorboard: Path, shown: bool) -> None:
+        """`done` updates of `steps` were made before; TensorBoard drops what a killed run logged beyond them."""
+        self.name = name
+        self.steps = steps
+        self._console = Console(quiet=not shown, soft_wrap=True, highlight=False)
+        self._bar: Bar | None = None
+        self._writer: SummaryWriter | None = None
+        self._held = ExitStack()
+        if not shown:
+            return
+        self._writer = self._held.enter_context(SummaryWriter(str(tensorboard), purge_step=done + 1))
+        if self._console.is_terminal:
+            self._bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[report]}"),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._bar.add_task(name, total=steps, completed=done, report="")
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._held.enter_context(self._bar)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._held.close()
+
+    def show(self, report: Report) -> None:
+        """One report: the bar's text or a line of its own, and TensorBoard's scalars."""
+        if self._writer is not None:
+            for tag, value in report.scalars().items():
+                self._writer.add_scalar(tag, value, report.iteration)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=report.iteration, report=str(report))
+        else:
+            eta = clock((self.steps - report.iteration) * report.seconds_per_step)
+            self._console.print(f"[{self.name}] {report.iteration}/{self.steps}  {report}  ETA {eta}", markup=False)
+
+    def say(self, message: str) -> None:
+        """A line that stays."""
+        self._console.print(f"[{self.name}] {message}", markup=False)
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss"""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

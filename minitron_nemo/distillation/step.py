@@ -1,0 +1,148 @@
+"""One distillation step: teacher windows, the student's forward and backward through Megatron's schedule, gradients.
+
+    for each window of microbatches:
+        states = teacher.step(window)                    forward only, all ranks
+        forward_backward(student, window, states)        1F1B or interleaved; gradients add up in main_grad
+    finalize_model_grads                                 once: reduce over dp, tied embeddings, divide by the tokens
+
+Megatron's schedules end with the reduction of the gradients. Windows before the last leave that out, count their
+tokens, and hold back the overlapped reduction; so the gradients are the same, bit for bit, however many windows a
+step takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from minitron_nemo.distillation.objective import DistillationObjective
+from minitron_nemo.distillation.teacher import Microbatch, TeacherSignal, TeacherSource, gather_sequence
+from minitron_nemo.kernels.linear_kd import LossSums
+from minitron_nemo.models.build import Model
+from minitron_nemo.parallel.device import current_device
+
+# The sums a step reports: of the weighted divergence, of the weighted cross-entropy, of tokens, of their weights.
+SUMS = ("logits", "ce", "tokens", "weight")
+
+
+class Step:
+    """Forward and backward of one global batch; the optimizer is not its business."""
+
+    def __init__(
+        self,
+        student: Model,
+        teacher: TeacherSource | None,
+        objective: DistillationObjective,
+        *,
+        sequence_length: int,
+        micro_batch_size: int,
+    ) -> None:
+        self.student = student
+        self.teacher = teacher
+        self.objective = objective
+        self.sequence_length = sequence_length
+        self.micro_batch_size = micro_batch_size
+        tp = student.layout.tensor_model_parallel_size
+        self.tp_group = parallel_state.get_tensor_model_parallel_group() if tp > 1 else None
+        self._tokens: Tensor = torch.zeros([], dtype=torch.int, device=current_device())
+        self._sums: LossSums | None = None
+        self._signal = TeacherSignal([], None)
+
+    def __call__(self, microbatches: Sequence[Microbatch]) -> Tensor:
+        """Leave the mean gradient of the global batch in `main_grad` and return this rank's `SUMS`, fp64 [4].
+
+        Every rank passes its data-parallel share of the batch. Gradients: as Megatron leaves them, reduced over the
+        data-parallel group (each rank's own shard of it), summed losses divided by the number of tokens whose weight
+        is not 0. The sums are this data-parallel rank's, on the last pipeline stage; zero on the other stages.
+        """
+        for chunk in self.student.chunks:
+            chunk.zero_grad_buffer()
+        self._tokens.zero_()
+        size = len(microbatches) if self.teacher is None else self.teacher.window
+        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=current_device())
+        for start in range(0, len(microbatches), size):
+            window = microbatches[start : start + size]
+            if self.teacher is not None:
+                self._signal = self.teacher.step(window)
+            for report in self._forward_backward(window, last=start + size >= len(microbatches)):
+                sums += report
+        self._signal = TeacherSignal([], None)
+        return sums
+
+    def _forward_backward(self, window: Sequence[Microbatch], last: bool) -> list[Tensor]:
+        chunks = self.student.chunks
+        states: Sequence[Tensor | None] = self._signal.hidden or [None] * len(window)
+        items = list(zip(window, states, strict=True))
+        config = self.student.config
+        config.finalize_model_grads_func = partial(self._finalize, last)
+        config.no_sync_func = self._no_sync_func(last)
+        with ExitStack() as held:
+            if not last:
+                for chunk in chunks:
+                    held.enter_context(chunk.no_sync())
+            iterators = [iter(items) for _ in chunks]
+            return get_forward_backward_func()(
+                forward_step_func=self._forward_step,
+                data_iterator=iterators if len(chunks) > 1 else iterators[0],
+                model=chunks if len(chunks) > 1 else chunks[0],
+                num_microbatches=len(items),
+                seq_length=self.sequence_length,
+                micro_batch_size=self.micro_batch_size,
+                forward_only=False,
+            )
+
+    def _no_sync_func(self, last: bool) -> Any:
+        """What holds back the overlapped reduction until a window's last microbatch; schedules take one or a list.
+
+        Before the last window it is held back from outside, so the schedule must not release it.
+        """
+        funcs: list[Callable[[], AbstractContextManager[None]]] = [
+            chunk.no_sync if last else nullcontext for chunk in self.student.chunks
+        ]
+        return funcs if len(funcs) > 1 else funcs[0]
+
+    def _finalize(self, last: bool, model: list[Any], num_tokens: Tensor, **kwargs: Any) -> None:
+        self._tokens += num_tokens
+        if last:
+            finalize_model_grads(model, self._tokens, **kwargs)
+
+    def _forward_step(self, items: Iterator[tuple[Microbatch, Tensor | None]], chunk: Any) -> tuple[Tensor, Any]:
+        microbatch, states = next(items)
+        layer = self.student.output_layer
+        if layer is not None:
+            # Only the chunk that owns the output layer calls it, within this forward.
+            layer.head = partial(self._head, microbatch, states)
+        return chunk(microbatch["tokens"], microbatch["position_ids"], None), self._report
+
+    def _head(self, microbatch: Microbatch, states: Tensor | None, hidden: Tensor, weight: Tensor) -> Tensor:
+        sequence_parallel = self.student.layout.sequence_parallel
+        if states is not None and not sequence_parallel:
+            states = gather_sequence(states)
+        total, self._sums = self.objective.loss(
+            hidden,
+            weight,
+            states,
+            self._signal.output_weight,
+            microbatch["labels"],
+            microbatch["token_weights"],
+            vocab_size=self.student.architecture.vocab_size,
+            tp_group=self.tp_group,
+            sequence_parallel=sequence_parallel,
+        )
+        return total
+
+    def _report(self, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What Megatron's schedule asks of a loss with `calculate_per_token_loss`: sum, integer count, report."""
+        sums, self._sums = self._sums, None
+        assert sums is not None, "the output layer did not call its head"
+        report = torch.stack([getattr(sums, name).detach().to(torch.float64) for name in SUMS])
+        # sum(): the schedule frees the output it gets, which must not be a view.
+        return output.sum(), sums.tokens.to(torch.int), report

@@ -1,0 +1,113 @@
+"""Where the teacher's states come from.
+
+The student's last stage needs the teacher's states after its final norm and its output weight, nothing else: 2 * h_t
+bytes per token instead of 2 * vocabulary. A `TeacherSource` gives them for a few microbatches at a time, a window: the
+step asks for a window's states, runs the student on it, and goes on to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from minitron_nemo.errors import UserError
+from minitron_nemo.models.build import Model
+from minitron_nemo.models.forward import forward_only
+
+Microbatch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TeacherSignal:
+    """What the loss needs of the teacher, on the ranks of the student's last pipeline stage; nothing elsewhere.
+
+    `hidden` has one [s/tp, b, h_t] per microbatch: this tensor-parallel rank's part of the sequence. `output_weight` is
+    this rank's rows of the output projection, [padded_vocab/tp, h_t].
+    """
+
+    hidden: list[Tensor]
+    output_weight: Tensor | None
+
+
+class TeacherSource(Protocol):
+    """Any placement of the teacher. `window` is the number of microbatches whose states it holds at once."""
+
+    window: int
+
+    def step(self, microbatches: Sequence[Microbatch]) -> TeacherSignal:
+        """States for these microbatches, at most `window`. Collective: every rank of the student calls it."""
+
+
+class ColocatedTeacher:
+    """The teacher on the student's ranks, with the student's layout: a forward-only pipeline pass per window.
+
+    Frozen, without gradients and without DDP. States stay sequence-sharded over the tensor-parallel group until the
+    loss gathers them, microbatch by microbatch; `buffer_bytes` bounds what is held of them per rank.
+    """
+
+    def __init__(self, model: Model, *, sequence_length: int, micro_batch_size: int, buffer_bytes: int) -> None:
+        layout = model.layout
+        tp = layout.tensor_model_parallel_size
+        if sequence_length % tp:
+            raise UserError(
+                f"data.sequence_length: {sequence_length} is not a multiple of parallel.tensor_model_parallel_size {tp}, "
+                "over which the teacher's states are split; change one of them"
+            )
+        self.model = model
+        self.sequence_length = sequence_length
+        self.micro_batch_size = micro_batch_size
+        self.window = window_size(
+            state_bytes=micro_batch_size * (sequence_length // tp) * model.architecture.hidden_size
+            * next(model.chunks[0].parameters()).element_size(),
+            buffer_bytes=buffer_bytes,
+            multiple_of=layout.pipeline_model_parallel_size if layout.virtual_pipeline_model_parallel_size else 1,
+        )
+        for chunk in model.chunks:
+            chunk.requires_grad_(False)
+            chunk.eval()
+        self.output_layer = model.output_layer
+        if self.output_layer is not None:
+            self.output_layer.mode = "hidden"
+
+    def step(self, microbatches: Sequence[Microbatch]) -> TeacherSignal:
+        """Run the teacher on `microbatches` and keep the states of its last stage."""
+        hidden = forward_only(
+            self.model,
+            iter(microbatches),
+            len(microbatches),
+            self.sequence_length,
+            self.micro_batch_size,
+            self._keep,
+        )
+        weight = None if self.output_layer is None else self.model.output_weight.detach()
+        return TeacherSignal(hidden, weight)
+
+    def _keep(self, output: Tensor, microbatch: Microbatch) -> Tensor:
+        states = output.transpose(0, 1)  # [b, s, h] -> [s, b, h]; the sequence is [s/tp] already under SP
+        tp = self.model.layout.tensor_model_parallel_size
+        if tp > 1 and not self.model.layout.sequence_parallel:
+            states = states.chunk(tp)[parallel_state.get_tensor_model_parallel_rank()]  # [s/tp, b, h]
+        return states.contiguous()
+
+
+def window_size(*, state_bytes: int, buffer_bytes: int, multiple_of: int) -> int:
+    """Microbatches whose states, of `state_bytes` each, fit into `buffer_bytes`; at least `multiple_of`.
+
+    Interleaved schedules take microbatches in groups of the pipeline size, so a window is a multiple of it.
+    """
+    return max(buffer_bytes // state_bytes // multiple_of, 1) * multiple_of
+
+
+def gather_sequence(shard: Tensor) -> Tensor:
+    """[s/tp, ...] of every tensor-parallel rank -> [s, ...] on each. Not differentiable."""
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    if tp == 1:
+        return shard
+    whole = shard.new_empty((shard.shape[0] * tp, *shard.shape[1:]))
+    torch.distributed.all_gather_into_tensor(whole, shard, group=parallel_state.get_tensor_model_parallel_group())
+    return whole

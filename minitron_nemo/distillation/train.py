@@ -1,0 +1,173 @@
+"""`minitron correct` and `minitron distill`: build the models, train or resume, write the student's weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minitron_nemo.arch import Architecture
+from minitron_nemo.checkpoint.fingerprint import fingerprint
+from minitron_nemo.config import Recipe, TrainConfig
+from minitron_nemo.data.dataset import open_train
+from minitron_nemo.data.sampler import Sampler
+from minitron_nemo.distillation.objective import DistillationObjective
+from minitron_nemo.distillation.optimizer import ddp_config, params_dtype
+from minitron_nemo.distillation.schedule import check_schedule
+from minitron_nemo.distillation.teacher import ColocatedTeacher
+from minitron_nemo.distillation.trainer import Outcome, Trainer
+from minitron_nemo.errors import UserError
+from minitron_nemo.models.build import Model, build_model
+from minitron_nemo.models.checkpoint import load_model, save_model
+from minitron_nemo.parallel import launch
+from minitron_nemo.parallel.layout import Layout
+
+# What may differ between the interrupted and the resumed part of a run: where and how it runs, not what it computes.
+NEUTRAL = {
+    "train": (
+        "micro_batch_size",
+        "log_interval",
+        "save_interval",
+        "keep_last",
+        "fail_on_save_error",
+        "recompute",
+        "overlap_grad_reduce",
+        "overlap_param_gather",
+    ),
+    "distill": ("chunk_bytes",),
+}
+
+
+def train(
+    recipe: Recipe,
+    *,
+    student_dir: Path,
+    teacher_dir: Path | None,
+    prepared: Path,
+    work_dir: Path,
+    output_dir: Path,
+    run_dir: Path,
+) -> Outcome:
+    """Train the model in `student_dir` and write its weights to `output_dir`. Called on every rank of the job.
+
+    With `teacher_dir`: distillation by `recipe.distill` and `recipe.train`. Without: teacher correction (2408.11796
+    section 2), cross-entropy with the steps, learning rates and sample order of `recipe.teacher.correction` and the
+    rest of `recipe.train`. `work_dir` holds the training checkpoints; where it holds some, the run goes on from the
+    latest. "stopped" means a signal came and the state is saved; `output_dir` is not written then. Raises UserError.
+    """
+    correcting = teacher_dir is None
+    config = correction_config(recipe) if correcting else recipe.train
+    data = replace(recipe.data, seed=recipe.teacher.correction.seed) if correcting else recipe.data
+    check_schedule(
+        "teacher.correction" if correcting else "train",
+        peak=config.lr,
+        floor=config.min_lr,
+        warmup_steps=config.warmup_steps,
+        steps=config.steps,
+    )
+    layout = Layout.from_config(recipe.parallel)
+    _check_batches(config, layout)
+    launch.initialize(layout, config.seed)
+    student = _model(student_dir, layout, config, ddp=True)
+    objective = DistillationObjective.from_config(recipe.distill)
+    teacher = None
+    if teacher_dir is None:
+        objective = DistillationObjective.cross_entropy(recipe.distill.chunk_bytes)
+    elif objective.needs_teacher:
+        teacher = ColocatedTeacher(
+            _model(teacher_dir, layout, config, ddp=False),
+            sequence_length=data.sequence_length,
+            micro_batch_size=config.micro_batch_size,
+            buffer_bytes=recipe.teacher.buffer_bytes,
+        )
+        _check_vocabularies(student_dir, student, teacher_dir, teacher.model)
+    dataset = open_train(data, prepared)
+    trainer = Trainer(
+        config,
+        objective,
+        student,
+        teacher,
+        dataset,
+        Sampler(dataset, data.seed),
+        directory=work_dir,
+        run_dir=run_dir,
+        name="correct" if correcting else "distill",
+        settings={
+            **_settings("train", config),
+            **_settings("distill", recipe.distill if teacher_dir else objective),
+            **_settings("data", data),
+            "student": _on_rank_0_fingerprint(student_dir),
+            "teacher": None if teacher_dir is None else _on_rank_0_fingerprint(teacher_dir),
+        },
+    )
+    outcome = trainer.run()
+    if outcome == "done":
+        save_model(student, output_dir, tokenizer_from=student_dir)
+    return outcome
+
+
+def correction_config(recipe: Recipe) -> TrainConfig:
+    """`recipe.train` with the steps and learning rates of the teacher correction."""
+    correction = recipe.teacher.correction
+    return replace(
+        recipe.train,
+        steps=correction.steps,
+        lr=correction.lr,
+        min_lr=correction.min_lr,
+        warmup_steps=correction.warmup_steps,
+    )
+
+
+def _model(directory: Path, layout: Layout, config: TrainConfig, ddp: bool) -> Model:
+    architecture = Architecture.load(directory)
+    layout.check(architecture, launch.world_size())
+    model = build_model(
+        architecture,
+        layout,
+        dtype=params_dtype(config),
+        ddp=ddp_config(config) if ddp else None,
+        recompute=config.recompute and ddp,
+    )
+    load_model(model, directory)
+    return model
+
+
+def _check_batches(config: TrainConfig, layout: Layout) -> None:
+    data_parallel = launch.world_size() // layout.model_parallel_size
+    per_microbatch = config.micro_batch_size * max(data_parallel, 1)
+    if config.global_batch_size % per_microbatch:
+        raise UserError(
+            f"train.global_batch_size: {config.global_batch_size} is not a multiple of train.micro_batch_size "
+            f"{config.micro_batch_size} x data-parallel size {data_parallel}; change one of them"
+        )
+    pipeline = layout.pipeline_model_parallel_size
+    count = config.global_batch_size // per_microbatch
+    if layout.virtual_pipeline_model_parallel_size and count % pipeline:
+        raise UserError(
+            f"train.global_batch_size: {config.global_batch_size} makes {count} microbatches a rank, which virtual stages "
+            f"need to be a multiple of parallel.pipeline_model_parallel_size {pipeline}; change the batch sizes"
+        )
+
+
+def _check_vocabularies(student_dir: Path, student: Model, teacher_dir: Path, teacher: Model) -> None:
+    if student.architecture.vocab_size != teacher.architecture.vocab_size:
+        raise UserError(
+            f"{student_dir}: vocab_size {student.architecture.vocab_size} is not the {teacher.architecture.vocab_size} of "
+            f"{teacher_dir}; teacher and student must share the tokenizer"
+        )
+
+
+def _settings(section: str, values: Any) -> dict[str, Any]:
+    """A section's keys as the recipe spells them, as JSON stores them, without the neutral ones."""
+    kept = {f"{section}.{key}": value for key, value in asdict(values).items() if key not in NEUTRAL.get(section, ())}
+    stored: dict[str, Any] = json.loads(json.dumps(kept))
+    return stored
+
+
+def _on_rank_0_fingerprint(directory: Path) -> str:
+    found = [fingerprint(directory) if launch.rank() == 0 else ""]
+    torch.distributed.broadcast_object_list(found, src=0)
+    return found[0]

@@ -1,0 +1,119 @@
+"""One distillation step by the book: two Hugging Face models in fp64, full logits, autograd, one process.
+
+Also the way from Hugging Face's gradients to the slice that a rank of some layout holds, spelled out by hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+VOCAB = 259
+
+
+def random_microbatches(
+    count: int, *, sequence_length: int = 16, micro_batch_size: int = 1, seed: int = 1, fractional: bool = True
+) -> list[dict[str, Any]]:
+    """Random tokens; of the token weights a quarter is 0, the others are fractions (or 1)."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (micro_batch_size, sequence_length)
+    batches = []
+    for index in range(count):
+        text = torch.randint(0, VOCAB, (micro_batch_size, sequence_length + 1), generator=generator)
+        weights = torch.rand(shape, generator=generator) + 0.25 if fractional else torch.ones(shape)
+        weights[torch.rand(shape, generator=generator) < 0.25] = 0.0
+        batches.append(
+            {
+                "tokens": text[:, :-1].contiguous(),
+                "labels": text[:, 1:].contiguous(),
+                "position_ids": torch.arange(sequence_length).expand(shape).contiguous(),
+                "token_weights": weights,
+                "sample_ids": [f"{index}-{row}" for row in range(micro_batch_size)],
+            }
+        )
+    return batches
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Sums over all tokens, and the gradient of (weighted objective / tokens) per Hugging Face parameter name."""
+
+    logits: float
+    ce: float
+    tokens: int
+    weight: float
+    gradients: dict[str, Tensor]
+
+
+def expected_step(
+    student_dir: Path,
+    teacher_dir: Path | None,
+    microbatches: list[dict[str, Any]],
+    *,
+    logits_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    temperature: float = 1.0,
+) -> Expected:
+    """`L = sum_k w_k (ce_weight * CE_k + logits_weight * T^2 * KL(p_t || p_s)_k)`, its gradient divided by #{w_k != 0}."""
+    student = LlamaForCausalLM.from_pretrained(student_dir, dtype=torch.float64, attn_implementation="eager")
+    teacher = teacher_dir and LlamaForCausalLM.from_pretrained(
+        teacher_dir, dtype=torch.float64, attn_implementation="eager"
+    )
+    divergence = torch.zeros([], dtype=torch.float64)
+    ce = torch.zeros([], dtype=torch.float64)
+    for batch in microbatches:
+        weights = batch["token_weights"].double()
+        logits = student(batch["tokens"]).logits
+        picked = logits.log_softmax(-1).gather(-1, batch["labels"].unsqueeze(-1)).squeeze(-1)
+        ce = ce - (weights * picked).sum()
+        if teacher:
+            with torch.no_grad():
+                target = (teacher(batch["tokens"]).logits / temperature).log_softmax(-1)
+            kl = (target.exp() * (target - (logits / temperature).log_softmax(-1))).sum(-1)
+            divergence = divergence + temperature**2 * (weights * kl).sum()
+    tokens = sum(int((batch["token_weights"] != 0).sum()) for batch in microbatches)
+    ((logits_weight * divergence + ce_weight * ce) / tokens).backward()
+    return Expected(
+        logits=divergence.item(),
+        ce=ce.item(),
+        tokens=tokens,
+        weight=sum(batch["token_weights"].double().sum().item() for batch in microbatches),
+        gradients={name: parameter.grad for name, parameter in student.named_parameters()},
+    )
+
+
+def rank_slice(gradients: dict[str, Tensor], name: str, layer: int, tp: int, tp_rank: int, groups: int) -> Tensor:
+    """The part of Hugging Face's gradients that Megatron's local parameter `name` of layer `layer` holds.
+
+    Embedding and output come whole, without the padding of the vocabulary: the caller compares its own rows.
+    """
+
+    def rows(matrix: Tensor) -> Tensor:
+        return matrix.chunk(tp, 0)[tp_rank]
+
+    hf = f"model.layers.{layer}."
+    kind = name.rsplit("layers.", 1)[-1].split(".", 1)[-1]
+    if kind.endswith("linear_qkv.weight"):
+        q, k, v = (gradients[f"{hf}self_attn.{part}_proj.weight"] for part in "qkv")
+        grouped = [matrix.reshape(groups, -1, matrix.shape[1]) for matrix in (q, k, v)]
+        return rows(torch.cat(grouped, 1).reshape(-1, q.shape[1]))
+    if kind.endswith("linear_fc1.weight"):
+        return torch.cat([rows(gradients[f"{hf}mlp.{part}_proj.weight"]) for part in ("gate", "up")])
+    if kind.endswith("linear_fc2.weight"):
+        return gradients[f"{hf}mlp.down_proj.weight"].chunk(tp, 1)[tp_rank]
+    if kind.endswith("linear_proj.weight"):
+        return gradients[f"{hf}self_attn.o_proj.weight"].chunk(tp, 1)[tp_rank]
+    if kind.endswith(("input_layernorm.weight", "linear_qkv.layer_norm_weight")):
+        return gradients[f"{hf}input_layernorm.weight"]
+    if kind.endswith(("pre_mlp_layernorm.weight", "linear_fc1.layer_norm_weight")):
+        return gradients[f"{hf}post_attention_layernorm.weight"]
+    if kind.endswith("final_layernorm.weight"):
+        return gradients["model.norm.weight"]
+    tied = "lm_head.weight" not in gradients
+    assert kind.endswith(("word_embeddings.weight", "output_layer.weight")), name
+    return gradients["model.embed_tokens.weight" if tied or "word_embeddings" in kind else "lm_head.weight"]

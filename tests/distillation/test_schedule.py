@@ -1,0 +1,40 @@
+import math
+
+import pytest
+
+from minitron_nemo.distillation.schedule import check_schedule, learning_rate
+from minitron_nemo.errors import UserError
+
+SETTINGS = {"peak": 1e-4, "floor": 1e-5, "warmup_steps": 40, "steps": 1000}
+
+
+def test_learning_rate_warms_up_linearly_and_falls_as_a_cosine_to_the_floor() -> None:
+    assert learning_rate(1, **SETTINGS) == pytest.approx(1e-4 / 40)
+    assert learning_rate(20, **SETTINGS) == pytest.approx(0.5e-4)
+    assert learning_rate(40, **SETTINGS) == pytest.approx(1e-4)
+    assert learning_rate(520, **SETTINGS) == pytest.approx((1e-4 + 1e-5) / 2)
+    quarter = 40 + 960 // 4
+    assert learning_rate(quarter, **SETTINGS) == pytest.approx(1e-5 + 9e-5 * (1 + math.sqrt(0.5)) / 2)
+    assert learning_rate(1000, **SETTINGS) == pytest.approx(1e-5)
+
+
+def test_no_update_is_made_with_a_rate_of_zero_or_above_the_peak() -> None:
+    for warmup in (0, 1, 40):
+        rates = [learning_rate(n, **{**SETTINGS, "warmup_steps": warmup}) for n in range(1, 1001)]
+        assert 0 < min(rates)
+        assert max(rates) <= 1e-4
+        assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "key"),
+    [
+        ({"warmup_steps": 1000}, "train.warmup_steps"),
+        ({"warmup_steps": -1}, "train.warmup_steps"),
+        ({"floor": 2e-4}, "train.min_lr"),
+        ({"floor": -1e-5}, "train.min_lr"),
+    ],
+)
+def test_a_schedule_that_makes_no_sense_is_refused_by_its_key(wrong: dict, key: str) -> None:
+    with pytest.raises(UserError, match=key):
+        check_schedule("train", **{**SETTINGS, **wrong})

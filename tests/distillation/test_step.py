@@ -1,0 +1,167 @@
+"""Loss and gradients of one distillation step against the single-process fp64 formula, in every layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from minitron_nemo.checkpoint.transform import convert
+from minitron_nemo.config import TrainConfig
+from minitron_nemo.distillation.objective import DistillationObjective
+from minitron_nemo.distillation.optimizer import ddp_config
+from minitron_nemo.distillation.step import Step
+from minitron_nemo.distillation.teacher import ColocatedTeacher, window_size
+from minitron_nemo.models.build import Model, build_model
+from minitron_nemo.models.checkpoint import load_model
+from minitron_nemo.parallel import launch
+from minitron_nemo.parallel.layout import Layout
+from tests.distillation.reference import VOCAB, Expected, expected_step, random_microbatches, rank_slice
+from tests.pool import run_distributed
+from tests.tiny import write_tiny_llama
+
+SEQUENCE = 16
+LAYOUTS = {
+    "TP1 PP1": (1, Layout()),
+    "TP2": (2, Layout(tensor_model_parallel_size=2)),
+    "TP2 SP": (2, Layout(tensor_model_parallel_size=2, sequence_parallel=True)),
+    "PP2": (2, Layout(pipeline_model_parallel_size=2)),
+    "PP2 VPP2": (2, Layout(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)),
+    "DP2": (2, Layout()),
+    "TP2 PP2": (4, Layout(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Teacher and students, as Hugging Face directories (`*_hf`) and as Megatron checkpoints."""
+    root = tmp_path_factory.mktemp("models")
+    write_tiny_llama(root / "teacher_hf", seed=0)
+    write_tiny_llama(root / "student_hf", hidden_size=48, ffn_hidden_size=64, seed=1)
+    write_tiny_llama(root / "tied_hf", hidden_size=48, ffn_hidden_size=64, tied=True, seed=2)
+    paths = {}
+    for name in ("teacher", "student", "tied"):
+        convert(root / f"{name}_hf", root / name, "megatron")
+        paths |= {name: root / name, f"{name}_hf": root / f"{name}_hf"}
+    return paths
+
+
+def built_step(
+    student_dir: Path,
+    teacher_dir: Path | None,
+    layout: Layout,
+    objective: DistillationObjective,
+    *,
+    buffer_bytes: int = 2**30,
+    config: TrainConfig | None = None,
+    micro_batch_size: int = 1,
+) -> Step:
+    launch.initialize(layout, seed=1)
+    config = config or TrainConfig(steps=1, global_batch_size=4, precision="fp32")
+    student = build_model(_architecture(student_dir), layout, dtype=torch.float32, ddp=ddp_config(config))
+    load_model(student, student_dir)
+    teacher = None
+    if teacher_dir is not None:
+        model = build_model(_architecture(teacher_dir), layout, dtype=torch.float32)
+        load_model(model, teacher_dir)
+        teacher = ColocatedTeacher(
+            model, sequence_length=SEQUENCE, micro_batch_size=micro_batch_size, buffer_bytes=buffer_bytes
+        )
+    return Step(student, teacher, objective, sequence_length=SEQUENCE, micro_batch_size=micro_batch_size)
+
+
+def _architecture(directory: Path) -> Any:
+    from minitron_nemo.arch import Architecture
+
+    return Architecture.load(directory)
+
+
+def own_share(microbatches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return microbatches[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()]
+
+
+def whole_gradients(student: Model) -> dict[str, Tensor]:
+    """This rank's gradients by local name, `layers.N` counted over the whole model, each rank's DP shard gathered."""
+    group = parallel_state.get_data_parallel_group()
+    gradients = {}
+    for chunk in student.chunks:
+        for buffer in chunk.buffers:
+            for bucket in buffer.buckets:
+                shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                torch.distributed.all_gather_into_tensor(bucket.grad_data, shard, group=group)
+        numbers = {f"layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(chunk.module.decoder.layers)}
+        for name, parameter in chunk.module.named_parameters():
+            for local, number in numbers.items():
+                if f"decoder.{local}" in name:
+                    name = name.replace(local, f"layers.{number}.")
+                    break
+            gradients[name] = parameter.main_grad.clone()
+    return gradients
+
+
+def worst_gradient(gradients: dict[str, Tensor], expected: dict[str, Tensor], groups: int) -> tuple[float, str]:
+    """Largest of max|difference| / max|expected| over this rank's parameters."""
+    tp, tp_rank = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
+    worst = (0.0, "")
+    for name, found in gradients.items():
+        layer = int(name.split("layers.")[1].split(".")[0]) if "layers." in name else -1
+        wanted = rank_slice(expected, name, layer, tp, tp_rank, groups)
+        if name.endswith(("word_embeddings.weight", "output_layer.weight")):
+            rows = found.shape[0]
+            wanted = wanted[tp_rank * rows : (tp_rank + 1) * rows]
+            assert not found[wanted.shape[0] :].any(), f"{name}: padding has a gradient"
+            found = found[: wanted.shape[0]]
+        worst = max(worst, ((found - wanted).abs().max().item() / wanted.abs().max().item(), name))
+    return worst
+
+
+def one_step(
+    layout: Layout, paths: tuple[Path, Path | None], objective: DistillationObjective, expected: Expected, **kwargs: Any
+) -> tuple[list[float], tuple[float, str], int]:
+    """On a rank: sums over all data-parallel ranks, the worst gradient, the number of parameters compared."""
+    microbatches = random_microbatches(4, sequence_length=SEQUENCE)
+    step = built_step(*paths, layout, objective, **kwargs)
+    sums = step(own_share(microbatches))
+    torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    gradients = whole_gradients(step.student)
+    return sums.tolist(), worst_gradient(gradients, expected.gradients, groups=4), len(gradients)
+
+
+def check(outcomes: list, expected: Expected, pipeline: int, dp: int) -> None:
+    reported = [sums for sums, _, _ in outcomes if any(sums)]
+    assert len(reported) == len(outcomes) // pipeline, "the last stage reports, the others do not"
+    for logits, ce, tokens, weight in reported:
+        assert logits == pytest.approx(expected.logits, rel=1e-5)
+        assert ce == pytest.approx(expected.ce, rel=1e-5)
+        assert tokens == expected.tokens
+        assert weight == pytest.approx(expected.weight, rel=1e-6)
+    for _, (error, name), count in outcomes:
+        assert count > 0
+        assert error < 1e-5, name
+
+
+@pytest.mark.parametrize("student", ["student", "tied"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loss_and_gradients_of_a_step_match_the_fp64_formula(models: dict[str, Path], layout: str, student: str) -> None:
+    """Four microbatches with fractional token weights; CE beside a tempered divergence."""
+    world_size, sizes = LAYOUTS[layout]
+    weights = {"logits_weight": 0.7, "ce_weight": 0.3, "temperature": 2.0}
+    expected = expected_step(
+        models[f"{student}_hf"], models["teacher_hf"], random_microbatches(4, sequence_length=SEQUENCE), **weights
+    )
+    outcomes = run_distributed(
+        world_size,
+        one_step,
+        sizes,
+        (models[student], models["teacher"]),
+        DistillationObjective(**weights, chunk_bytes=4 * 2 * 5 * VOCAB),
+        expected,
+    )
+    check(outcomes, expected, sizes.pipeline_model_parallel_size, sizes.data_parallel_size(world_size))
