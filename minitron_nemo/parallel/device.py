@@ -9,9 +9,9 @@ refused.
 
 from __future__ import annotations
 
-import warnings
 from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -21,8 +21,8 @@ from minitron_nemo.errors import UserError
 
 TESTED_VERSIONS = ("0.16.1",)
 
-# Functions of megatron.core that name CUDA in a literal, and the lines that do.
-CUDA_LITERALS: dict[str, tuple[str, ...]] = {
+# Functions of megatron.core that name CUDA, in a literal or as tensor.cuda(), and the lines that do.
+NAMING_CUDA: dict[str, tuple[str, ...]] = {
     "pipeline_parallel.schedules": (
         "forward_backward_no_pipelining",  # 596: device="cuda" of the token count
         "forward_backward_pipelining_with_interleaving",  # 983
@@ -45,7 +45,11 @@ CUDA_LITERALS: dict[str, tuple[str, ...]] = {
     "dist_checkpointing.strategies.state_dict_saver": ("verify_global_md_reuse",),  # 204
     "dist_checkpointing.exchange_utils": (
         "_get_empty_tensor_for_exchange",  # 98, 104, 106, 110
-        "exchange_loaded_tensors_gather_rounds",  # 326
+        "exchange_loaded_tensors_gather_rounds",  # 326, 336 (tensor.cuda())
+        "exchange_loaded_tensors_broadcast",  # 499 (tensor.cuda())
+    ),
+    "models.common.language_module.language_module": (
+        "LanguageModule.setup_embeddings_and_output_layer",  # weight.data.cuda() of embeddings tied across stages
     ),
     "transformer.utils": ("get_default_causal_mask",),  # 35
     "utils": ("local_multi_tensor_l2_norm",),  # 1207
@@ -73,6 +77,11 @@ def backend() -> str:
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
+def has_transformer_engine() -> bool:
+    """Whether TransformerEngine is installed and there is a GPU to run it on."""
+    return torch.cuda.is_available() and find_spec("transformer_engine") is not None
+
+
 def choose(local_rank: int) -> None:
     """Make this process use the GPU of its place on the machine; nothing to choose without CUDA."""
     if torch.cuda.is_available():
@@ -93,11 +102,9 @@ def install() -> None:
             f"megatron-core {found}: running without a GPU is tested with {', '.join(TESTED_VERSIONS)} only; "
             f"pip install megatron-core=={TESTED_VERSIONS[-1]}"
         )
-    # What Megatron-core says on import of every module that would use them; on a CPU nobody expects either.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     _patch_torch_cuda()
     _patch_random_state()
-    for module_name, functions in CUDA_LITERALS.items():
+    for module_name, functions in NAMING_CUDA.items():
         module = import_module(f"megatron.core.{module_name}")
         for name in functions:
             _rename_devices(_function(module, name))
@@ -132,7 +139,7 @@ def _function(module: Any, qualified_name: str) -> FunctionType:
 
 
 def _rename_devices(function: FunctionType) -> None:
-    """Replace CUDA names by CPU names among a function's constants and default arguments, in place."""
+    """Replace CUDA names by CPU names in a function's code, in place: it may be imported elsewhere already."""
     code = _renamed(function.__code__)
     if code == function.__code__:
         raise RuntimeError(f"{function.__module__}.{function.__qualname__} names no CUDA device")
@@ -141,7 +148,11 @@ def _rename_devices(function: FunctionType) -> None:
 
 def _renamed(constant: Any) -> Any:
     if isinstance(constant, CodeType):
-        return constant.replace(co_consts=tuple(_renamed(item) for item in constant.co_consts))
+        # co_names holds the attributes a function asks for: tensor.cuda() becomes tensor.cpu()
+        return constant.replace(
+            co_consts=tuple(_renamed(item) for item in constant.co_consts),
+            co_names=tuple(_renamed(item) for item in constant.co_names),
+        )
     if isinstance(constant, tuple):
         return tuple(_renamed(item) for item in constant)
     return CPU_NAMES.get(constant, constant) if isinstance(constant, str) else constant

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import queue
 import subprocess
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +23,18 @@ from minitron_nemo.parallel.layout import Layout
 
 # Long enough for one rank to read or write a large checkpoint while the others wait at a barrier.
 TIMEOUT = timedelta(minutes=30)
+
+# Said once per process by every run and nobody's fault: advice for CUDA streams, fall-backs that are chosen here, and
+# deprecations between Megatron-core and torch.
+KNOWN_WARNINGS = (
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    "When using (async grad allreduce|sequence parallelism) it is recommended",
+    "full scope is deprecated",
+    "`load_state_dict` is deprecated",
+    "Please use DTensor instead",
+    "`torch.distributed.*` is deprecated",
+)
 
 _active_layout: Layout | None = None
 
@@ -89,7 +102,7 @@ def _first_host(environment: Mapping[str, str]) -> str:
 
 
 def _port(environment: Mapping[str, str]) -> int:
-    """A port every task derives alike, different for jobs and steps that may share a machine, below the ephemeral range."""
+    """A port every task derives alike, another for other jobs and steps on the machine, below the ephemeral range."""
     job, step = _integer(environment, "SLURM_JOB_ID"), _integer(environment, "SLURM_STEP_ID")
     return 15000 + (job * 17 + step) % 15000
 
@@ -113,6 +126,8 @@ def join_job() -> None:
 
     With several processes on one machine and no OMP_NUM_THREADS, each computes with one thread.
     """
+    for message in KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     job = job_from_environment(os.environ)
     if job is not None:
         device.choose(job.local_rank)
@@ -151,8 +166,9 @@ def _save_without_manager() -> None:
 def initialize(layout: Layout, seed: int) -> None:
     """Make Megatron's process groups for `layout` and seed its random states. Collective.
 
-    Groups of the layout that is active already are kept; those of another one are dropped first, and models built on them
-    must not be used any more. Data-parallel ranks share `seed`; tensor-parallel ranks differ where Megatron wants it.
+    Groups of the layout that is active already are kept; those of another one are dropped first, and models built on
+    them must not be used any more. Data-parallel ranks share `seed`; tensor-parallel ranks differ where Megatron wants
+    it.
     """
     from megatron.core import parallel_state, tensor_parallel
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 from minitron_nemo.arch import Architecture
 from minitron_nemo.config import ParallelConfig
 from minitron_nemo.errors import UserError
+from minitron_nemo.parallel.device import has_transformer_engine
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Layout:
         return text + (" sp" if self.sequence_parallel else "")
 
     def check(self, architecture: Architecture, world_size: int) -> None:
-        """Raise UserError, naming the recipe's key, unless `architecture` runs on this layout in `world_size` processes."""
+        """Raise UserError, naming the recipe's key, unless `architecture` runs on this layout and `world_size`."""
         self.check_processes(world_size)
         tp = self.tensor_model_parallel_size
         for size, name in (
@@ -89,10 +89,9 @@ class Layout:
         for name, size in sizes.items():
             if size < 1:
                 raise UserError(f"parallel.{name}: {size} is not a size; use 1 or more")
-        if self.context_parallel_size > 1 and find_spec("transformer_engine") is None:
+        if self.context_parallel_size > 1 and not has_transformer_engine():
             raise UserError(
-                f"parallel.context_parallel_size: {self.context_parallel_size} needs TransformerEngine, which is not "
-                "installed; use 1"
+                f"parallel.context_parallel_size: {self.context_parallel_size} needs TransformerEngine and a GPU; use 1"
             )
         if self.virtual_pipeline_model_parallel_size and self.pipeline_model_parallel_size == 1:
             raise UserError(

@@ -1,0 +1,184 @@
+"""An Architecture on a layout as Megatron-core modules: one GPTModel per virtual pipeline stage.
+
+Weights are not initialised: whoever builds a model loads it (`models.checkpoint`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from torch.nn import functional
+
+from minitron_nemo.arch import Architecture
+from minitron_nemo.models.norm import RMSNorm
+from minitron_nemo.models.output_layer import OutputLayer
+from minitron_nemo.models.rope import scaled_frequencies
+from minitron_nemo.parallel import device, launch
+from minitron_nemo.parallel.layout import Layout
+
+# Rows of the vocabulary that one tensor-parallel rank holds are a multiple of this, as Megatron-LM does.
+VOCAB_MULTIPLE = 128
+
+
+class LanguageModel(GPTModel):
+    """GPTModel with our output layer."""
+
+    def setup_embeddings_and_output_layer(self) -> None:
+        """Megatron's constructor calls this once the modules exist and before it ties and marks their weights."""
+        if self.post_process:
+            weight = self.output_layer.weight
+            self.output_layer = OutputLayer(
+                self.config.hidden_size,
+                self.vocab_size,
+                config=self.config,
+                init_method=self.config.init_method,
+                bias=False,
+                skip_weight_param_allocation=True,
+                tp_group=self.pg_collection.tp,
+            )
+            self.output_layer.weight = weight
+        super().setup_embeddings_and_output_layer()
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model on this rank: `chunks` has one module per virtual stage, wrapped in Megatron's DDP where asked for."""
+
+    chunks: list[MegatronModule]
+    architecture: Architecture
+    layout: Layout
+    config: TransformerConfig
+
+    @property
+    def modules(self) -> list[LanguageModel]:
+        """The chunks without their wrapper."""
+        return [chunk.module if isinstance(chunk, DistributedDataParallel) else chunk for chunk in self.chunks]
+
+    @property
+    def output_layer(self) -> OutputLayer | None:
+        """The output layer, on ranks of the last pipeline stage."""
+        last = self.modules[-1]
+        return last.output_layer if last.post_process else None
+
+
+def padded_vocab_size(architecture: Architecture, layout: Layout) -> int:
+    """Rows of embedding and output weight on this layout; the rows from `vocab_size` on belong to no token."""
+    multiple = VOCAB_MULTIPLE * layout.tensor_model_parallel_size
+    return -(-architecture.vocab_size // multiple) * multiple
+
+
+def build_model(
+    architecture: Architecture,
+    layout: Layout,
+    *,
+    dtype: torch.dtype,
+    ddp: DistributedDataParallelConfig | None = None,
+    recompute: bool = False,
+) -> Model:
+    """Build this rank's part of the model, with undefined weights, in training mode.
+
+    `launch.initialize(layout, ...)` must have been called. With `ddp` the chunks are wrapped and the config's
+    `finalize_model_grads_func` and `no_sync_func` set, as Megatron's schedules expect. `recompute` recomputes the
+    activations of whole layers in the backward pass. Raises UserError for a layout that the architecture does not fit.
+    """
+    layout.check(architecture, launch.world_size())
+    config = _transformer_config(architecture, layout, dtype, recompute)
+    stages: list[int | None] = list(range(layout.virtual_pipeline_model_parallel_size or 0)) or [None]
+    chunks = [_build_chunk(architecture, layout, config, stage) for stage in stages]
+    if ddp is not None:
+        chunks = [
+            # Only the first chunk's gradient reduction overlaps with computation, so only it needs buckets.
+            DistributedDataParallel(config=config, ddp_config=ddp, module=chunk, disable_bucketing=index > 0)
+            for index, chunk in enumerate(chunks)
+        ]
+        config.finalize_model_grads_func = finalize_model_grads
+        config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
+    return Model(chunks, architecture, layout, config)
+
+
+def _transformer_config(
+    architecture: Architecture, layout: Layout, dtype: torch.dtype, recompute: bool
+) -> TransformerConfig:
+    fused = device.has_transformer_engine()
+    interleaved = layout.virtual_pipeline_model_parallel_size is not None
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.layernorm_epsilon,
+        gated_linear_unit=True,
+        activation_func=functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        context_parallel_size=layout.context_parallel_size,
+        sequence_parallel=layout.sequence_parallel,
+        # With two pipeline ranks, interleaving under the default flags pairs sends and receives wrongly and
+        # computes wrong numbers in silence: both ranks are each other's previous and next.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        perform_initialization=False,
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=fused,
+        bias_activation_fusion=fused,
+        bias_dropout_fusion=fused,
+        recompute_granularity="full" if recompute else None,
+        recompute_method="uniform" if recompute else None,
+        recompute_num_layers=1 if recompute else None,
+    )
+
+
+def _build_chunk(
+    architecture: Architecture, layout: Layout, config: TransformerConfig, vp_stage: int | None
+) -> LanguageModel:
+    stage = {"ignore_virtual": False, "vp_stage": vp_stage}
+    model = LanguageModel(
+        config=config,
+        transformer_layer_spec=_block_spec(config, vp_stage),
+        vocab_size=padded_vocab_size(architecture, layout),
+        max_sequence_length=architecture.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(**stage),
+        post_process=parallel_state.is_pipeline_last_stage(**stage),
+        share_embeddings_and_output_weights=architecture.share_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=architecture.rotary_base,
+        vp_stage=vp_stage,
+    )
+    if architecture.rope_scaling is not None:
+        rotary = model.rotary_pos_emb
+        rotary.inv_freq = scaled_frequencies(rotary.inv_freq, architecture.rope_scaling)
+    return model
+
+
+def _block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """TransformerEngine's layers where it is installed, otherwise Megatron-core's own with our norm."""
+    if device.has_transformer_engine():
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer, norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
+    else:
+        layer, norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
+        layer.submodules.input_layernorm = norm
+        layer.submodules.pre_mlp_layernorm = norm
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=norm)
