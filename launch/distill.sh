@@ -78,7 +78,8 @@ elif [[ -x $home/.venv/bin/minitron ]]; then
     minitron=$home/.venv/bin/minitron
 fi
 
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER_ADDR=${hosts%%$'\n'*}
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) # jobs that share a node must not share a port
 export MASTER_ADDR MASTER_PORT
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus_per_task}

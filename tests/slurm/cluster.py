@@ -69,7 +69,7 @@ class Cluster:
     def __enter__(self) -> Cluster:
         self._write_configuration()
         # The death of this process ends the cluster too, however it dies.
-        unshare = "unshare --net --uts --ipc --pid --mount --mount-proc --fork --kill-child".split()
+        unshare = ["unshare", "--net", "--uts", "--ipc", "--pid", "--mount", "--mount-proc", "--fork", "--kill-child"]
         addresses = [f"{name}={address}" for name, address in NODES.items()]
         with (self.directory / "log" / "head.out").open("w") as log:
             self._process = subprocess.Popen(
