@@ -1,0 +1,144 @@
+"""`Scores`: what one calibration pass measured, on every axis at once, and its file.
+
+Activations become one number per entry in two steps (arXiv 2407.14679 section 2.2): first over the tokens of a
+sequence, then over sequences. Kept are, for each way of the first step, the sum over sequences and the sum of squares:
+all nine combinations, and any target shape, follow from these without another forward pass.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minitron_nemo.arch import Architecture, Axis
+from minitron_nemo.checkpoint.files import write_atomic
+from minitron_nemo.errors import UserError
+
+AGGREGATIONS = ("mean", "l2", "var")
+ARRAYS = ("hidden", "ffn", "heads", "block_influence")
+SCHEMA_VERSION = 1
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Measurements of one model on one calibration set; float64.
+
+    `hidden` [2, 3, 2 x num_layers, hidden_size], `ffn` [2, 3, num_layers, ffn_hidden_size] and `heads` [2, 3,
+    num_layers, num_attention_heads] hold moments over sequences (sum, sum of squares) of each sequence aggregation
+    (mean, l2, var of the absolute activations of a sequence). The third dim of `hidden` counts norms: the input norm
+    and the pre-MLP norm of layer 0, of layer 1, and so on. `block_influence` [num_layers] is 1 - the mean cosine
+    between a layer's input and output (2407.14679 section 2.2), over all tokens.
+
+    `sequences` and `tokens` count what was measured: tokens of weight 0, and sequences without any other, are not.
+    `data_fingerprint` stands for the sequences that were read. Raises UserError for a wrong shape or a value that is
+    not finite.
+    """
+
+    architecture: Architecture
+    hidden: Array
+    ffn: Array
+    heads: Array
+    block_influence: Array
+    sequences: int
+    tokens: int
+    model_fingerprint: str
+    data_fingerprint: str
+    settings: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        shapes = _shapes(self.architecture)
+        for name in ARRAYS:
+            array = getattr(self, name)
+            if array.shape != shapes[name]:
+                raise UserError(f"scores: {name} has shape {array.shape}, the architecture needs {shapes[name]}")
+            if not np.isfinite(array).all():
+                raise UserError(f"scores: {name} is not finite everywhere; does the model give finite logits?")
+
+    def get(self, axis: Axis, sequence: str = "mean", batch: str = "l2") -> Array:
+        """One score per entry: [n] for hidden channels and layers, [num_layers, n] for FFN neurons and heads.
+
+        Scores of hidden channels are summed over the norms of all layers, each aggregated on its own. The aggregations
+        have no bearing on layers, which are scored by Block Influence.
+        """
+        if axis == Axis.LAYERS:
+            return self.block_influence
+        for key, value in (("sequence_aggregation", sequence), ("batch_aggregation", batch)):
+            if value not in AGGREGATIONS:
+                raise UserError(f"prune.calibration.{key}: {value!r} is not one of {', '.join(AGGREGATIONS)}")
+        if axis == Axis.HIDDEN:
+            return self._over_sequences(self.hidden, sequence, batch).sum(axis=0)
+        if axis == Axis.FFN:
+            return self._over_sequences(self.ffn, sequence, batch)
+        if axis == Axis.HEADS:
+            return self._over_sequences(self.heads, sequence, batch)
+        raise ValueError(f"no scores are measured for axis {axis}")
+
+    def _over_sequences(self, moments: Array, sequence: str, batch: str) -> Array:
+        total, squares = moments[:, AGGREGATIONS.index(sequence)]
+        if batch == "mean":
+            return total / self.sequences
+        if batch == "l2":
+            return np.sqrt(squares)
+        return np.maximum(squares / self.sequences - (total / self.sequences) ** 2, 0.0)
+
+    def save(self, path: Path) -> None:
+        """Write one .npz file, atomically: the arrays, and `metadata`, which is JSON."""
+        metadata = {
+            "schema_version": SCHEMA_VERSION,
+            "architecture": self.architecture.to_dict(),
+            "sequences": self.sequences,
+            "tokens": self.tokens,
+            "model_fingerprint": self.model_fingerprint,
+            "data_fingerprint": self.data_fingerprint,
+            "settings": dict(self.settings),
+        }
+        file = io.BytesIO()
+        np.savez(file, metadata=np.array(json.dumps(metadata)), **{name: getattr(self, name) for name in ARRAYS})
+        write_atomic(path, file.getvalue())
+
+    @staticmethod
+    def load(path: Path) -> Scores:
+        """Read what `save` wrote. Raises UserError, naming the file, for anything else."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                metadata = json.loads(str(file["metadata"]))
+                if metadata["schema_version"] != SCHEMA_VERSION:
+                    raise UserError(
+                        f"{path}: schema_version {metadata['schema_version']} is not {SCHEMA_VERSION}; calibrate again"
+                    )
+                return Scores(
+                    architecture=Architecture.from_dict(metadata["architecture"], f"{path}: architecture"),
+                    sequences=int(metadata["sequences"]),
+                    tokens=int(metadata["tokens"]),
+                    model_fingerprint=str(metadata["model_fingerprint"]),
+                    data_fingerprint=str(metadata["data_fingerprint"]),
+                    settings=dict(metadata["settings"]),
+                    **{name: file[name].astype(np.float64) for name in ARRAYS},
+                )
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such scores; calibrate first") from None
+        except UserError as error:
+            raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+        # numpy reports a file that is no .npz as any of these.
+        except (zipfile.BadZipFile, EOFError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{path}: not a scores file ({' '.join(str(error).split())}); calibrate again") from None
+
+
+def _shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    layers, per_sequence = architecture.num_layers, (2, len(AGGREGATIONS))
+    return {
+        "hidden": (*per_sequence, 2 * layers, architecture.hidden_size),
+        "ffn": (*per_sequence, layers, architecture.ffn_hidden_size),
+        "heads": (*per_sequence, layers, architecture.num_attention_heads),
+        "block_influence": (layers,),
+    }

@@ -1,0 +1,133 @@
+"""`minitron calibrate`: the teacher, the first samples of the training data, one forward-only pass -> Scores."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from minitron_nemo.arch import Architecture
+from minitron_nemo.checkpoint.fingerprint import fingerprint
+from minitron_nemo.config import Recipe
+from minitron_nemo.data.dataset import open_train
+from minitron_nemo.data.sampler import Microbatch, Sampler, microbatches
+from minitron_nemo.errors import UserError
+from minitron_nemo.importance.collect import Collector
+from minitron_nemo.importance.scores import Scores
+from minitron_nemo.models.build import Model, build_model
+from minitron_nemo.models.checkpoint import load_model
+from minitron_nemo.models.forward import forward_only
+from minitron_nemo.parallel import launch
+from minitron_nemo.parallel.layout import Layout
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def calibrate(teacher: Path, prepared: Path, recipe: Recipe, layout: Layout) -> Scores:
+    """Score every axis of the model in `teacher` on `prune.calibration.samples` sequences of the training data.
+
+    The samples are the first ones in the order that `data.seed` gives, whatever the layout. Collective over the job;
+    every rank gets the same Scores. Raises UserError for what does not fit together.
+    """
+    config = recipe.prune.calibration
+    if layout.context_parallel_size > 1:
+        raise UserError(
+            f"parallel.context_parallel_size: {layout.context_parallel_size} is not supported by calibration; "
+            f"calibrate with 1, the Scores serve every layout"
+        )
+    launch.initialize(layout, recipe.data.seed)
+    model = build_model(Architecture.load(teacher), layout, dtype=DTYPES[config.precision])
+    load_model(model, teacher)
+    blend = open_train(recipe.data, prepared)
+    indices = Sampler(blend, recipe.data.seed).peek(0, config.samples)
+    # Ranks run equally many full microbatches; copies of the last sample fill them up and do not count.
+    dp_rank, dp_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    together = config.micro_batch_size * dp_size
+    filled = [*indices, *indices[-1:] * (-len(indices) % together)]
+    batches = microbatches(blend, filled, dp_rank, dp_size, config.micro_batch_size)
+    for number, batch in enumerate(batches):
+        first = number * together + dp_rank * config.micro_batch_size
+        batch["token_weights"][max(0, config.samples - first) :] = 0.0
+    return measure(
+        model,
+        batches,
+        model_fingerprint=_fingerprint(teacher),
+        data_fingerprint=hashlib.sha256(
+            f"{blend.fingerprint} {recipe.data.seed} {config.samples}".encode()
+        ).hexdigest(),
+        settings={"samples": config.samples, "precision": config.precision, "sequence_length": blend.sequence_length},
+    )
+
+
+def measure(
+    model: Model,
+    batches: Sequence[Microbatch],
+    *,
+    model_fingerprint: str,
+    data_fingerprint: str,
+    settings: Mapping[str, Any],
+) -> Scores:
+    """Score every axis of a loaded model on this data-parallel rank's microbatches, all of one shape [b, s].
+
+    Sequences without any token of weight other than 0 are not counted. Collective; every rank gets the same Scores.
+    """
+    micro_batch_size, sequence_length = batches[0]["tokens"].shape
+    with _progress(len(batches)) as advance, _without_logits(model):
+        collector = Collector(
+            model.chunks,
+            model.architecture,
+            batches,
+            sequence_parallel=model.layout.sequence_parallel,
+            on_microbatch=advance,
+        )
+        with collector:
+            forward_only(model, batches, len(batches), sequence_length, micro_batch_size, lambda output, batch: None)
+    return collector.scores(model_fingerprint=model_fingerprint, data_fingerprint=data_fingerprint, settings=settings)
+
+
+@contextmanager
+def _without_logits(model: Model) -> Iterator[None]:
+    """Nothing here reads logits, and with a large vocabulary they are most of a forward pass's memory."""
+    layer = model.output_layer
+    if layer is None:
+        yield
+        return
+    mode, layer.mode = layer.mode, "hidden"
+    try:
+        yield
+    finally:
+        layer.mode = mode
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[], None]]:
+    """A bar on rank 0's terminal; a line for every tenth of the way where there is none."""
+    console = Console(quiet=launch.rank() != 0, highlight=False)
+    if console.is_terminal and launch.rank() == 0:
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
+        with Progress(*columns, TextColumn("microbatches  ETA"), TimeRemainingColumn(), console=console) as bar:
+            task = bar.add_task("calibrate", total=total)
+            yield lambda: bar.advance(task)
+        return
+    done = 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        if done * 10 // total > (done - 1) * 10 // total:
+            console.print(f"[calibrate] {min(done, total)}/{total} microbatches", markup=False)
+
+    yield advance
+
+
+def _fingerprint(directory: Path) -> str:
+    found = [fingerprint(directory) if launch.rank() == 0 else ""]
+    torch.distributed.broadcast_object_list(found, src=0)
+    return found[0]

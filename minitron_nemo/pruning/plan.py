@@ -1,0 +1,176 @@
+"""Scores + target sizes -> Plan. Arithmetic on small arrays: no weights are read here.
+
+Depth: `block_influence` drops the layers that change their input least, `contiguous` the block that does so in sum.
+Both keep the first and the last layer: removing those costs most (arXiv 2408.11796 figure 8, whose 16 dropped layers
+end before the last), and Block Influence need not see it. An explicit list drops what it says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from minitron_nemo.arch import Architecture, Axis, Plan
+from minitron_nemo.config import PruneConfig
+from minitron_nemo.errors import UserError
+from minitron_nemo.importance.scores import Array, Scores
+
+DEPTH_METHODS = ("block_influence", "contiguous")
+
+
+def target_architecture(source: Architecture, config: PruneConfig) -> Architecture:
+    """The student's architecture. Raises UserError, naming the recipe's key, for a size that cannot be reached."""
+    sizes: dict[Axis, int] = {}
+    for axis in (Axis.HIDDEN, Axis.FFN, Axis.HEADS, Axis.LAYERS):
+        size: int | None = getattr(config, axis.value)
+        if size is None:
+            continue
+        if not 1 <= size <= source.size(axis):
+            raise UserError(f"prune.{axis}: {size} is not a size to prune to; the source has {source.size(axis)}")
+        sizes[axis] = size
+    groups, heads = source.num_query_groups, sizes.get(Axis.HEADS, source.num_attention_heads)
+    if heads % groups:
+        multiples = ", ".join(str(groups * n) for n in range(1, source.heads_per_group + 1))
+        raise UserError(
+            f"prune.num_attention_heads: {heads} is not a multiple of the source's num_query_groups {groups}; "
+            f"use one of {multiples}"
+        )
+    if config.drop_layers is not None:
+        if config.num_layers is not None:
+            raise UserError("prune.drop_layers: prune.num_layers is given too; keep one of the two")
+        sizes[Axis.LAYERS] = source.num_layers - len(_explicit(source, config.drop_layers))
+    elif config.depth_method not in DEPTH_METHODS:
+        raise UserError(f"prune.depth_method: {config.depth_method!r} is not one of {', '.join(DEPTH_METHODS)}")
+    elif sizes.get(Axis.LAYERS) == 1 < source.num_layers:
+        raise UserError(
+            f"prune.num_layers: 1 is too few, {config.depth_method} keeps the first and the last layer; "
+            f"list what goes in prune.drop_layers"
+        )
+    return source.resized(sizes)
+
+
+def make_plan(scores: Scores, source: Architecture, config: PruneConfig) -> Plan:
+    """The Plan that keeps the entries with the highest scores; ties go to the lower index.
+
+    FFN neurons are ranked per layer; heads per layer and query group, every group keeping equally many; hidden channels
+    over the whole model. `gaps` has one number per decision that Scores took, named by axis and, where layers decide on
+    their own, the source's layer: (worst kept - best dropped) / worst kept, the smallest of the groups' for heads, and
+    for `contiguous` the same of the dropped block's summed influence and the runner-up's.
+
+    Raises UserError for Scores of another architecture and for what `target_architecture` refuses.
+    """
+    if scores.architecture != source:
+        measured, given = scores.architecture.to_dict(), source.to_dict()
+        key = next(key for key in given if measured[key] != given[key])
+        raise UserError(f"scores: measured on a model with {key} {measured[key]}, not {given[key]}; calibrate again")
+    target = target_architecture(source, config)
+    gaps: dict[str, float] = {}
+    kept_layers = _kept_layers(scores, source, target, config, gaps)
+
+    def score(axis: Axis) -> Array:
+        return scores.get(axis, config.calibration.sequence_aggregation, config.calibration.batch_aggregation)
+
+    kept_hidden: tuple[int, ...] | None = None
+    if target.hidden_size < source.hidden_size:
+        kept_hidden, gaps[Axis.HIDDEN.value] = _best(score(Axis.HIDDEN), target.hidden_size)
+    kept_ffn: list[tuple[int, ...]] = []
+    if target.ffn_hidden_size < source.ffn_hidden_size:
+        neurons = score(Axis.FFN)
+        for layer in kept_layers:
+            kept, gaps[f"{Axis.FFN}/{layer}"] = _best(neurons[layer], target.ffn_hidden_size)
+            kept_ffn.append(kept)
+    kept_heads: list[tuple[int, ...]] = []
+    if target.num_attention_heads < source.num_attention_heads:
+        heads = score(Axis.HEADS).reshape(source.num_layers, source.num_query_groups, source.heads_per_group)
+        for layer in kept_layers:
+            kept, gaps[f"{Axis.HEADS}/{layer}"] = _best_per_group(heads[layer], target.heads_per_group)
+            kept_heads.append(kept)
+    return Plan(
+        source=source,
+        target=target,
+        kept_layers=kept_layers,
+        kept_hidden=kept_hidden,
+        kept_ffn=tuple(kept_ffn) or None,
+        kept_heads=tuple(kept_heads) or None,
+        gaps=gaps,
+        provenance=_provenance(scores, config),
+    )
+
+
+def _explicit(source: Architecture, drop_layers: list[int]) -> set[int]:
+    """The layers of an explicit list, checked."""
+    last = source.num_layers - 1
+    for position, layer in enumerate(drop_layers):
+        if not 0 <= layer <= last:
+            raise UserError(f"prune.drop_layers: there is no layer {layer}; the source's are numbered 0 to {last}")
+        if layer in drop_layers[:position]:
+            raise UserError(f"prune.drop_layers: layer {layer} is listed twice; list it once")
+    if len(drop_layers) == source.num_layers:
+        raise UserError(f"prune.drop_layers: it lists all {source.num_layers} layers; leave at least one")
+    return set(drop_layers)
+
+
+def _kept_layers(
+    scores: Scores, source: Architecture, target: Architecture, config: PruneConfig, gaps: dict[str, float]
+) -> tuple[int, ...]:
+    if config.drop_layers is not None:
+        dropped = _explicit(source, config.drop_layers)
+        return tuple(layer for layer in range(source.num_layers) if layer not in dropped)
+    drop = source.num_layers - target.num_layers
+    if not drop:
+        return tuple(range(source.num_layers))
+    last = source.num_layers - 1
+    inner = scores.get(Axis.LAYERS)[1:last]
+    if config.depth_method == "block_influence":
+        kept, gap = _best(inner, len(inner) - drop)
+        between = tuple(layer + 1 for layer in kept)
+    else:
+        start, gap = _weakest_block(inner, drop)
+        between = tuple(layer + 1 for layer in range(len(inner)) if not start <= layer < start + drop)
+    if len(inner) > drop:
+        gaps[Axis.LAYERS.value] = gap
+    return (0, *between, last)
+
+
+def _best(scores: Array, count: int) -> tuple[tuple[int, ...], float]:
+    """Indices of the `count` highest scores, ascending, and the gap at the cut. Ties go to the lower index."""
+    order = np.argsort(-scores, kind="stable")
+    kept = tuple(sorted(order[:count].tolist()))
+    return kept, _gap(scores[order[count - 1]], scores[order[count]]) if count else 0.0
+
+
+def _best_per_group(scores: Array, count: int) -> tuple[tuple[int, ...], float]:
+    """`_best` within each row of `scores` [num_query_groups, heads_per_group], as head numbers."""
+    best = [_best(row, count) for row in scores]
+    kept = tuple(group * scores.shape[1] + head for group, (heads, _) in enumerate(best) for head in heads)
+    return kept, min(gap for _, gap in best)
+
+
+def _weakest_block(influence: Array, size: int) -> tuple[int, float]:
+    """Start of the `size` neighbours with the smallest sum, and the gap to the runner-up.
+
+    Ties go to the later block, so that the lower layers stay.
+    """
+    sums = np.lib.stride_tricks.sliding_window_view(influence, size).sum(axis=1)
+    order = np.lexsort((-np.arange(len(sums)), sums))
+    return int(order[0]), _gap(sums[order[1]], sums[order[0]]) if len(sums) > 1 else 0.0
+
+
+def _gap(kept: float, dropped: float) -> float:
+    """Relative difference of two scores, `kept` >= `dropped`; 0 for equal ones."""
+    return float((kept - dropped) / max(abs(kept), abs(dropped))) if kept != dropped else 0.0
+
+
+def _provenance(scores: Scores, config: PruneConfig) -> Mapping[str, Any]:
+    return {
+        "model_fingerprint": scores.model_fingerprint,
+        "data_fingerprint": scores.data_fingerprint,
+        "sequences": scores.sequences,
+        "tokens": scores.tokens,
+        "calibration": dict(scores.settings),
+        "sequence_aggregation": config.calibration.sequence_aggregation,
+        "batch_aggregation": config.calibration.batch_aggregation,
+        "depth_method": "drop_layers" if config.drop_layers is not None else config.depth_method,
+    }

@@ -1,0 +1,50 @@
+"""Scores with random moments, for tests that need no model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from minitron_nemo.arch import Architecture
+from minitron_nemo.importance.scores import Scores
+
+
+def architecture(**sizes: Any) -> Architecture:
+    shape = {
+        "num_layers": 6,
+        "hidden_size": 10,
+        "ffn_hidden_size": 12,
+        "num_attention_heads": 6,
+        "num_query_groups": 2,
+        "kv_channels": 4,
+        "vocab_size": 32,
+        "max_position_embeddings": 64,
+    }
+    return Architecture(**{**shape, **sizes})
+
+
+def scores_from(values: dict[str, np.ndarray], shape: Architecture, sequences: int = 7) -> Scores:
+    """Scores from per-sequence values: `hidden` [sequences, 3, 2L, h], `ffn` and `heads` [sequences, 3, L, n]."""
+    moments = {name: np.stack([array.sum(0), (array**2).sum(0)]) for name, array in values.items() if name != "layers"}
+    return Scores(
+        architecture=shape,
+        block_influence=values["layers"],
+        sequences=sequences,
+        tokens=sequences * 5,
+        model_fingerprint="m" * 64,
+        data_fingerprint="d" * 64,
+        settings={"precision": "fp32"},
+        **moments,
+    )
+
+
+def random_values(shape: Architecture, seed: int = 0, sequences: int = 7) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    layers = shape.num_layers
+    return {
+        "hidden": generator.random((sequences, 3, 2 * layers, shape.hidden_size)),
+        "ffn": generator.random((sequences, 3, layers, shape.ffn_hidden_size)),
+        "heads": generator.random((sequences, 3, layers, shape.num_attention_heads)),
+        "layers": generator.random(layers),
+    }

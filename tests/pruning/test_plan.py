@@ -1,0 +1,172 @@
+"""Plans against brute force: every other choice of the same size scores less."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pytest
+
+from minitron_nemo.arch import Architecture, Axis, Plan
+from minitron_nemo.config import CalibrationConfig, PruneConfig
+from minitron_nemo.errors import UserError
+from minitron_nemo.importance.scores import Scores
+from minitron_nemo.pruning.plan import make_plan, target_architecture
+from tests.importance.synthetic import architecture, random_values, scores_from
+
+
+def plan(scores: Scores | None = None, **config: Any) -> Plan:
+    scores = scores or scores_from(random_values(architecture()), architecture())
+    return make_plan(scores, scores.architecture, PruneConfig(**config))
+
+
+def with_influence(influence: list[float]) -> Scores:
+    shape = architecture(num_layers=len(influence))
+    return scores_from({**random_values(shape), "layers": np.array(influence)}, shape)
+
+
+def best_subset(scores: np.ndarray, count: int) -> tuple[int, ...]:
+    """The subset with the highest sum, by trying all."""
+    return max(combinations(range(len(scores)), count), key=lambda kept: scores[list(kept)].sum())
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("aggregation", ["mean", "l2", "var"])
+def test_width_keeps_the_subsets_with_the_highest_scores(seed: int, aggregation: str) -> None:
+    shape = architecture()
+    scores = scores_from(random_values(shape, seed), shape)
+    calibration = CalibrationConfig(sequence_aggregation=aggregation, batch_aggregation="mean")
+    made = plan(scores, hidden_size=4, ffn_hidden_size=5, num_attention_heads=4, calibration=calibration)
+    assert made.kept_hidden == best_subset(scores.get(Axis.HIDDEN, aggregation, "mean"), 4)
+    assert made.kept_ffn is not None and made.kept_heads is not None
+    for layer in range(6):
+        assert made.kept_ffn[layer] == best_subset(scores.get(Axis.FFN, aggregation, "mean")[layer], 5)
+        heads = scores.get(Axis.HEADS, aggregation, "mean")[layer]
+        groups = best_subset(heads[:3], 2), tuple(head + 3 for head in best_subset(heads[3:], 2))
+        assert made.kept_heads[layer] == groups[0] + groups[1]
+    assert made.target == architecture(hidden_size=4, ffn_hidden_size=5, num_attention_heads=4)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("drop", [1, 2, 3, 4])
+def test_block_influence_drops_the_layers_that_change_their_input_least(seed: int, drop: int) -> None:
+    influence = np.random.default_rng(seed).random(6)
+    made = plan(with_influence(influence.tolist()), num_layers=6 - drop)
+    dropped = set(range(6)) - set(made.kept_layers)
+    assert dropped == set(min(combinations(range(1, 5), drop), key=lambda layers: influence[list(layers)].sum()))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("drop", [1, 2, 3, 4])
+def test_contiguous_drops_the_block_with_the_smallest_summed_influence(seed: int, drop: int) -> None:
+    influence = np.random.default_rng(seed).random(6)
+    made = plan(with_influence(influence.tolist()), num_layers=6 - drop, depth_method="contiguous")
+    start = min(range(1, 6 - drop), key=lambda start: influence[start : start + drop].sum())
+    assert made.kept_layers == tuple(layer for layer in range(6) if not start <= layer < start + drop)
+
+
+@pytest.mark.parametrize("method", ["block_influence", "contiguous"])
+def test_automatic_depth_keeps_the_first_and_the_last_layer(method: str) -> None:
+    scores = with_influence([0.0, 0.5, 0.6, 0.4, 0.0])
+    assert plan(scores, num_layers=4, depth_method=method).kept_layers == (0, 1, 2, 4)
+    assert plan(scores, num_layers=2, depth_method=method).kept_layers == (0, 4)
+
+
+@pytest.mark.parametrize("drop_layers", [[0], [5], [0, 2, 5], [3, 2], [], [0, 1, 2, 4, 5]])
+def test_explicit_layers_are_dropped_as_listed(drop_layers: list[int]) -> None:
+    made = plan(drop_layers=drop_layers)
+    assert made.kept_layers == tuple(layer for layer in range(6) if layer not in drop_layers)
+    assert made.target.num_layers == 6 - len(drop_layers)
+    assert made.gaps == {}
+
+
+def test_ties_keep_the_lower_index() -> None:
+    shape = architecture()
+    flat = {name: np.ones_like(array) for name, array in random_values(shape).items()}
+    made = plan(scores_from(flat, shape), hidden_size=3, ffn_hidden_size=2, num_attention_heads=2, num_layers=4)
+    assert made.kept_hidden == (0, 1, 2)
+    assert made.kept_ffn == ((0, 1),) * 4
+    assert made.kept_heads == ((0, 3),) * 4
+    assert made.kept_layers == (0, 1, 2, 5)
+    assert plan(scores_from(flat, shape), num_layers=4, depth_method="contiguous").kept_layers == (0, 1, 2, 5)
+
+
+def test_the_neurons_of_a_kept_layer_are_ranked_by_its_own_scores_after_layers_were_dropped() -> None:
+    scores = scores_from(random_values(architecture()), architecture())
+    made = plan(scores, ffn_hidden_size=5, num_attention_heads=4, drop_layers=[0, 3])
+    alone = plan(scores, ffn_hidden_size=5, num_attention_heads=4)
+    assert made.kept_ffn == tuple(alone.kept_ffn[layer] for layer in (1, 2, 4, 5))  # type: ignore[index]
+    assert made.kept_heads == tuple(alone.kept_heads[layer] for layer in (1, 2, 4, 5))  # type: ignore[index]
+    assert {key for key in made.gaps if key.startswith("ffn")} == {f"ffn_hidden_size/{n}" for n in (1, 2, 4, 5)}
+
+
+def test_gaps_are_the_relative_distance_between_worst_kept_and_best_dropped() -> None:
+    shape = architecture()
+    scores = scores_from(random_values(shape), shape)
+    made = plan(scores, hidden_size=4, ffn_hidden_size=5, num_attention_heads=4, num_layers=4)
+    ranked = np.sort(scores.get(Axis.HIDDEN))[::-1]
+    assert made.gaps["hidden_size"] == pytest.approx((ranked[3] - ranked[4]) / ranked[3])
+    ranked = np.sort(scores.get(Axis.FFN)[0])[::-1]
+    assert made.gaps["ffn_hidden_size/0"] == pytest.approx((ranked[4] - ranked[5]) / ranked[4])
+    groups = np.sort(scores.get(Axis.HEADS)[0].reshape(2, 3))[:, ::-1]
+    assert made.gaps["num_attention_heads/0"] == pytest.approx(((groups[:, 1] - groups[:, 2]) / groups[:, 1]).min())
+    ranked = np.sort(scores.block_influence[1:5])[::-1]
+    assert made.gaps["num_layers"] == pytest.approx((ranked[1] - ranked[2]) / ranked[1])
+    influence = [0.9, 0.1, 0.2, 0.4, 0.3, 0.9]
+    assert plan(with_influence(influence), num_layers=4, depth_method="contiguous").gaps == {
+        "num_layers": pytest.approx((0.6 - 0.3) / 0.6)
+    }
+
+
+def test_nothing_to_prune_is_the_identity() -> None:
+    shape = architecture()
+    made = plan(hidden_size=10, ffn_hidden_size=12, num_attention_heads=6, num_layers=6)
+    assert made == Plan(shape, shape, tuple(range(6)), provenance=made.provenance)
+
+
+def test_a_plan_says_where_it_comes_from() -> None:
+    made = plan(hidden_size=4, calibration=CalibrationConfig(batch_aggregation="mean"))
+    assert made.provenance["model_fingerprint"] == "m" * 64
+    assert made.provenance["data_fingerprint"] == "d" * 64
+    assert made.provenance["batch_aggregation"] == "mean"
+    assert made.provenance["calibration"] == {"precision": "fp32"}
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"hidden_size": 11}, "prune.hidden_size: 11 .* the source has 10"),
+        ({"ffn_hidden_size": 0}, "prune.ffn_hidden_size: 0 .* the source has 12"),
+        ({"num_layers": 7}, "prune.num_layers: 7 .* the source has 6"),
+        ({"num_layers": 1}, "prune.num_layers: 1 is too few.* prune.drop_layers"),
+        ({"num_attention_heads": 8}, "prune.num_attention_heads: 8 .* the source has 6"),
+        ({"num_attention_heads": 5}, "prune.num_attention_heads: 5 is not a multiple .* 2; use one of 2, 4, 6"),
+        ({"num_layers": 4, "drop_layers": [1]}, "prune.drop_layers: prune.num_layers is given too"),
+        ({"drop_layers": [6]}, "prune.drop_layers: there is no layer 6; .* 0 to 5"),
+        ({"drop_layers": [-1]}, "prune.drop_layers: there is no layer -1"),
+        ({"drop_layers": [1, 2, 1]}, "prune.drop_layers: layer 1 is listed twice"),
+        ({"drop_layers": [0, 1, 2, 3, 4, 5]}, "prune.drop_layers: it lists all 6 layers"),
+        ({"num_layers": 4, "depth_method": "magic"}, "prune.depth_method: 'magic' is not one of"),
+    ],
+)
+def test_a_target_that_cannot_be_reached_is_refused_in_one_line_naming_the_key(
+    config: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        target_architecture(architecture(), PruneConfig(**config))
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=message):
+        plan(**config)
+
+
+def test_one_layer_can_be_the_target_of_a_model_with_one() -> None:
+    shape = architecture(num_layers=1)
+    assert target_architecture(shape, PruneConfig(num_layers=1)) == shape
+
+
+def test_scores_of_another_model_are_refused() -> None:
+    scores = scores_from(random_values(architecture()), architecture())
+    other: Architecture = architecture(vocab_size=64)
+    with pytest.raises(UserError, match="scores: measured on a model with vocab_size 32, not 64"):
+        make_plan(scores, other, PruneConfig(hidden_size=4))
