@@ -29,6 +29,10 @@ class Worker(NamedTuple):
     connection: Connection
 
 
+class RankFailed(Exception):
+    """Carries a rank's traceback into the test's."""
+
+
 _workers: list[Worker] = []
 
 
@@ -36,7 +40,7 @@ def run_distributed(world_size: int, fn: Callable[..., Any], *args: Any, timeout
     """Call `fn(*args, **kwargs)` on `world_size` ranks with `join_job` done, and return the results by rank.
 
     `fn` is a module-level function; arguments and results travel as pickles. An exception of any rank is raised here
-    with that rank's traceback as a note: the first one to fail speaks for all. A rank that does not answer within
+    with that rank's traceback as its cause: the first one to fail speaks for all. A rank that does not answer within
     `timeout` seconds ends the pool's processes and raises TimeoutError; the next call starts new ones.
     """
     while len(_workers) < world_size:
@@ -48,8 +52,7 @@ def run_distributed(world_size: int, fn: Callable[..., Any], *args: Any, timeout
         outcomes, first_failure = _collect(world_size, timeout)
     if first_failure is not None:
         error, trace = outcomes[first_failure][1]
-        error.add_note(f"on rank {first_failure} of {world_size}:\n{trace}")
-        raise error
+        raise error from RankFailed(f"on rank {first_failure} of {world_size}:\n{trace}")
     return [outcomes[rank][1] for rank in range(world_size)]
 
 

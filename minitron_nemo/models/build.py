@@ -33,6 +33,8 @@ VOCAB_MULTIPLE = 128
 class LanguageModel(GPTModel):
     """GPTModel with our output layer."""
 
+    output_layer: OutputLayer
+
     def setup_embeddings_and_output_layer(self) -> None:
         """Megatron's constructor calls this once the modules exist and before it ties and marks their weights."""
         if self.post_process:

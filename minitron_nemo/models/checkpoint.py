@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from minitron_nemo.arch import Architecture
 from minitron_nemo.arch.architecture import FILE_NAME
@@ -109,14 +109,8 @@ def _clear_vocabulary_padding(model: Model) -> None:
         weights.append(first.embedding.word_embeddings.weight)
     for weight in weights:
         rows = weight.shape[0]
-        start = _tensor_parallel_rank() * rows
+        start = parallel_state.get_tensor_model_parallel_rank() * rows
         weight[max(0, min(rows, model.architecture.vocab_size - start)) :] = 0
-
-
-def _tensor_parallel_rank() -> int:
-    from megatron.core import parallel_state
-
-    return parallel_state.get_tensor_model_parallel_rank()
 
 
 def _first_line(error: BaseException) -> str:

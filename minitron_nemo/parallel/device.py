@@ -116,9 +116,9 @@ def _patch_torch_cuda() -> None:
     # e.g. rotary_pos_embedding.py:162, layers.py:552, mappings.py:141, param_and_grad_buffer.py:800, utils.py:631
     torch.cuda.current_device = lambda: cpu  # type: ignore[assignment,return-value]
     # p2p_communication.py:398, filesystem_async.py:230, fully_parallel.py:272, parallel_state.py:198
-    torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
+    torch.cuda.synchronize = lambda device=None: None
     # random.py:235-240, 422
-    torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()  # type: ignore[assignment]
+    torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import distributed
 
 from minitron_nemo.errors import UserError
-from minitron_nemo.parallel import device
+from minitron_nemo.parallel import device, optimizer_fixes
 from minitron_nemo.parallel.layout import Layout
 
 # Long enough for one rank to read or write a large checkpoint while the others wait at a barrier.
@@ -134,13 +134,13 @@ def join_job() -> None:
         if job.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)
     device.install()
+    optimizer_fixes.install()
     _save_without_manager()
     if distributed.is_initialized():
         return
     if job is None:
-        distributed.init_process_group(
-            device.backend(), store=distributed.HashStore(), rank=0, world_size=1, timeout=TIMEOUT
-        )
+        store = distributed.HashStore()  # type: ignore[attr-defined]
+        distributed.init_process_group(device.backend(), store=store, rank=0, world_size=1, timeout=TIMEOUT)
         return
     distributed.init_process_group(
         device.backend(),

@@ -49,7 +49,7 @@ def test_model_parallel_state_is_remade_for_every_call() -> None:
 def test_an_exception_of_one_rank_is_raised_in_the_test_and_the_pool_recovers() -> None:
     with pytest.raises(UserError, match="the last rank objects") as caught:
         run_distributed(2, _fail_on_last_rank)
-    assert "on rank 1 of 2" in caught.value.__notes__[0]
+    assert "on rank 1 of 2" in str(caught.value.__cause__)
     assert run_distributed(2, _sum_of_ranks) == [(0, 3.0), (1, 3.0)]
 
 
