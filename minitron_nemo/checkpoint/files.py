@@ -1,0 +1,126 @@
+"""Files and directories that are never half-written under their final name; exact reads and writes of bytes."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from minitron_nemo.errors import UserError
+
+AT_FDCWD = -100
+RENAME_EXCHANGE = 2
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write beside, fsync, rename over `path`, fsync the directory."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    fsync(path.parent)
+
+
+def fsync(path: Path) -> None:
+    """Bring a file or a directory's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def partial_path(path: Path) -> Path:
+    """Where the next content of directory `path` is written: beside it, so that a rename brings it in place."""
+    return path.with_name(path.name + ".partial")
+
+
+def make_partial(path: Path) -> Path:
+    """An empty `partial_path(path)`; what an interrupted run left there goes."""
+    partial = partial_path(path)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def commit_partial(path: Path) -> None:
+    """Bring everything under `partial_path(path)` to the disk, then put it in the place of `path`.
+
+    An existing directory is exchanged with the new one in one system call where the file system can, otherwise by two
+    renames; its content is removed afterwards.
+    """
+    partial = partial_path(path)
+    for directory, _, names in os.walk(partial):
+        for name in names:
+            fsync(Path(directory) / name)
+        fsync(Path(directory))
+    if not path.exists():
+        os.rename(partial, path)
+        fsync(path.parent)
+        return
+    if not _exchange(partial, path):
+        old = path.with_name(path.name + ".replaced")
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(path, old)
+        os.rename(partial, path)
+        partial = old
+    fsync(path.parent)
+    shutil.rmtree(partial)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two directory entries atomically (Linux renameat2); False where kernel or file system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    if libc.renameat2(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(second))
+
+
+@contextmanager
+def replacing_directory(path: Path) -> Iterator[Path]:
+    """Yield an empty directory that takes the place of `path` when the block ends; after an error it is removed."""
+    partial = make_partial(path)
+    try:
+        yield partial
+        commit_partial(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_tensor(path: Path, offset: int, tensor: torch.Tensor) -> None:
+    """Fill a contiguous CPU tensor with the file's bytes from `offset`. Raises UserError at its end."""
+    rest = _bytes(tensor)
+    with open(path, "rb", buffering=0) as file:
+        while rest:
+            count = os.preadv(file.fileno(), [rest], offset)
+            if count == 0:
+                raise UserError(f"{path}: truncated: {len(rest)} bytes are missing at offset {offset}; copy it again")
+            rest, offset = rest[count:], offset + count
+
+
+def write_tensor(descriptor: int, offset: int, tensor: torch.Tensor) -> None:
+    """Write a contiguous CPU tensor's bytes at `offset` of an open file."""
+    rest = _bytes(tensor)
+    while rest:
+        count = os.pwrite(descriptor, rest, offset)
+        rest, offset = rest[count:], offset + count
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,85 @@
+"""`Sink`: the one view of a checkpoint that is written; `open_sink` makes one for a format."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from math import prod
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+
+from minitron_nemo.arch import Architecture
+from minitron_nemo.arch.tensors import NamedTensor, tensors
+from minitron_nemo.checkpoint.safe_pickle import METADATA_FILE
+from minitron_nemo.checkpoint.source import Source
+from minitron_nemo.errors import UserError
+
+FORMATS = ("hf", "megatron")
+
+
+class Chunk(NamedTuple):
+    """Rows [start, stop) of a canonical tensor: what is computed, written and stored at once."""
+
+    tensor: NamedTensor
+    start: int
+    stop: int
+
+
+class Sink(Protocol):
+    """A checkpoint being written to `partial_path(path)` by any number of processes; `transform` drives it.
+
+    `dtypes` gives the data type of every canonical tensor of `architecture`.
+    """
+
+    path: Path
+    architecture: Architecture
+    dtypes: Mapping[str, torch.dtype]
+
+    def prepare(self) -> None:
+        """Lay the files out in the empty partial directory; one process, before any writes."""
+
+    def write(self, chunks: Iterable[Chunk], rows: Callable[[Chunk], torch.Tensor], rank: int) -> None:
+        """Write this process's share, asking for the rows of one chunk at a time, and bring it to the disk."""
+
+    def finish(self, source: Source) -> None:
+        """Write what is not weights; one process, after all have written."""
+
+
+def open_sink(path: Path, to: str, architecture: Architecture, dtypes: Mapping[str, torch.dtype]) -> Sink:
+    """A Sink for format `to` ("hf" | "megatron") that will take the place of directory `path`.
+
+    Raises UserError for another format, when `path` holds something that is not a checkpoint, and when the disk
+    has no room for the result beside what is there.
+    """
+    from minitron_nemo.checkpoint.huggingface import HuggingFaceSink
+    from minitron_nemo.checkpoint.megatron_sink import MegatronSink
+
+    if to not in FORMATS:
+        raise UserError(f"format {to!r} is not known; choose one of {', '.join(FORMATS)}")
+    path = Path(path).absolute()
+    if path.exists() and not _is_checkpoint_or_empty(path):
+        raise UserError(f"{path}: exists and is not a checkpoint; it would be replaced: give another destination")
+    _check_room(path, sum(tensor_bytes(tensor, architecture, dtypes) for tensor in tensors(architecture)))
+    return (HuggingFaceSink if to == "hf" else MegatronSink)(path, architecture, dtypes)
+
+
+def tensor_bytes(tensor: NamedTensor, architecture: Architecture, dtypes: Mapping[str, torch.dtype]) -> int:
+    """Size of one canonical tensor as it will be written."""
+    return prod(tensor.spec.shape(architecture)) * dtypes[tensor.name].itemsize
+
+
+def _is_checkpoint_or_empty(path: Path) -> bool:
+    if not path.is_dir():
+        return False
+    return not any(path.iterdir()) or (path / METADATA_FILE).exists() or (path / "config.json").exists()
+
+
+def _check_room(path: Path, needed: int) -> None:
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise UserError(f"{path}: {needed / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free on its disk; make room")

@@ -1,0 +1,80 @@
+"""Tokenizer files that travel with a checkpoint; how many entries they have."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from minitron_nemo.errors import UserError
+
+GENERATION_FILE = "generation_config.json"
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    GENERATION_FILE,
+)
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def copy_files(source: Path, destination: Path) -> None:
+    """Copy the tokenizer files and generation_config.json that exist. A missing generation_config.json is made from
+    the special token ids in config.json, which a checkpoint of ours does not keep otherwise."""
+    destination.mkdir(exist_ok=True)
+    for name in FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, destination / name)
+    if not (source / GENERATION_FILE).is_file() and (source / "config.json").is_file():
+        write_generation_config(destination, read_json(source / "config.json"))
+
+
+def write_generation_config(directory: Path, config: dict[str, Any]) -> None:
+    """generation_config.json with the special token ids among `config`, if there are any."""
+    ids = {key: config[key] for key in SPECIAL_IDS if config.get(key) is not None}
+    if ids:
+        (directory / GENERATION_FILE).write_text(json.dumps(ids, indent=2) + "\n")
+
+
+def special_ids(directory: Path) -> dict[str, Any]:
+    """The special token ids that a directory's generation_config.json gives."""
+    if not (directory / GENERATION_FILE).is_file():
+        return {}
+    config = read_json(directory / GENERATION_FILE)
+    return {key: config[key] for key in SPECIAL_IDS if config.get(key) is not None}
+
+
+def tokenizer_size(directory: Path) -> int | None:
+    """Highest token id + 1, from tokenizer.json or else vocab.json and added_tokens.json; None without them."""
+    path = directory / "tokenizer.json"
+    try:
+        if path.is_file():
+            tokenizer = read_json(path)
+            vocabulary = tokenizer["model"]["vocab"]
+            largest = max(vocabulary.values(), default=-1) if isinstance(vocabulary, dict) else len(vocabulary) - 1
+            return 1 + max([largest, *(token["id"] for token in tokenizer.get("added_tokens", []))])
+        ids: list[int] = []
+        for path in (directory / "vocab.json", directory / "added_tokens.json"):
+            if path.is_file():
+                ids += read_json(path).values()
+        return 1 + max(ids) if ids else None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}: not a tokenizer: {error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises UserError, naming the file, when it is anything else."""
+    try:
+        data = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return data

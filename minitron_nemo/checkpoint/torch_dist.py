@@ -1,0 +1,211 @@
+"""The torch_dist format, read by rows: which chunks a key has, where their bytes are, and how to get some of them.
+
+A chunk is a torch.save blob inside a `.distcp` file: an uncompressed zip whose `data/0` holds the tensor's bytes. The
+zip's directory says where they start, so rows are read without the rest of the chunk.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+
+import torch
+
+from minitron_nemo.checkpoint.files import read_tensor
+from minitron_nemo.checkpoint.safe_pickle import MALFORMED, Record, TensorUnpickler
+from minitron_nemo.errors import UserError
+
+LOCAL_HEADER_BYTES = 30  # of a zip entry, before its name
+
+
+@dataclass(frozen=True)
+class StoredChunk:
+    """Part of a global tensor: entries from `origin`, `sizes` of them along each dim, in a blob of a file."""
+
+    path: Path
+    offset: int
+    length: int
+    origin: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StoredKey:
+    """A global tensor of the checkpoint."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: tuple[StoredChunk, ...]
+
+    @cached_property
+    def _by_layer(self) -> dict[int, list[StoredChunk]]:
+        """Chunks per entry of dim 0."""
+        layers: dict[int, list[StoredChunk]] = {}
+        for chunk in self.chunks:
+            for layer in range(chunk.origin[0], chunk.origin[0] + chunk.sizes[0]):
+                layers.setdefault(layer, []).append(chunk)
+        return layers
+
+    def of_layer(self, layer: int | None) -> list[StoredChunk]:
+        """Chunks that hold some of a stacked layer; all for None."""
+        return list(self.chunks) if layer is None else self._by_layer[layer]
+
+    @cached_property
+    def _payloads(self) -> dict[StoredChunk, int]:
+        """Where the bytes of the chunks read so far start."""
+        return {}
+
+    def check_complete(self, directory: Path, key: str, file_sizes: Mapping[Path, int]) -> None:
+        """Raise UserError when chunks are missing or reach beyond the end of their files."""
+        stored = sum(prod(chunk.sizes) for chunk in self.chunks)
+        if stored != prod(self.shape):
+            raise UserError(
+                f"{directory}: tensor {key} is incomplete: {stored} of {prod(self.shape)} entries are stored"
+            )
+        for chunk in self.chunks:
+            if chunk.path not in file_sizes:
+                raise UserError(f"{chunk.path}: not found, but .metadata names it; copy it again")
+            size = file_sizes[chunk.path]
+            if chunk.offset + chunk.length > size:
+                raise UserError(f"{chunk.path}: truncated: {key} ends at {chunk.offset + chunk.length} of {size} bytes")
+
+    def read_into(self, out: torch.Tensor, layer: int | None, start: int) -> None:
+        """Fill `out` ([rows, columns] or [rows]) with rows from `start` of a stacked layer or of the tensor."""
+        lead = 0 if layer is None else 1
+        stop = start + out.shape[0]
+        for chunk in self.of_layer(layer):
+            origin, sizes = chunk.origin[lead:], chunk.sizes[lead:]
+            first, last = max(start, origin[0]), min(stop, origin[0] + sizes[0])
+            if first >= last:
+                continue
+            row_bytes = prod(sizes[1:]) * self.dtype.itemsize
+            skipped = first - origin[0] if layer is None else first - origin[0] + (layer - chunk.origin[0]) * sizes[0]
+            if chunk not in self._payloads:
+                self._payloads[chunk] = payload_offset(chunk, self.dtype)
+            offset = self._payloads[chunk] + skipped * row_bytes
+            target = out[first - start : last - start]
+            if sizes[1:] == target.shape[1:]:
+                read_tensor(chunk.path, offset, target)
+            else:  # the columns are cut: a tensor-parallel rank's share
+                part = torch.empty((last - first, sizes[1]), dtype=self.dtype)
+                read_tensor(chunk.path, offset, part)
+                target[:, origin[1] : origin[1] + sizes[1]] = part
+
+
+def stored_keys(directory: Path, metadata: Record) -> dict[str, StoredKey]:
+    """Every tensor of a checkpoint's `.metadata`. Raises UserError where it is inconsistent."""
+    try:
+        places = {
+            (index.fqn, index.offset): place
+            for index, place in metadata.storage_data.items()  # type: ignore[attr-defined]
+            if index.offset is not None
+        }
+        return {
+            key: StoredKey(
+                entry.properties.state[0],
+                tuple(entry.size),
+                tuple(_chunk(directory, key, chunk, places) for chunk in entry.chunks),
+            )
+            for key, entry in metadata.state_dict_metadata.items()  # type: ignore[attr-defined]
+            if type(entry).__name__ == "TensorStorageMetadata"
+        }
+    except MALFORMED as error:
+        raise UserError(f"{directory}/.metadata: inconsistent: {type(error).__name__}: {error}") from None
+
+
+def _chunk(directory: Path, key: str, chunk: Record, places: dict) -> StoredChunk:
+    origin, sizes = tuple(chunk.offsets), tuple(chunk.sizes)  # type: ignore[attr-defined]
+    place = places[key, origin]
+    if vars(place).get("transform_descriptors"):
+        raise UserError(f"{directory}: {key} is stored through {place.transform_descriptors}; only plain is supported")
+    return StoredChunk(directory / place.relative_path, place.offset, place.length, origin, sizes)
+
+
+class _Window(io.RawIOBase):
+    """`length` bytes of an open file from `offset`, as a file of its own."""
+
+    def __init__(self, descriptor: int, offset: int, length: int) -> None:
+        self.descriptor, self.offset, self.length = descriptor, offset, length
+        self.position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence]
+        if base + position < 0:
+            raise OSError("seek before the start")
+        self.position = base + position
+        return self.position
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        count = max(0, min(len(buffer), self.length - self.position))
+        data = os.pread(self.descriptor, count, self.offset + self.position)
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
+
+
+def payload_offset(chunk: StoredChunk, dtype: torch.dtype) -> int:
+    """Where in its file a chunk's first byte is.
+
+    Raises UserError unless the chunk is one contiguous little-endian tensor of its declared shape and `dtype`, stored
+    uncompressed.
+    """
+    try:
+        with open(chunk.path, "rb", buffering=0) as file:
+            window = _Window(file.fileno(), chunk.offset, chunk.length)
+            with zipfile.ZipFile(window) as blob:
+                return chunk.offset + _payload_in_blob(blob, window, chunk, dtype)
+    except (*MALFORMED, zipfile.BadZipFile, OSError) as error:
+        raise UserError(f"{chunk.path}: refused: the blob at offset {chunk.offset}: {error}") from None
+
+
+def _payload_in_blob(blob: zipfile.ZipFile, window: _Window, chunk: StoredChunk, dtype: torch.dtype) -> int:
+    entries = {entry.filename.split("/", 1)[-1]: entry for entry in blob.infolist()}
+    storage, first, shape, stride = TensorUnpickler(io.BytesIO(_content(window, entries["data.pkl"]))).load()
+    storage_class, key, _ = storage
+    if storage_class != _STORAGES[dtype] or shape != chunk.sizes:
+        raise ValueError(f"holds {storage_class} {list(shape)}, .metadata says {dtype} {list(chunk.sizes)}")
+    if "byteorder" in entries and _content(window, entries["byteorder"]) != b"little":
+        raise ValueError("is not little-endian")
+    contiguous = tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    if any(step != wanted for step, wanted, size in zip(stride, contiguous, shape, strict=True) if size > 1):
+        raise ValueError(f"is not stored row by row: strides {list(stride)}")
+    payload = entries[f"data/{key}"]
+    if payload.file_size < (first + prod(shape)) * dtype.itemsize:
+        raise ValueError(f"holds {payload.file_size} bytes for {list(shape)} of {dtype}")
+    return _content_offset(window, payload) + first * dtype.itemsize
+
+
+def _content_offset(window: _Window, entry: zipfile.ZipInfo) -> int:
+    """Where an uncompressed entry's bytes start in the zip; its local header repeats the name and pads it."""
+    if entry.compress_type != zipfile.ZIP_STORED:
+        raise ValueError("is compressed")
+    window.seek(entry.header_offset)
+    header = window.read(LOCAL_HEADER_BYTES) or b""
+    name_length, extra_length = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
+    return entry.header_offset + LOCAL_HEADER_BYTES + name_length + extra_length
+
+
+def _content(window: _Window, entry: zipfile.ZipInfo) -> bytes:
+    """An entry's bytes, without its CRC32, which torch.save may have left out."""
+    window.seek(_content_offset(window, entry))
+    return window.read(entry.file_size) or b""
+
+
+_STORAGES = {
+    torch.float64: "DoubleStorage",
+    torch.float32: "FloatStorage",
+    torch.float16: "HalfStorage",
+    torch.bfloat16: "BFloat16Storage",
+}

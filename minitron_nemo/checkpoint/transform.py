@@ -1,0 +1,185 @@
+"""The one streaming pass: source -> Plan -> sink, a block of rows at a time.
+
+Import, export, resharding and pruning are all this pass. Memory is bounded by a few blocks whatever the model's size.
+The blocks are fixed by the result alone and dealt out to the processes, so any number of them writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from minitron_nemo.arch import Architecture, Plan
+from minitron_nemo.arch.axes import Indices
+from minitron_nemo.arch.tensors import NamedTensor, tensors
+from minitron_nemo.checkpoint.files import commit_partial, make_partial, partial_path
+from minitron_nemo.checkpoint.sink import Chunk, Sink, open_sink
+from minitron_nemo.checkpoint.source import Source, open_source
+from minitron_nemo.errors import UserError
+
+BLOCK_BYTES = 16 * 2**20
+
+
+def _alone() -> None:
+    """The barrier of a single process."""
+
+
+def convert(
+    source: Path,
+    destination: Path,
+    to: str,
+    *,
+    plan: Plan | None = None,
+    dtype: torch.dtype | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    barrier: Callable[[], None] = _alone,
+    progress: bool = True,
+) -> None:
+    """Write `source`, cut to `plan`, to directory `destination` in format `to` ("hf" | "megatron").
+
+    Weights keep their data type where `dtype` is None; GGUF becomes bfloat16. All processes of a job call this with
+    their `rank`. An existing checkpoint at `destination` is replaced at the end, in one piece. Raises UserError.
+    """
+    source, destination = Path(source), Path(destination)
+    if destination.exists() and source.exists() and destination.samefile(source):
+        raise UserError(f"{destination}: is the source itself; give another destination")
+    opened = open_source(source)
+    plan = plan or Plan.identity(opened.architecture)
+    _check_plan(opened, plan)
+    if dtype is None and opened.format == "gguf":
+        dtype = torch.bfloat16
+    dtypes = {tensor.name: dtype or opened.dtype(_source_name(plan, tensor)) for tensor in tensors(plan.target)}
+    sink = open_sink(destination, to, plan.target, dtypes)
+    transform(opened, plan, sink, rank=rank, world_size=world_size, barrier=barrier, progress=progress)
+
+
+def transform(
+    source: Source,
+    plan: Plan,
+    sink: Sink,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    barrier: Callable[[], None] = _alone,
+    progress: bool = True,
+) -> None:
+    """Carry `plan` out: fill `sink` from `source` and put it in place.
+
+    Process `rank` of `world_size` writes its share of the blocks; `barrier` waits for all. Process 0 puts the result in
+    place after all have written. When one fails nothing takes the final name; it raises UserError for a full disk.
+    """
+    _check_plan(source, plan)
+    partial = partial_path(sink.path)
+    try:
+        if rank == 0:
+            make_partial(sink.path)
+            sink.prepare()
+        barrier()
+        mine = share(chunks(plan.target, sink.dtypes), rank, world_size)
+        sink.write(_shown(mine, sink, progress and rank == 0), slicer(source, plan, sink.dtypes), rank)
+        barrier()
+        if rank == 0:
+            sink.finish(source)
+            commit_partial(sink.path)
+        barrier()
+    except OSError as error:
+        raise UserError(f"{sink.path}: not written: {error.strerror or error}; what was there is untouched") from error
+    finally:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def chunks(architecture: Architecture, dtypes: Mapping[str, torch.dtype]) -> list[Chunk]:
+    """All rows of all tensors in blocks of at most BLOCK_BYTES (one row at least), in the order of the forward pass."""
+    blocks = []
+    for tensor in tensors(architecture):
+        rows, *columns = tensor.spec.shape(architecture)
+        step = max(1, BLOCK_BYTES // (prod(columns) * dtypes[tensor.name].itemsize))
+        blocks += [Chunk(tensor, start, min(start + step, rows)) for start in range(0, rows, step)]
+    return blocks
+
+
+def share(blocks: Sequence[Chunk], rank: int, world_size: int) -> Sequence[Chunk]:
+    """The run of blocks that process `rank` of `world_size` writes: about equal rows of about equal size."""
+    return blocks[len(blocks) * rank // world_size : len(blocks) * (rank + 1) // world_size]
+
+
+def slicer(source: Source, plan: Plan, dtypes: Mapping[str, torch.dtype]) -> Callable[[Chunk], torch.Tensor]:
+    """A function that computes a block of the result, of the wanted data type: [rows, columns] or [rows]."""
+
+    @lru_cache(maxsize=1)  # the blocks of a tensor follow each other
+    def selections(tensor: NamedTensor) -> list[Indices | None]:
+        kept = plan.kept(tensor.layer)
+        return [dim.select(plan.source, kept) for dim in tensor.spec.dims]
+
+    def rows(chunk: Chunk) -> torch.Tensor:
+        name = _source_name(plan, chunk.tensor)
+        kept_rows, *kept_columns = selections(chunk.tensor)
+        columns = kept_columns[0] if kept_columns else None
+        if kept_rows is None:
+            block = _take(source.read(name, chunk.start, chunk.stop), columns, 1)
+        else:
+            wanted = kept_rows[chunk.start : chunk.stop]
+            block = torch.cat([_take(part, columns, 1) for part in _selected_rows(source, name, wanted)])
+        return block.to(dtypes[chunk.tensor.name])
+
+    return rows
+
+
+def _selected_rows(source: Source, name: str, wanted: Indices) -> Iterator[torch.Tensor]:
+    """The `wanted` rows (ascending) of a tensor, in windows of at most BLOCK_BYTES of it: gaps between are not read."""
+    row_bytes = source.read(name, 0, 1).nbytes
+    window = max(1, BLOCK_BYTES // row_bytes)
+    position = 0
+    while position < len(wanted):
+        first = int(wanted[position])
+        end = int(np.searchsorted(wanted, first + window))
+        last = int(wanted[end - 1])
+        yield _take(source.read(name, first, last + 1), wanted[position:end] - first, 0)
+        position = end
+
+
+def _take(block: torch.Tensor, indices: Indices | None, dim: int) -> torch.Tensor:
+    """`block.index_select(dim, indices)`; None takes all. By way of numpy, which is several times faster on columns."""
+    if indices is None or len(indices) == block.shape[dim]:
+        return block
+    words = block.view(_WORDS[block.dtype.itemsize]).numpy()
+    # The indices are in range (the Plan checks them); "clip" spares numpy a buffered copy.
+    return torch.from_numpy(np.take(words, indices, axis=dim, mode="clip")).view(block.dtype)
+
+
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _source_name(plan: Plan, tensor: NamedTensor) -> str:
+    """Name in the source of a tensor of the result, whose layers are numbered anew."""
+    return tensor.name if tensor.layer is None else tensor.spec.name.format(layer=plan.kept_layers[tensor.layer])
+
+
+def _check_plan(source: Source, plan: Plan) -> None:
+    for field in fields(Architecture):
+        planned, found = getattr(plan.source, field.name), getattr(source.architecture, field.name)
+        if planned != found:
+            raise UserError(f"{source.path}: the plan is for another model: {field.name} is {found}, planned {planned}")
+
+
+def _shown(blocks: Sequence[Chunk], sink: Sink, show: bool) -> Iterator[Chunk]:
+    """The blocks, with a progress bar over their bytes."""
+
+    def size(chunk: Chunk) -> int:
+        columns = chunk.tensor.spec.shape(sink.architecture)[1:]
+        return (chunk.stop - chunk.start) * prod(columns) * sink.dtypes[chunk.tensor.name].itemsize
+
+    with tqdm(total=sum(map(size, blocks)), desc=sink.path.name, unit="B", unit_scale=True, disable=not show) as bar:
+        for chunk in blocks:
+            yield chunk
+            bar.update(size(chunk))
