@@ -1,4 +1,4 @@
-"""Files and directories that are never half-written under their final name; exact reads and writes of bytes."""
+"""Files and directories that are never half-written under their final name."""
 
 from __future__ import annotations
 
@@ -9,10 +9,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
-
-from minitron_nemo.errors import UserError
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
@@ -101,26 +97,3 @@ def replacing_directory(path: Path) -> Iterator[Path]:
         commit_partial(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def read_tensor(path: Path, offset: int, tensor: torch.Tensor) -> None:
-    """Fill a contiguous CPU tensor with the file's bytes from `offset`. Raises UserError at its end."""
-    rest = _bytes(tensor)
-    with open(path, "rb", buffering=0) as file:
-        while rest:
-            count = os.preadv(file.fileno(), [rest], offset)
-            if count == 0:
-                raise UserError(f"{path}: truncated: {len(rest)} bytes are missing at offset {offset}; copy it again")
-            rest, offset = rest[count:], offset + count
-
-
-def write_tensor(descriptor: int, offset: int, tensor: torch.Tensor) -> None:
-    """Write a contiguous CPU tensor's bytes at `offset` of an open file."""
-    rest = _bytes(tensor)
-    while rest:
-        count = os.pwrite(descriptor, rest, offset)
-        rest, offset = rest[count:], offset + count
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data

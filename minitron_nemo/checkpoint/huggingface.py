@@ -14,10 +14,11 @@ from minitron_nemo.arch import Architecture
 from minitron_nemo.arch.huggingface import architecture_from_hf, hf_config
 from minitron_nemo.arch.tensors import tensors
 from minitron_nemo.checkpoint import tokenizer
-from minitron_nemo.checkpoint.files import fsync, partial_path, read_tensor, write_tensor
+from minitron_nemo.checkpoint.files import fsync, partial_path
 from minitron_nemo.checkpoint.safetensors_files import StoredTensor, lay_out, read_header
 from minitron_nemo.checkpoint.sink import Chunk
 from minitron_nemo.checkpoint.source import Source, check_tensors
+from minitron_nemo.checkpoint.tensor_io import read_tensor, write_tensor
 from minitron_nemo.errors import UserError
 
 INDEX_FILE = "model.safetensors.index.json"

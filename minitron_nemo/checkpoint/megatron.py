@@ -26,7 +26,6 @@ from minitron_nemo.errors import UserError
 
 PREFIXES = ("", "module.")
 MODEL_PARTS = ("embedding.", "decoder.", "output_layer.")
-TOKENIZER_DIRECTORY = "tokenizer"
 
 
 class Segment(NamedTuple):
@@ -121,10 +120,10 @@ class MegatronSource:
         )
 
     def tokenizer_size(self) -> int | None:
-        return tokenizer.tokenizer_size(self.path / TOKENIZER_DIRECTORY)
+        return tokenizer.tokenizer_size(self.path / tokenizer.DIRECTORY)
 
     def copy_tokenizer(self, directory: Path) -> None:
-        tokenizer.copy_files(self.path / TOKENIZER_DIRECTORY, directory)
+        tokenizer.copy_files(self.path / tokenizer.DIRECTORY, directory)
 
 
 def _writer(chunk: StoredChunk) -> int:

@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.metadata import (
 
 from minitron_nemo.arch import Architecture
 from minitron_nemo.arch.tensors import TensorSpec, table, tensors
+from minitron_nemo.checkpoint import tokenizer
 from minitron_nemo.checkpoint.files import fsync, partial_path
-from minitron_nemo.checkpoint.megatron import TOKENIZER_DIRECTORY
 from minitron_nemo.checkpoint.safe_pickle import METADATA_FILE
 from minitron_nemo.checkpoint.sink import Chunk
 from minitron_nemo.checkpoint.source import Source
@@ -113,7 +113,7 @@ class MegatronSink:
         torch.save({}, partial / "common.pt")
         (partial / "metadata.json").write_text(json.dumps(FORMAT))
         self.architecture.save(partial)
-        source.copy_tokenizer(partial / TOKENIZER_DIRECTORY)
+        source.copy_tokenizer(partial / tokenizer.DIRECTORY)
         (partial / METADATA_FILE).write_bytes(pickle.dumps(complete))
 
 

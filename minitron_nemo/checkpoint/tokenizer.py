@@ -9,6 +9,7 @@ from typing import Any
 
 from minitron_nemo.errors import UserError
 
+DIRECTORY = "tokenizer"  # inside a Megatron checkpoint
 GENERATION_FILE = "generation_config.json"
 FILES = (
     "tokenizer.json",
@@ -26,14 +27,23 @@ SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def copy_files(source: Path, destination: Path) -> None:
-    """Copy the tokenizer files and generation_config.json that exist. A missing generation_config.json is made from
-    the special token ids in config.json, which a checkpoint of ours does not keep otherwise."""
+    """Copy the tokenizer files and generation_config.json of a checkpoint, or of a plain directory, that exist.
+
+    A missing generation_config.json is made from the special token ids in config.json, which would be lost otherwise.
+    """
     destination.mkdir(exist_ok=True)
+    source = directory_of(source)
     for name in FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, destination / name)
     if not (source / GENERATION_FILE).is_file() and (source / "config.json").is_file():
         write_generation_config(destination, read_json(source / "config.json"))
+
+
+def directory_of(checkpoint: Path) -> Path:
+    """Where a Hugging Face or Megatron checkpoint keeps its tokenizer files."""
+    inner = checkpoint / DIRECTORY
+    return inner if inner.is_dir() else checkpoint
 
 
 def write_generation_config(directory: Path, config: dict[str, Any]) -> None:

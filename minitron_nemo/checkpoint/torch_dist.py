@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from minitron_nemo.checkpoint.files import read_tensor
 from minitron_nemo.checkpoint.safe_pickle import MALFORMED, Record, TensorUnpickler
+from minitron_nemo.checkpoint.tensor_io import read_tensor
 from minitron_nemo.errors import UserError
 
 LOCAL_HEADER_BYTES = 30  # of a zip entry, before its name
