@@ -19,8 +19,8 @@ class Report:
     """The updates since the last report; `lr` and `grad_norm` (before clipping) are those of the last one.
 
     `loss` is what is minimised; `logits` and `ce` are its parts before their weights (`ce` is computed beside a
-    divergence even at weight 0). Each is a sum over tokens, in nats, divided by the number of tokens whose weight is not 0.
-    `tokens_per_second` counts positions of all ranks, ignored ones included.
+    divergence even at weight 0). Each is a sum over tokens, in nats, divided by the number of tokens whose weight is
+    not 0. `tokens_per_second` counts positions of all ranks, ignored ones included.
     """
 
     iteration: int

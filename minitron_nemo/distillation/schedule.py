@@ -1,7 +1,7 @@
 """The learning rate as a function of the step: no state, so a resumed run cannot disagree with an uninterrupted one.
 
-    warm-up   lr(n) = peak * n / warmup                                                  1 <= n <= warmup
-    cosine    lr(n) = floor + (peak - floor) * (1 + cos(pi * (n - warmup) / (steps - warmup))) / 2     else
+warm-up   lr(n) = peak * n / warmup                                                  1 <= n <= warmup
+cosine    lr(n) = floor + (peak - floor) * (1 + cos(pi * (n - warmup) / (steps - warmup))) / 2     else
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ from megatron.core.tensor_parallel.random import _get_cuda_rng_state, _set_cuda_
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from torch.distributed.checkpoint import save as dcp_save
 
-from minitron_nemo.checkpoint.files import write_atomic
+from minitron_nemo.checkpoint.files import commit_partial, make_partial, partial_path, write_atomic
 from minitron_nemo.checkpoint.safe_pickle import check_metadata
 from minitron_nemo.errors import UserError
 from minitron_nemo.models.build import Model
@@ -75,7 +75,7 @@ class TrainingState:
     def save(self, iteration: int, data_position: Mapping[str, Any]) -> None:
         """Write the state after update `iteration`. Collective. Raises SaveError on all ranks if any cannot write."""
         final = self.directory / f"iter_{iteration:07d}"
-        partial = final.with_name(final.name + ".partial")
+        partial = partial_path(final)
         training = {
             "schema_version": SCHEMA_VERSION,
             "iteration": iteration,
@@ -84,7 +84,7 @@ class TrainingState:
             **self._layout(),
         }
         try:
-            agreed(_on_rank_0(lambda: _fresh_directory(partial)))
+            agreed(_on_rank_0(lambda: make_partial(final)))
             common = self._save_tensors(partial)
             agreed(lambda: write_atomic(partial / f"random_{launch.rank():05d}.pt", _bytes(_random_state())))
 
@@ -92,9 +92,7 @@ class TrainingState:
                 write_atomic(partial / "common.pt", _bytes(common))
                 write_atomic(partial / TRAINING, json.dumps(training, indent=2) + "\n")
                 save_backend_config(CheckpointingConfig("torch_dist", 1), str(partial))
-                if final.exists():
-                    shutil.rmtree(final)  # of a run that went back to an earlier checkpoint
-                os.rename(partial, final)
+                commit_partial(final)
                 write_atomic(self.directory / TRACKER, f"{iteration}\n")
                 self._drop_old(iteration)
 
@@ -122,8 +120,8 @@ class TrainingState:
             "optimizer": self.optimizer.sharded_state_dict(model_state, is_loading=True, metadata=SHARDING),
         }
         loaded = dist_checkpointing.load(state, str(found))
-        for index, chunk in enumerate(self.student.chunks):
-            chunk.module.load_state_dict(loaded[f"model{index}"])
+        for index, module in enumerate(self.student.modules):
+            module.load_state_dict(loaded[f"model{index}"])
         self.optimizer.load_state_dict(loaded["optimizer"])
         if all(training[key] == value for key, value in self._layout().items()):
             _restore_random_state(torch.load(found / f"random_{launch.rank():05d}.pt", weights_only=True))
@@ -146,7 +144,7 @@ class TrainingState:
         return common
 
     def _model_state(self) -> dict[str, Any]:
-        return {f"model{index}": chunk.module.sharded_state_dict() for index, chunk in enumerate(self.student.chunks)}
+        return {f"model{index}": module.sharded_state_dict() for index, module in enumerate(self.student.modules)}
 
     def _layout(self) -> dict[str, Any]:
         return {"layout": asdict(self.student.layout), "world_size": launch.world_size()}
@@ -175,21 +173,24 @@ class TrainingState:
     def _clean(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         for partial in self.directory.glob("*.partial"):
-            shutil.rmtree(partial)
+            if partial.is_dir():
+                shutil.rmtree(partial)
+            else:
+                partial.unlink()
 
     def _drop_old(self, newest: int) -> None:
         """Keep the last `keep_last` checkpoints up to `newest`; later ones belong to an abandoned future."""
-        found = {int(path.name[5:]): path for path in self.directory.iterdir() if re.fullmatch(r"iter_\d{7,}", path.name)}
+        names = [path.name for path in self.directory.iterdir() if re.fullmatch(r"iter_\d{7,}", path.name)]
+        found = {int(name.removeprefix("iter_")): self.directory / name for name in names}
         kept = sorted(iteration for iteration in found if iteration <= newest)[-self.keep_last :]
         for iteration, path in found.items():
             if iteration not in kept:
                 # Renamed first: a removal that is interrupted must not look like a checkpoint.
-                doomed = path.with_name(path.name + ".partial")
-                os.rename(path, doomed)
-                shutil.rmtree(doomed)
+                os.rename(path, partial_path(path))
+                shutil.rmtree(partial_path(path))
 
 
-def agreed(work: Callable[[], None]) -> None:
+def agreed(work: Callable[[], object]) -> None:
     """Run `work` on every rank; raise SaveError on all of them if the file system refused it on one. Collective."""
     refusal = None
     try:
@@ -202,14 +203,8 @@ def agreed(work: Callable[[], None]) -> None:
         raise SaveError("; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(refusals) if reason))
 
 
-def _on_rank_0(work: Callable[[], None]) -> Callable[[], None]:
+def _on_rank_0(work: Callable[[], object]) -> Callable[[], object]:
     return work if launch.rank() == 0 else lambda: None
-
-
-def _fresh_directory(path: Path) -> None:
-    if path.exists():
-        shutil.rmtree(path)
-    path.mkdir(parents=True)
 
 
 def _bytes(content: Any) -> bytes:

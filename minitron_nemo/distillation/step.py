@@ -23,8 +23,9 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from minitron_nemo.data.sampler import Microbatch
 from minitron_nemo.distillation.objective import DistillationObjective
-from minitron_nemo.distillation.teacher import Microbatch, TeacherSignal, TeacherSource, gather_sequence
+from minitron_nemo.distillation.teacher import TeacherSignal, TeacherSource, gather_sequence
 from minitron_nemo.kernels.linear_kd import LossSums
 from minitron_nemo.models.build import Model
 from minitron_nemo.parallel.device import current_device

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from minitron_nemo.data.sampler import Microbatch
 from minitron_nemo.errors import UserError
 from minitron_nemo.models.build import Model
 from minitron_nemo.models.forward import forward_only
-
-Microbatch = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -55,24 +54,28 @@ class ColocatedTeacher:
         tp = layout.tensor_model_parallel_size
         if sequence_length % tp:
             raise UserError(
-                f"data.sequence_length: {sequence_length} is not a multiple of parallel.tensor_model_parallel_size {tp}, "
-                "over which the teacher's states are split; change one of them"
+                f"data.sequence_length: {sequence_length} is not a multiple of parallel.tensor_model_parallel_size "
+                f"{tp}, over which the teacher's states are split; change one of them"
             )
         self.model = model
         self.sequence_length = sequence_length
         self.micro_batch_size = micro_batch_size
+        tokens = micro_batch_size * sequence_length // tp
+        element_size = next(model.chunks[0].parameters()).element_size()
         self.window = window_size(
-            state_bytes=micro_batch_size * (sequence_length // tp) * model.architecture.hidden_size
-            * next(model.chunks[0].parameters()).element_size(),
+            state_bytes=tokens * model.architecture.hidden_size * element_size,
             buffer_bytes=buffer_bytes,
             multiple_of=layout.pipeline_model_parallel_size if layout.virtual_pipeline_model_parallel_size else 1,
         )
         for chunk in model.chunks:
             chunk.requires_grad_(False)
             chunk.eval()
-        self.output_layer = model.output_layer
-        if self.output_layer is not None:
-            self.output_layer.mode = "hidden"
+        self.output_weight: Tensor | None = None
+        if model.output_layer is not None:
+            model.output_layer.mode = "hidden"
+            last = model.modules[-1]
+            tied = last.share_embeddings_and_output_weights
+            self.output_weight = last.shared_embedding_or_output_weight() if tied else model.output_layer.weight
 
     def step(self, microbatches: Sequence[Microbatch]) -> TeacherSignal:
         """Run the teacher on `microbatches` and keep the states of its last stage."""
@@ -84,8 +87,7 @@ class ColocatedTeacher:
             self.micro_batch_size,
             self._keep,
         )
-        weight = None if self.output_layer is None else self.model.output_weight.detach()
-        return TeacherSignal(hidden, weight)
+        return TeacherSignal(hidden, self.output_weight)
 
     def _keep(self, output: Tensor, microbatch: Microbatch) -> Tensor:
         states = output.transpose(0, 1)  # [b, s, h] -> [s, b, h]; the sequence is [s/tp] already under SP

@@ -84,21 +84,19 @@ def train(
             buffer_bytes=recipe.teacher.buffer_bytes,
         )
         _check_vocabularies(student_dir, student, teacher_dir, teacher.model)
-    dataset = open_train(data, prepared)
     trainer = Trainer(
         config,
         objective,
         student,
         teacher,
-        dataset,
-        Sampler(dataset, data.seed),
+        Sampler(open_train(data, prepared), data.seed),
         directory=work_dir,
         run_dir=run_dir,
         name="correct" if correcting else "distill",
         settings={
             **_settings("train", config),
             **_settings("distill", recipe.distill if teacher_dir else objective),
-            **_settings("data", data),
+            "data.separator_weight": data.separator_weight,  # the rest of the data the sampler's state vouches for
             "student": _on_rank_0_fingerprint(student_dir),
             "teacher": None if teacher_dir is None else _on_rank_0_fingerprint(teacher_dir),
         },
@@ -147,16 +145,17 @@ def _check_batches(config: TrainConfig, layout: Layout) -> None:
     count = config.global_batch_size // per_microbatch
     if layout.virtual_pipeline_model_parallel_size and count % pipeline:
         raise UserError(
-            f"train.global_batch_size: {config.global_batch_size} makes {count} microbatches a rank, which virtual stages "
-            f"need to be a multiple of parallel.pipeline_model_parallel_size {pipeline}; change the batch sizes"
+            f"train.global_batch_size: {config.global_batch_size} makes {count} microbatches a rank; with virtual "
+            f"stages it must be a multiple of parallel.pipeline_model_parallel_size {pipeline}; change the batch sizes"
         )
 
 
 def _check_vocabularies(student_dir: Path, student: Model, teacher_dir: Path, teacher: Model) -> None:
-    if student.architecture.vocab_size != teacher.architecture.vocab_size:
+    own, wanted = student.architecture.vocab_size, teacher.architecture.vocab_size
+    if own != wanted:
         raise UserError(
-            f"{student_dir}: vocab_size {student.architecture.vocab_size} is not the {teacher.architecture.vocab_size} of "
-            f"{teacher_dir}; teacher and student must share the tokenizer"
+            f"{student_dir}: vocab_size {own} is not the {wanted} of {teacher_dir}; teacher and student must share "
+            "the tokenizer"
         )
 
 

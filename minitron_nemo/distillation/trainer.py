@@ -7,11 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from megatron.core import parallel_state
 
 from minitron_nemo.config import TrainConfig
-from minitron_nemo.data.dataset import PackedDataset
 from minitron_nemo.data.sampler import Sampler, microbatches
 from minitron_nemo.distillation.objective import DistillationObjective
 from minitron_nemo.distillation.optimizer import build_optimizer, set_learning_rate
@@ -42,7 +40,6 @@ class Trainer:
         objective: DistillationObjective,
         student: Model,
         teacher: TeacherSource | None,
-        dataset: PackedDataset,
         sampler: Sampler,
         *,
         directory: Path,
@@ -52,7 +49,6 @@ class Trainer:
     ) -> None:
         self.config = config
         self.student = student
-        self.dataset = dataset
         self.sampler = sampler
         self.directory = directory
         self.run_dir = run_dir
@@ -62,11 +58,11 @@ class Trainer:
             student,
             teacher,
             objective,
-            sequence_length=dataset.sequence_length,
+            sequence_length=sampler.blend.sequence_length,
             micro_batch_size=config.micro_batch_size,
         )
         self.state = TrainingState(directory, student, self.optimizer, settings, config.keep_last)
-        self.meter = Meter(objective, config.global_batch_size * dataset.sequence_length)
+        self.meter = Meter(objective, config.global_batch_size * sampler.blend.sequence_length)
         self.iteration = 0
         self.reports: list[Report] = []
 
@@ -120,10 +116,9 @@ class Trainer:
     def _update(self) -> tuple[float, float]:
         """One update of the parameters; the gradient norm before clipping, and the learning rate."""
         config = self.config
-        indices = self.sampler.next_batch(config.global_batch_size)
         batches = microbatches(
-            self.dataset,
-            indices,
+            self.sampler.blend,
+            self.sampler.global_batch(config.global_batch_size),
             parallel_state.get_data_parallel_rank(),
             parallel_state.get_data_parallel_world_size(),
             config.micro_batch_size,

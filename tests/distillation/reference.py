@@ -59,7 +59,7 @@ def expected_step(
     ce_weight: float = 0.0,
     temperature: float = 1.0,
 ) -> Expected:
-    """`L = sum_k w_k (ce_weight * CE_k + logits_weight * T^2 * KL(p_t || p_s)_k)`, its gradient divided by #{w_k != 0}."""
+    """`L = sum_k w_k (ce_weight * CE_k + logits_weight * T^2 * KL(p_t || p_s)_k)`; its gradient over #{w_k != 0}."""
     student = LlamaForCausalLM.from_pretrained(student_dir, dtype=torch.float64, attn_implementation="eager")
     teacher = teacher_dir and LlamaForCausalLM.from_pretrained(
         teacher_dir, dtype=torch.float64, attn_implementation="eager"
@@ -97,23 +97,22 @@ def rank_slice(gradients: dict[str, Tensor], name: str, layer: int, tp: int, tp_
         return matrix.chunk(tp, 0)[tp_rank]
 
     hf = f"model.layers.{layer}."
-    kind = name.rsplit("layers.", 1)[-1].split(".", 1)[-1]
-    if kind.endswith("linear_qkv.weight"):
+    if name.endswith("linear_qkv.weight"):
         q, k, v = (gradients[f"{hf}self_attn.{part}_proj.weight"] for part in "qkv")
         grouped = [matrix.reshape(groups, -1, matrix.shape[1]) for matrix in (q, k, v)]
         return rows(torch.cat(grouped, 1).reshape(-1, q.shape[1]))
-    if kind.endswith("linear_fc1.weight"):
+    if name.endswith("linear_fc1.weight"):
         return torch.cat([rows(gradients[f"{hf}mlp.{part}_proj.weight"]) for part in ("gate", "up")])
-    if kind.endswith("linear_fc2.weight"):
+    if name.endswith("linear_fc2.weight"):
         return gradients[f"{hf}mlp.down_proj.weight"].chunk(tp, 1)[tp_rank]
-    if kind.endswith("linear_proj.weight"):
+    if name.endswith("linear_proj.weight"):
         return gradients[f"{hf}self_attn.o_proj.weight"].chunk(tp, 1)[tp_rank]
-    if kind.endswith(("input_layernorm.weight", "linear_qkv.layer_norm_weight")):
+    if name.endswith(("input_layernorm.weight", "linear_qkv.layer_norm_weight")):
         return gradients[f"{hf}input_layernorm.weight"]
-    if kind.endswith(("pre_mlp_layernorm.weight", "linear_fc1.layer_norm_weight")):
+    if name.endswith(("pre_mlp_layernorm.weight", "linear_fc1.layer_norm_weight")):
         return gradients[f"{hf}post_attention_layernorm.weight"]
-    if kind.endswith("final_layernorm.weight"):
+    if name.endswith("final_layernorm.weight"):
         return gradients["model.norm.weight"]
     tied = "lm_head.weight" not in gradients
-    assert kind.endswith(("word_embeddings.weight", "output_layer.weight")), name
-    return gradients["model.embed_tokens.weight" if tied or "word_embeddings" in kind else "lm_head.weight"]
+    assert name.endswith(("word_embeddings.weight", "output_layer.weight")), name
+    return gradients["model.embed_tokens.weight" if tied or "word_embeddings" in name else "lm_head.weight"]

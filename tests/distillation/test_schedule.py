@@ -21,7 +21,7 @@ def test_learning_rate_warms_up_linearly_and_falls_as_a_cosine_to_the_floor() ->
 def test_no_update_is_made_with_a_rate_of_zero_or_above_the_peak() -> None:
     for warmup in (0, 1, 40):
         rates = [learning_rate(n, **{**SETTINGS, "warmup_steps": warmup}) for n in range(1, 1001)]
-        assert 0 < min(rates)
+        assert min(rates) > 0
         assert max(rates) <= 1e-4
         assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
 

@@ -88,13 +88,13 @@ def whole_gradients(student: Model) -> dict[str, Tensor]:
     """This rank's gradients by local name, `layers.N` counted over the whole model, each rank's DP shard gathered."""
     group = parallel_state.get_data_parallel_group()
     gradients = {}
-    for chunk in student.chunks:
+    for chunk, module in zip(student.chunks, student.modules, strict=True):
         for buffer in chunk.buffers:
             for bucket in buffer.buckets:
                 shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
                 torch.distributed.all_gather_into_tensor(bucket.grad_data, shard, group=group)
-        numbers = {f"layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(chunk.module.decoder.layers)}
-        for name, parameter in chunk.module.named_parameters():
+        numbers = {f"layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(module.decoder.layers)}
+        for name, parameter in module.named_parameters():
             for local, number in numbers.items():
                 if f"decoder.{local}" in name:
                     name = name.replace(local, f"layers.{number}.")
@@ -149,7 +149,9 @@ def check(outcomes: list, expected: Expected, pipeline: int, dp: int) -> None:
 
 @pytest.mark.parametrize("student", ["student", "tied"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_loss_and_gradients_of_a_step_match_the_fp64_formula(models: dict[str, Path], layout: str, student: str) -> None:
+def test_loss_and_gradients_of_a_step_match_the_fp64_formula(
+    models: dict[str, Path], layout: str, student: str
+) -> None:
     """Four microbatches with fractional token weights; CE beside a tempered divergence."""
     world_size, sizes = LAYOUTS[layout]
     weights = {"logits_weight": 0.7, "ce_weight": 0.3, "temperature": 2.0}
@@ -165,3 +167,86 @@ def test_loss_and_gradients_of_a_step_match_the_fp64_formula(models: dict[str, P
         expected,
     )
     check(outcomes, expected, sizes.pipeline_model_parallel_size, sizes.data_parallel_size(world_size))
+
+
+@pytest.mark.parametrize("layout", ["TP1 PP1", "PP2"])
+def test_loss_and_gradients_without_a_teacher_are_those_of_cross_entropy(models: dict[str, Path], layout: str) -> None:
+    world_size, sizes = LAYOUTS[layout]
+    expected = expected_step(
+        models["student_hf"], None, random_microbatches(4, sequence_length=SEQUENCE), logits_weight=0.0, ce_weight=1.0
+    )
+    objective = DistillationObjective.cross_entropy(chunk_bytes=2**20)
+    outcomes = run_distributed(world_size, one_step, sizes, (models["student"], None), objective, expected)
+    check(outcomes, expected, sizes.pipeline_model_parallel_size, 1)
+
+
+def gradients_in_windows(
+    layout: Layout, paths: tuple[Path, Path], config: TrainConfig, microbatches: int
+) -> list[tuple[int, dict[str, Tensor], list[float]]]:
+    """On a rank: window size, gradients and sums with a buffer for everything, and with one as small as possible."""
+    outcomes = []
+    for buffer_bytes in (2**30, 1):
+        step = built_step(*paths, layout, DistillationObjective(), buffer_bytes=buffer_bytes, config=config)
+        share = own_share(random_microbatches(microbatches, sequence_length=SEQUENCE))
+        # Twice: from its second batch on, the overlapped reduction starts as soon as a bucket is complete.
+        for _ in range(2):
+            sums = step(share)
+        assert step.teacher is not None
+        outcomes.append((step.teacher.window, whole_gradients(step.student), sums.tolist()))
+    return outcomes
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(("layout", "window"), [("TP1 PP1", 1), ("DP2", 1), ("PP2", 1), ("PP2 VPP2", 2)])
+def test_small_teacher_windows_give_the_same_gradients_bit_for_bit(
+    models: dict[str, Path], layout: str, window: int, overlap: bool
+) -> None:
+    world_size, sizes = LAYOUTS[layout]
+    config = TrainConfig(steps=1, global_batch_size=4, precision="fp32", overlap_grad_reduce=overlap)
+    paths = (models["student"], models["teacher"])
+    for whole, windows in run_distributed(world_size, gradients_in_windows, sizes, paths, config, 4):
+        assert whole[0] >= 4
+        assert windows[0] == window
+        assert whole[2] == windows[2]
+        for name, gradient in whole[1].items():
+            assert gradient.any()
+            assert torch.equal(gradient, windows[1][name]), name
+
+
+def test_a_window_fits_the_buffer_and_the_pipeline() -> None:
+    assert window_size(state_bytes=100, buffer_bytes=1000, multiple_of=1) == 10
+    assert window_size(state_bytes=100, buffer_bytes=1000, multiple_of=4) == 8
+    assert window_size(state_bytes=100, buffer_bytes=399, multiple_of=4) == 4
+    assert window_size(state_bytes=100, buffer_bytes=1, multiple_of=1) == 1
+
+
+def kept_states(layout: Layout, teacher_dir: Path) -> list[Tensor]:
+    """On a rank: the shapes of what the teacher keeps, and the states put together again."""
+    from minitron_nemo.distillation.teacher import gather_sequence
+
+    launch.initialize(layout, seed=1)
+    model = build_model(_architecture(teacher_dir), layout, dtype=torch.float32)
+    load_model(model, teacher_dir)
+    teacher = ColocatedTeacher(model, sequence_length=SEQUENCE, micro_batch_size=2, buffer_bytes=2**30)
+    signal = teacher.step(random_microbatches(3, sequence_length=SEQUENCE, micro_batch_size=2))
+    assert all(state.shape == (SEQUENCE // layout.tensor_model_parallel_size, 2, 64) for state in signal.hidden)
+    return [gather_sequence(state) for state in signal.hidden]
+
+
+@pytest.mark.parametrize("layout", ["TP1 PP1", "TP2", "TP2 SP", "PP2", "PP2 VPP2"])
+def test_teacher_states_are_those_of_hugging_face_kept_in_parts_of_the_sequence(
+    models: dict[str, Path], layout: str
+) -> None:
+    from transformers import LlamaModel
+
+    teacher = LlamaModel.from_pretrained(models["teacher_hf"], dtype=torch.float64)
+    batches = random_microbatches(3, sequence_length=SEQUENCE, micro_batch_size=2)
+    with torch.no_grad():
+        wanted = [teacher(batch["tokens"]).last_hidden_state.transpose(0, 1) for batch in batches]
+    world_size, sizes = LAYOUTS[layout]
+    outcomes = run_distributed(world_size, kept_states, sizes, models["teacher"])
+    assert any(outcomes)
+    for found in outcomes:
+        assert len(found) in (0, 3)
+        for state, expected in zip(found, wanted, strict=False):
+            torch.testing.assert_close(state.double(), expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,161 @@
+"""Training runs for the tests: tiny models, made-up samples, things that happen at chosen updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minitron_nemo.arch import Architecture
+from minitron_nemo.config import TrainConfig
+from minitron_nemo.data.sampler import Sampler
+from minitron_nemo.distillation.objective import DistillationObjective
+from minitron_nemo.distillation.optimizer import ddp_config, params_dtype
+from minitron_nemo.distillation.report import Report
+from minitron_nemo.distillation.teacher import ColocatedTeacher
+from minitron_nemo.distillation.trainer import Trainer
+from minitron_nemo.models.build import build_model
+from minitron_nemo.models.checkpoint import load_model
+from minitron_nemo.parallel import launch
+from minitron_nemo.parallel.layout import Layout
+from tests.distillation.reference import VOCAB
+
+SEQUENCE = 16
+
+
+class MadeUpSource:
+    """64 samples of random tokens, each a function of its number."""
+
+    sequence_length = SEQUENCE
+
+    def __len__(self) -> int:
+        return 64
+
+    def sample(self, index: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(index)
+        text = torch.randint(0, VOCAB, (SEQUENCE + 1,), generator=generator)
+        weights = torch.rand(SEQUENCE, generator=generator)
+        weights[::5] = 0.0
+        return {
+            "tokens": text[:-1],
+            "labels": text[1:],
+            "token_weights": weights,
+            "id": str(index),
+            "source": "made up",
+        }
+
+
+@dataclass(frozen=True)
+class MadeUpBlend:
+    sources: tuple[MadeUpSource, ...] = (MadeUpSource(),)
+    weights: tuple[float, ...] = (1.0,)
+    sequence_length: int = SEQUENCE
+    fingerprint: str = "made up"
+
+    def sample(self, index: tuple[int, int]) -> dict[str, Any]:
+        return self.sources[index[0]].sample(index[1])
+
+
+class EventfulSampler(Sampler):
+    """Calls `events[n]` on every rank just before update n (counted from 1) reads its samples."""
+
+    def __init__(self, events: Mapping[int, Callable[[], None]], seed: int = 7) -> None:
+        super().__init__(MadeUpBlend(), seed)  # type: ignore[arg-type]
+        self.events = events
+
+    def global_batch(self, size: int) -> Any:
+        event = self.events.get(self.consumed_samples // size + 1)
+        if event is not None:
+            event()
+        return super().global_batch(size)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run is made of; `config` overrides a run of 6 updates of 4 sequences in fp32."""
+
+    student: Path
+    teacher: Path | None
+    directory: Path
+    layout: Layout = field(default_factory=Layout)
+    config: dict[str, Any] = field(default_factory=dict)
+    buffer_bytes: int = 2**30
+
+    def train_config(self) -> TrainConfig:
+        settings: dict[str, Any] = {
+            "steps": 6,
+            "global_batch_size": 4,
+            "lr": 1e-2,
+            "min_lr": 1e-3,
+            "warmup_steps": 2,
+            "precision": "fp32",
+            "save_interval": 100,
+        }
+        return TrainConfig(**{**settings, **self.config})
+
+
+@dataclass(frozen=True)
+class Result:
+    """One rank's view of a run: `tensors` are its parameters and its shard of the optimizer."""
+
+    outcome: str
+    tensors: dict[str, Tensor]
+    reports: list[Report]
+
+
+def run(job: Job, events: Mapping[int, Callable[[], None]] | None = None) -> Result:
+    """Build everything anew, as a fresh process would, and train."""
+    config = job.train_config()
+    launch.initialize(job.layout, config.seed)
+    dtype = params_dtype(config)
+    student = build_model(
+        Architecture.load(job.student), job.layout, dtype=dtype, ddp=ddp_config(config), recompute=config.recompute
+    )
+    load_model(student, job.student)
+    objective, teacher = DistillationObjective.cross_entropy(2**20), None
+    if job.teacher is not None:
+        objective = DistillationObjective(ce_weight=0.1)
+        model = build_model(Architecture.load(job.teacher), job.layout, dtype=dtype)
+        load_model(model, job.teacher)
+        teacher = ColocatedTeacher(
+            model,
+            sequence_length=SEQUENCE,
+            micro_batch_size=config.micro_batch_size,
+            buffer_bytes=job.buffer_bytes,
+        )
+    trainer = Trainer(
+        config,
+        objective,
+        student,
+        teacher,
+        EventfulSampler(events or {}),
+        directory=job.directory / "training",
+        run_dir=job.directory,
+        name="distill",
+        settings={"train.lr": config.lr, "train.steps": config.steps},
+    )
+    outcome = trainer.run()
+    tensors = {
+        f"{index}.{name}": parameter.detach().clone()
+        for index, module in enumerate(student.modules)
+        for name, parameter in module.named_parameters()
+    }
+    inner = trainer.optimizer.chained_optimizers[0].optimizer
+    for number, state in inner.state_dict()["state"].items():
+        tensors |= {f"optimizer.{number}.{key}": value.clone() for key, value in state.items()}
+    for number, group in enumerate(inner.param_groups):
+        tensors |= {f"main.{number}.{i}": parameter.detach().clone() for i, parameter in enumerate(group["params"])}
+    return Result(outcome, tensors, trainer.reports)
+
+
+def assert_identical(first: list[Result], second: list[Result]) -> None:
+    """Every parameter, main parameter, moment and step counter of every rank, bit for bit."""
+    for one, other in zip(first, second, strict=True):
+        assert one.tensors.keys() == other.tensors.keys()
+        assert any(key.startswith("optimizer.") and key.endswith("exp_avg") for key in one.tensors)
+        for name, tensor in one.tensors.items():
+            assert torch.equal(tensor, other.tensors[name]), name
