@@ -24,6 +24,8 @@ HERE = Path(__file__).parent
 FREEZER = Path("/sys/fs/cgroup/freezer")
 # Two plain nodes, two that claim two GPUs each. More processors than there are, so that whole jobs fit.
 NODES = {"n1": "10.77.0.11", "n2": "10.77.0.12", "g1": "10.77.0.21", "g2": "10.77.0.22"}
+PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
+PROGRAMS = ("slurmctld", "slurmd", "srun", "munged", "ip", "unshare", "nsenter", "setpriv")
 FINISHED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 
 SLURM_CONF = """\
@@ -59,14 +61,19 @@ PartitionName=gpu Nodes=g[1-2] State=UP
 
 
 class Cluster:
-    """Started on entering the context, gone on leaving it."""
+    """Started on entering the context, gone on leaving it. `directory` holds its configuration and logs."""
 
-    def __init__(self) -> None:
+    directory: Path
+
+    def __enter__(self) -> Cluster:
+        missing = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
+        if missing or os.geteuid() != 0:
+            raise RuntimeError(
+                f"the Slurm cluster needs root and {missing or 'nothing else'}; see tests/slurm/install.sh"
+            )
         # munged wants every directory above its socket passable, which pytest's temporary directories are not.
         self.directory = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
         self.directory.chmod(0o755)
-
-    def __enter__(self) -> Cluster:
         self._write_configuration()
         # The death of this process ends the cluster too, however it dies.
         unshare = ["unshare", "--net", "--uts", "--ipc", "--pid", "--mount", "--mount-proc", "--fork", "--kill-child"]
@@ -95,7 +102,7 @@ class Cluster:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
         return {
             **kept,
-            "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin",
+            "PATH": PATH,
             "SLURM_CONF": str(self.directory / "slurm.conf"),
             **(extra or {}),
         }

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.chain import write_recipe
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import PATH, Cluster
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(900)
 
 def submit(slurm: Cluster, directory: Path, recipe: Path | str, *overrides: str) -> int:
     # For a checkout without .venv: the environment that runs the tests has a `minitron` too.
-    env = {"PATH": f"{Path(sys.executable).parent}:{slurm.environment()['PATH']}", "OMP_NUM_THREADS": "1"}
+    env = {"PATH": f"{Path(sys.executable).parent}:{PATH}", "OMP_NUM_THREADS": "1"}
     script = REPOSITORY / "launch" / "distill.sh"
     return slurm.sbatch(script, str(recipe), *overrides, cwd=directory, env=env)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import PATH, Cluster
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "distill.sh"
 
@@ -127,7 +127,7 @@ def test_the_container_is_given_to_pyxis(
     commands = executable(work / "bin" / "srun", 'printf "option %s\\n" "$@"\n').parent
     (work / "mine.yaml").write_text("name: mine\n" + section)
     env = {
-        "PATH": f"{commands}:{slurm.environment()['PATH']}",
+        "PATH": f"{commands}:{PATH}",
         "MINITRON_CONTAINER": environment,
         "MINITRON_CONTAINER_MOUNTS": "/data:/data",
     }
