@@ -1,0 +1,5 @@
+"""Loss kernels. Depends on torch alone: process groups arrive as arguments, models are unknown here."""
+
+from minitron_nemo.kernels.linear_kd import LossSums, linear_kd_loss, token_statistics
+
+__all__ = ["LossSums", "linear_kd_loss", "token_statistics"]

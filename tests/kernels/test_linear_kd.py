@@ -1,0 +1,290 @@
+"""The fused loss against the fp64 formula and autograd, in one process."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from minitron_nemo.kernels import linear_kd_loss, token_statistics
+from minitron_nemo.kernels.reference import reference_loss
+from tests.kernels.inputs import VOCAB_SIZE, chunk_bytes, inputs, relative_error
+
+SETTINGS = [
+    *(
+        {"divergence": divergence, "temperature": temperature, "ce_weight": ce_weight}
+        for divergence, temperature, ce_weight in itertools.product(
+            ("forward_kl", "reverse_kl"), (0.5, 1.0, 3.0), (0.0, 0.7)
+        )
+    ),
+    {"temperature": 2.0, "temperature_squared": False, "logits_weight": 0.3},
+    {"logits_weight": 0.0, "ce_weight": 1.0},
+]
+
+
+def _gradients(loss: Tensor, *tensors: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, tensors))
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("tokens_per_chunk", [7, 1000])
+def test_loss_and_gradients_match_the_fp64_formula(settings: dict[str, Any], tokens_per_chunk: int) -> None:
+    tensors = inputs()
+    chunk = chunk_bytes(tensors, tokens_per_chunk)
+    total, sums = linear_kd_loss(*tensors, vocab_size=VOCAB_SIZE, chunk_bytes=chunk, **settings)
+    expected, divergence, ce = reference_loss(*tensors, vocab_size=VOCAB_SIZE, **settings)
+    assert total.dtype == sums.logits.dtype == sums.ce.dtype == torch.float32
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert sums.logits.item() == pytest.approx(divergence.item(), rel=1e-5)
+    assert sums.ce.item() == pytest.approx(ce.item(), rel=1e-5)
+    ours, theirs = _gradients(total, *tensors[:2]), _gradients(expected, *tensors[:2])
+    for mine, reference in zip(ours, theirs, strict=True):
+        assert relative_error(mine, reference) < 1e-5
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_cross_entropy_alone_needs_no_teacher(temperature: float) -> None:
+    student, weight, _, _, labels, weights = inputs()
+    settings: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "ce_weight": 1.5, "temperature": temperature}
+    total, sums = linear_kd_loss(student, weight, None, None, labels, weights, **settings)
+    expected, _, _ = reference_loss(student, weight, None, None, labels, weights, **settings)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert sums.logits.item() == 0
+    for mine, reference in zip(_gradients(total, student, weight), _gradients(expected, student, weight), strict=True):
+        assert relative_error(mine, reference) < 1e-5
+
+
+def test_tokens_without_weight_are_left_out_whatever_their_label() -> None:
+    student, weight, teacher, teacher_weight, labels, weights = inputs()
+    masked = torch.where(weights == 0, -100, labels)
+    assert (masked == -100).any() and (weights == 0.5).any()
+    total, sums = linear_kd_loss(
+        student, weight, teacher, teacher_weight, masked, weights, vocab_size=VOCAB_SIZE, ce_weight=1.0
+    )
+    kept = weights != 0
+    expected, _, _ = reference_loss(
+        student[kept],
+        weight,
+        teacher[kept],
+        teacher_weight,
+        labels[kept],
+        weights[kept],
+        vocab_size=VOCAB_SIZE,
+        ce_weight=1.0,
+    )
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert sums.tokens.dtype == torch.int64 and sums.tokens.item() == kept.sum().item()
+    assert sums.weight.item() == pytest.approx(weights.sum().item())
+    hidden_grad = _gradients(total, student)[0]
+    assert hidden_grad[~kept].abs().max() == 0 and torch.isfinite(hidden_grad).all()
+
+
+def test_a_counted_label_outside_the_vocabulary_is_not_silently_averaged_in() -> None:
+    student, weight, teacher, teacher_weight, labels, weights = inputs()
+    labels[3], weights[3] = VOCAB_SIZE, 1.0  # a padding row exists there
+    total, _ = linear_kd_loss(
+        student, weight, teacher, teacher_weight, labels, weights, vocab_size=VOCAB_SIZE, ce_weight=1.0
+    )
+    assert total.item() > 1e30
+
+
+def test_padding_rows_take_no_part_even_when_they_hold_huge_values() -> None:
+    tensors = inputs()
+    with torch.no_grad():
+        tensors[1][VOCAB_SIZE:] = 1e4
+        tensors[3][VOCAB_SIZE:] = -float("inf")
+    total, _ = linear_kd_loss(*tensors, vocab_size=VOCAB_SIZE, ce_weight=0.5)
+    student, weight, teacher, teacher_weight, labels, weights = tensors
+    cut = (student, weight[:VOCAB_SIZE], teacher, teacher_weight[:VOCAB_SIZE], labels, weights)
+    expected, _, _ = reference_loss(*cut, vocab_size=VOCAB_SIZE, ce_weight=0.5)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert _gradients(total, weight)[0][VOCAB_SIZE:].abs().max() == 0
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+def test_extreme_logits_give_finite_losses_and_gradients(divergence: str) -> None:
+    tensors = inputs(scale=300.0)  # probabilities underflow to 0 in fp32 on both sides
+    total, _ = linear_kd_loss(*tensors, vocab_size=VOCAB_SIZE, divergence=divergence, ce_weight=1.0)
+    expected, _, _ = reference_loss(*tensors, vocab_size=VOCAB_SIZE, divergence=divergence, ce_weight=1.0)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    for mine, reference in zip(_gradients(total, *tensors[:2]), _gradients(expected, *tensors[:2]), strict=True):
+        assert relative_error(mine, reference) < 1e-3  # the logits themselves are of size 1e4
+
+
+@pytest.mark.parametrize("closeness", [1.0, 0.1, 0.03])
+def test_bf16_gradients_stay_right_as_the_student_nears_the_teacher(closeness: float) -> None:
+    """Logits rounded to bf16 would lose up to 22% of the gradient here."""
+    student, weight, teacher, teacher_weight, labels, weights = inputs(width=128, teacher_width=128)
+    with torch.no_grad():
+        student.copy_(teacher + closeness * student)
+        weight.copy_(teacher_weight + closeness * 0.1 * weight)
+    rounded = [tensor.detach().bfloat16() for tensor in (student, weight, teacher, teacher_weight)]
+    rounded[0].requires_grad_(), rounded[1].requires_grad_()
+    total, _ = linear_kd_loss(*rounded, labels, weights, vocab_size=VOCAB_SIZE)
+    expected, _, _ = reference_loss(*rounded, labels, weights, vocab_size=VOCAB_SIZE)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-4)
+    ours = _gradients(total, *rounded[:2])
+    exact_inputs = [tensor.detach().double().requires_grad_() for tensor in rounded[:2]]
+    exact, _, _ = reference_loss(*exact_inputs, *rounded[2:], labels, weights, vocab_size=VOCAB_SIZE)
+    for mine, reference in zip(ours, _gradients(exact, *exact_inputs), strict=True):
+        assert mine.dtype == torch.bfloat16
+        assert relative_error(mine, reference) < 0.01
+
+
+def test_the_teacher_may_have_another_dtype_width_and_padding() -> None:
+    student, weight, teacher, teacher_weight, labels, weights = inputs()
+    for hidden, output in (
+        (teacher.bfloat16(), teacher_weight.bfloat16()),
+        (teacher.bfloat16(), teacher_weight),
+        (teacher, teacher_weight[:VOCAB_SIZE].half()),
+    ):
+        total, _ = linear_kd_loss(student, weight, hidden, output, labels, weights, vocab_size=VOCAB_SIZE)
+        expected, _, _ = reference_loss(student, weight, hidden, output, labels, weights, vocab_size=VOCAB_SIZE)
+        assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_upstream_scalar_scales_every_gradient_exactly() -> None:
+    plain, scaled = inputs(), inputs()
+    linear_kd_loss(*plain, vocab_size=VOCAB_SIZE)[0].backward()
+    (linear_kd_loss(*scaled, vocab_size=VOCAB_SIZE)[0] * 1024 / 4).backward()
+    for a, b in zip(plain[:2], scaled[:2], strict=True):
+        assert a.grad is not None and b.grad is not None
+        assert torch.equal(a.grad * 256, b.grad)
+
+
+def test_weight_gradients_accumulate_in_fp32_main_grad() -> None:
+    tensors = inputs(dtype=torch.bfloat16)
+    weight = tensors[1]
+    weight.main_grad = torch.full(weight.shape, 2.0)  # type: ignore[attr-defined]
+    weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+    for scalar in (1.0, 0.5):
+        (linear_kd_loss(*tensors, vocab_size=VOCAB_SIZE)[0] * scalar).backward()
+    reference = [tensor.detach().clone().requires_grad_() for tensor in tensors[:2]]
+    exact = [tensor.detach().double().requires_grad_() for tensor in reference]
+    reference_loss(*exact, *tensors[2:], vocab_size=VOCAB_SIZE)[0].backward()
+    assert weight.grad_added_to_main_grad  # type: ignore[attr-defined]
+    assert weight.grad is not None and weight.grad.abs().max() == 0
+    assert weight.main_grad.dtype == torch.float32  # type: ignore[attr-defined]
+    assert exact[1].grad is not None
+    assert relative_error(weight.main_grad - 2.0, 1.5 * exact[1].grad) < 0.01  # type: ignore[attr-defined]
+
+
+def test_only_the_gradients_that_are_wanted_are_returned() -> None:
+    student, weight, *others = inputs()
+    weight.requires_grad_(False)
+    total, _ = linear_kd_loss(student, weight, *others, vocab_size=VOCAB_SIZE)
+    total.backward()
+    assert student.grad is not None and weight.grad is None
+
+
+def test_a_second_backward_is_refused() -> None:
+    total, _ = linear_kd_loss(*inputs(), vocab_size=VOCAB_SIZE)
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second time"):
+        total.backward()
+
+
+class _Count(TorchDispatchMode):
+    """Matrix products run, and the peak bytes of storages that operations create."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = self.alive = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.products += func.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm")
+        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in before | self._known:
+                storage = tensor.untyped_storage()
+                self._known.add(storage._cdata)
+                self.alive += storage.nbytes()
+                self.peak = max(self.peak, self.alive)
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        return result
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.alive -= size
+
+
+def test_forward_only_does_no_gradient_work() -> None:
+    tensors = inputs()
+    with torch.no_grad(), _Count() as no_grad:
+        total, sums = linear_kd_loss(*tensors, vocab_size=VOCAB_SIZE)
+    assert no_grad.products == 2 and not total.requires_grad
+    with _Count() as with_grad:
+        again, _ = linear_kd_loss(*tensors, vocab_size=VOCAB_SIZE)
+    assert with_grad.products == 4 and again.requires_grad
+    assert torch.equal(total, again)
+    assert torch.equal(sums.logits, total)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_two_chunk_buffers_and_the_gradients(dtype: torch.dtype) -> None:
+    vocab, width, tokens = 16384, 32, 512
+    tensors = inputs(tokens=tokens, vocab=vocab, padded=vocab, width=width, teacher_width=width, dtype=dtype)
+    chunk = 8 * 1024**2  # 64 of the 512 tokens
+    with _Count() as count:
+        total, _ = linear_kd_loss(*tensors, vocab_size=vocab, chunk_bytes=chunk)
+        total.backward()
+    gradients = (4 + tensors[0].element_size()) * (tokens + vocab) * width  # fp32 as kept, then as delivered
+    small = 4 * 1024**2  # a block of rows, a block of the weight in fp32, the numbers per token
+    assert count.peak <= chunk + gradients + small
+    assert count.peak < 4 * tokens * vocab  # less than even one model's logits
+
+
+def test_token_statistics_match_the_fp64_formula() -> None:
+    student, weight, teacher, teacher_weight, labels, _ = inputs(teacher_width=32)
+    with torch.no_grad():  # near enough for some tokens to agree, far enough for some not to
+        student.copy_(teacher + 0.3 * student)
+        weight.copy_(teacher_weight + 0.3 * weight)
+    ce, kl, agree = token_statistics(
+        student,
+        weight,
+        teacher,
+        teacher_weight,
+        labels,
+        vocab_size=VOCAB_SIZE,
+        chunk_bytes=chunk_bytes(inputs(), 7),
+    )
+    logits = (student.double() @ weight.double().t())[:, :VOCAB_SIZE]
+    teacher_logits = (teacher.double() @ teacher_weight.double().t())[:, :VOCAB_SIZE]
+    log_p, log_q = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+    torch.testing.assert_close(ce, -log_p.gather(1, labels[:, None])[:, 0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(kl, (log_q.exp() * (log_q - log_p)).sum(-1), rtol=1e-5, atol=1e-6)
+    expected = logits.argmax(-1) == teacher_logits.argmax(-1)
+    assert torch.equal(agree, expected) and expected.any() and not expected.all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"divergence": "jsd"}, "divergence"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"vocab_size": 1000}, "vocab_size"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        linear_kd_loss(*inputs(), **{"vocab_size": VOCAB_SIZE, **change})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gpu_agrees_with_the_cpu(dtype: torch.dtype) -> None:
+    here = inputs(dtype=dtype)
+    there = [tensor.detach().cuda().requires_grad_(tensor.requires_grad) for tensor in here]
+    total, _ = linear_kd_loss(*here, vocab_size=VOCAB_SIZE, ce_weight=0.5)
+    on_gpu, _ = linear_kd_loss(*there, vocab_size=VOCAB_SIZE, ce_weight=0.5)  # type: ignore[arg-type]
+    assert on_gpu.item() == pytest.approx(total.item(), rel=1e-5)
+    for mine, reference in zip(_gradients(on_gpu, *there[:2]), _gradients(total, *here[:2]), strict=True):
+        assert relative_error(mine.cpu(), reference) < (1e-5 if dtype == torch.float32 else 0.01)
