@@ -127,6 +127,7 @@ def _prepare_source(
                 (heldout if is_held_out(id_, fraction) else train).add(id_, document, tokens)
             read += len(batch)
             bar.update(task, advance=sum(document.size for document in batch))
+        bar.update(task, completed=size)  # what had no text in it counts too
         prepared = PreparedSource(source_name(source), source.path, held_out, train.finish(), heldout.finish())
         _require_text(source, prepared, read)
         write_atomic(partial / "source.json", json.dumps({"key": key, "source": asdict(prepared)}, indent=2) + "\n")
