@@ -1,6 +1,6 @@
 """From activations to small float64 sums: the arithmetic of calibration. No hooks, no process groups.
 
-Tokens are reduced block by block through one fp32 scratch buffer, so that a pass holds little more than the bare
+Tokens are reduced block by block through one scratch buffer, so that a pass holds little more than the bare
 forward does, and blocks stay in the processor's cache. Products with a weight vector do the reductions: a weight of 0
 leaves a token out, and an RMSNorm is one more factor per token and one per channel, so that its output need not exist.
 """
@@ -20,12 +20,12 @@ BLOCK_ELEMENTS = 2**18  # fp32 values of scratch
 def absolute_sums(rows: Tensor, weights: Tensor) -> Tensor:
     """Sums over tokens of w|x| and of (w x)^2, fp64 [2, b, n].
 
-    `rows` [s, b, n] in any float dtype, `weights` fp32 [b, s]. Within a block sums are fp32, over blocks fp64. The
-    variance that follows from both sums has the relative error of fp32 times (mean of squares / variance).
+    `rows` [s, b, n] in any floating dtype, `weights` [b, s]. Within a block sums are fp32 (fp64 for fp64 rows), over
+    blocks fp64. The variance that follows from both has that precision's error times (mean of squares / variance).
     """
     sums = torch.zeros(2, *rows.shape[1:], dtype=torch.float64, device=rows.device)
     for block, start in _blocks(rows):
-        factors = weights[:, None, start : start + len(block)]  # [b, 1, t]
+        factors = weights[:, None, start : start + len(block)].to(block.dtype)  # [b, 1, t]
         sums[0] += torch.bmm(factors, block.abs_().transpose(0, 1))[:, 0]
         sums[1] += torch.bmm(factors.square(), block.square_().transpose(0, 1))[:, 0]
     return sums
@@ -40,10 +40,15 @@ def token_norms(rows: Tensor) -> Tensor:
 
 
 def head_norms(rows: Tensor, kv_channels: int) -> Tensor:
-    """L2 norm of every head per token in fp32 (2407.14679 section 2.2): [s, b, heads x kv] -> [s, b, heads]."""
-    norms = torch.empty(*rows.shape[:2], rows.shape[2] // kv_channels, dtype=torch.float32, device=rows.device)
+    """L2 norm of every head per token (2407.14679 section 2.2): [s, b, heads x kv] -> [s, b, heads].
+
+    Computed in fp32 and given in fp64: norms of one head are all alike, so that little is left of their variance when
+    it is taken as a difference of fp32 sums, and they are few.
+    """
+    heads = rows.shape[2] // kv_channels
+    norms = torch.empty(*rows.shape[:2], heads, dtype=torch.float64, device=rows.device)
     for block, start in _blocks(rows):
-        torch.linalg.vector_norm(block.unflatten(2, (-1, kv_channels)), dim=-1, out=norms[start : start + len(block)])
+        norms[start : start + len(block)] = torch.linalg.vector_norm(block.unflatten(2, (heads, kv_channels)), dim=-1)
     return norms
 
 
@@ -71,9 +76,10 @@ def sequence_moments(sums: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _blocks(rows: Tensor) -> Iterator[tuple[Tensor, int]]:
-    """Copies of consecutive tokens in one reused fp32 buffer, and where they start."""
+    """Copies of consecutive tokens in one reused buffer of at least fp32, and where they start."""
     length = max(1, BLOCK_ELEMENTS // rows[0].numel())
-    scratch = torch.empty(min(length, len(rows)), *rows.shape[1:], dtype=torch.float32, device=rows.device)
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    scratch = torch.empty(min(length, len(rows)), *rows.shape[1:], dtype=dtype, device=rows.device)
     for start in range(0, len(rows), length):
         part = rows[start : start + length]
         yield scratch[: len(part)].copy_(part), start

@@ -29,7 +29,7 @@ def test_sums_over_tokens_equal_the_formula(dtype: torch.dtype) -> None:
     torch.testing.assert_close(sums[0], (w * x.abs()).sum(0), rtol=1e-6, atol=0)
     torch.testing.assert_close(sums[1], (w * x).square().sum(0), rtol=1e-6, atol=0)
     torch.testing.assert_close(token_norms(rows).double(), x.norm(dim=-1), rtol=1e-6, atol=0)
-    torch.testing.assert_close(head_norms(rows, 4).double(), x.view(17, 2, 2, 4).norm(dim=-1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(head_norms(rows, 4), x.view(17, 2, 2, 4).norm(dim=-1), rtol=1e-6, atol=0)
     assert torch.equal(rows, before)
 
 

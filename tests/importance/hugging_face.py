@@ -1,0 +1,95 @@
+"""Importance measured on Hugging Face's own Llama with hooks of its own, in fp64, by the formulas as they are written.
+
+Nothing of the package takes part: whole activations are kept and reduced with numpy.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlamaForCausalLM
+
+SEQUENCE = {
+    "mean": lambda x: np.abs(x).mean(axis=0),
+    "l2": lambda x: np.sqrt((x**2).sum(axis=0)),
+    "var": lambda x: np.abs(x).var(axis=0),
+}
+BATCH = {
+    "mean": lambda x: x.mean(axis=0),
+    "l2": lambda x: np.sqrt((x**2).sum(axis=0)),
+    "var": lambda x: x.var(axis=0),
+}
+
+
+class Norm(torch.nn.Module):
+    """RMSNorm in the precision of its input; Hugging Face's computes in fp32 whatever it is given."""
+
+    def __init__(self, norm: torch.nn.Module) -> None:
+        super().__init__()
+        self.weight, self.epsilon = norm.weight, norm.variance_epsilon
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.epsilon)
+
+
+def load(directory: Path) -> LlamaForCausalLM:
+    model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float64, attn_implementation="eager").eval()
+    for layer in model.model.layers:
+        layer.input_layernorm = Norm(layer.input_layernorm)
+        layer.post_attention_layernorm = Norm(layer.post_attention_layernorm)
+    return model
+
+
+def activations(model: LlamaForCausalLM, tokens: torch.Tensor) -> dict[str, list[np.ndarray]]:
+    """All that is scored, each [b, s, n]: `norms` (two a layer), `ffn`, `heads`, the layers' `inputs` and `outputs`."""
+    seen: dict[str, list[np.ndarray]] = {name: [] for name in ("norms", "ffn", "heads", "inputs", "outputs")}
+
+    def keep(name: str, tensor: torch.Tensor) -> None:
+        seen[name].append(tensor.detach().numpy())
+
+    handles = []
+    for layer in model.model.layers:
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            handles.append(norm.register_forward_hook(lambda _, args, out: keep("norms", out)))
+        for name, module in (("ffn", layer.mlp.down_proj), ("heads", layer.self_attn.o_proj), ("inputs", layer)):
+            handles.append(module.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0])))
+        handles.append(
+            layer.register_forward_hook(lambda _, args, out: keep("outputs", out[0] if isinstance(out, tuple) else out))
+        )
+    with torch.no_grad():
+        model(tokens)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def reference_scores(
+    directory: Path, tokens: torch.Tensor, weights: torch.Tensor
+) -> dict[tuple[str, str, str] | str, np.ndarray]:
+    """Scores of each (axis, sequence aggregation, batch aggregation), and `layers`; weight 0 does not count."""
+    model = load(directory)
+    seen = activations(model, tokens)
+    kept = [row != 0 for row in weights.numpy() if (row != 0).any()]
+    rows = [index for index, row in enumerate(weights.numpy()) if (row != 0).any()]
+    head_dim = model.config.head_dim
+    seen["heads"] = [
+        np.linalg.norm(x.reshape(*x.shape[:2], -1, head_dim), axis=-1) for x in seen["heads"]
+    ]  # [b, s, heads]
+    scores: dict[tuple[str, str, str] | str, np.ndarray] = {}
+    for sequence, over_tokens in SEQUENCE.items():
+        for batch, over_sequences in BATCH.items():
+            for axis in ("norms", "ffn", "heads"):
+                per_module = [
+                    over_sequences(np.stack([over_tokens(x[row][mask]) for row, mask in zip(rows, kept, strict=True)]))
+                    for x in seen[axis]
+                ]
+                scores[axis, sequence, batch] = np.sum(per_module, axis=0) if axis == "norms" else np.stack(per_module)
+    mask = weights.numpy() != 0
+    cosines = [
+        (x * y).sum(-1) / (np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1))
+        for x, y in zip(seen["inputs"], seen["outputs"], strict=True)
+    ]
+    scores["layers"] = np.array([1 - cosine[mask].mean() for cosine in cosines])
+    return scores

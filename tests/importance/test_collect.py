@@ -1,0 +1,167 @@
+"""Calibration against Hugging Face's model, and the promise that its layout does not matter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from minitron_nemo.arch import Axis, Plan
+from minitron_nemo.checkpoint.transform import convert
+from minitron_nemo.config import CalibrationConfig, PruneConfig
+from minitron_nemo.importance.scores import AGGREGATIONS, Scores
+from minitron_nemo.parallel.layout import Layout
+from minitron_nemo.pruning.plan import make_plan
+from tests.importance.hugging_face import reference_scores
+from tests.importance.measuring import measured
+from tests.pool import run_distributed
+from tests.tiny import write_tiny_llama
+
+AXES = {Axis.HIDDEN: "norms", Axis.FFN: "ffn", Axis.HEADS: "heads"}
+LAYOUTS = {
+    "TP2": (2, Layout(tensor_model_parallel_size=2)),
+    "PP2": (2, Layout(pipeline_model_parallel_size=2)),
+    "DP2": (2, Layout()),
+    "TP2 SP": (2, Layout(tensor_model_parallel_size=2, sequence_parallel=True)),
+    "PP2 VPP2": (2, Layout(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)),
+    "TP2 PP2": (4, Layout(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
+    "TP2 SP DP2": (4, Layout(tensor_model_parallel_size=2, sequence_parallel=True)),
+    "TP2 PP2 VPP2 SP": (
+        4,
+        Layout(
+            tensor_model_parallel_size=2,
+            pipeline_model_parallel_size=2,
+            virtual_pipeline_model_parallel_size=2,
+            sequence_parallel=True,
+        ),
+    ),
+}
+
+
+def batch(sequences: int = 6, length: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens, and weights: a beginning, an end, every third token and a whole sequence do not count."""
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(0, 259, (sequences, length), generator=generator)
+    weights = torch.rand(sequences, length, generator=generator) + 0.1
+    weights[0, :5] = 0
+    weights[1, 20:] = 0
+    weights[2, ::3] = 0
+    weights[3] = 0
+    return tokens, weights
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("hf"), num_layers=4)
+
+
+@pytest.fixture(scope="module")
+def teacher(hugging_face: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("megatron") / "teacher"
+    convert(hugging_face, directory, "megatron", progress=False)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def scores(teacher: Path) -> Scores:
+    return run_distributed(1, measured, teacher, Layout(), *batch())[0]
+
+
+def assert_same(actual: Scores, expected: Scores, tolerance: float) -> None:
+    """All that can be had from Scores, entry by entry."""
+    for sequence in AGGREGATIONS:
+        for over_sequences in AGGREGATIONS:
+            for axis in AXES:
+                np.testing.assert_allclose(
+                    actual.get(axis, sequence, over_sequences),
+                    expected.get(axis, sequence, over_sequences),
+                    rtol=tolerance,
+                    err_msg=f"{axis} {sequence} {over_sequences}",
+                )
+    np.testing.assert_allclose(actual.block_influence, expected.block_influence, rtol=tolerance)
+    assert (actual.sequences, actual.tokens) == (expected.sequences, expected.tokens)
+
+
+def test_scores_are_those_of_hooks_on_hugging_faces_model(hugging_face: Path, scores: Scores) -> None:
+    tokens, weights = batch()
+    reference = reference_scores(hugging_face, tokens, weights)
+    for sequence in AGGREGATIONS:
+        for over_sequences in AGGREGATIONS:
+            for axis, name in AXES.items():
+                expected = reference[name, sequence, over_sequences]
+                np.testing.assert_allclose(
+                    scores.get(axis, sequence, over_sequences),
+                    expected,
+                    rtol=1e-5,
+                    err_msg=f"{axis} {sequence} {over_sequences}",
+                )
+    np.testing.assert_allclose(scores.get(Axis.LAYERS), reference["layers"], rtol=1e-5)
+    assert (scores.sequences, scores.tokens) == (5, int((weights != 0).sum()))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_scores_and_kept_sets_do_not_depend_on_the_layout(name: str, teacher: Path, scores: Scores) -> None:
+    world_size, layout = LAYOUTS[name]
+    by_rank = run_distributed(world_size, measured, teacher, layout, *batch())
+    for other in by_rank[1:]:
+        for array in ("hidden", "ffn", "heads", "block_influence"):
+            np.testing.assert_array_equal(getattr(by_rank[0], array), getattr(other, array))
+    assert_same(by_rank[0], scores, 1e-5)
+    for sequence in AGGREGATIONS:
+        for over_sequences in AGGREGATIONS:
+            config = PruneConfig(
+                hidden_size=40,
+                ffn_hidden_size=64,
+                num_attention_heads=4,
+                num_layers=3,
+                calibration=CalibrationConfig(sequence_aggregation=sequence, batch_aggregation=over_sequences),
+            )
+            assert_same_choice(*(make_plan(s, scores.architecture, config) for s in (by_rank[0], scores)))
+
+
+def assert_same_choice(first: Plan, second: Plan) -> None:
+    """Equal Plans, but for decisions whose gap is smaller than the accuracy of the Scores."""
+    close = {key for key, gap in second.gaps.items() if gap < 1e-5}
+    if "num_layers" not in close:
+        assert first.kept_layers == second.kept_layers
+    if "hidden_size" not in close:
+        assert first.kept_hidden == second.kept_hidden
+    for name in ("kept_ffn", "kept_heads"):
+        axis = {"kept_ffn": "ffn_hidden_size", "kept_heads": "num_attention_heads"}[name]
+        for layer, ours, theirs in zip(first.kept_layers, getattr(first, name), getattr(second, name), strict=True):
+            if f"{axis}/{layer}" not in close:
+                assert ours == theirs
+
+
+@pytest.mark.parametrize("micro_batch_size", [2, 3])
+def test_scores_do_not_depend_on_the_micro_batch_size(micro_batch_size: int, teacher: Path, scores: Scores) -> None:
+    larger = run_distributed(1, measured, teacher, Layout(), *batch(), micro_batch_size=micro_batch_size)[0]
+    assert_same(larger, scores, 1e-6)
+
+
+def test_sequences_that_only_fill_an_interleaved_schedule_do_not_count(teacher: Path) -> None:
+    tokens, weights = (part[:3] for part in batch())
+    layout = Layout(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+    filled = run_distributed(2, measured, teacher, layout, tokens, weights)[0]
+    assert_same(filled, run_distributed(1, measured, teacher, Layout(), tokens, weights)[0], 1e-5)
+
+
+def test_what_masked_tokens_are_changes_nothing(teacher: Path) -> None:
+    tokens, weights = batch()
+    weights = torch.ones_like(weights)
+    weights[:, 24:] = 0  # later tokens: nothing else can see them
+    others = tokens.clone()
+    others[:, 24:] = (others[:, 24:] + 100) % 259
+    first, second = (run_distributed(1, measured, teacher, Layout(), t, weights)[0] for t in (tokens, others))
+    assert_same(first, second, 1e-12)
+    counted = run_distributed(1, measured, teacher, Layout(), others, torch.ones_like(weights))[0]
+    assert np.abs(counted.get(Axis.FFN) / second.get(Axis.FFN) - 1).max() > 1e-2
+
+
+def test_bf16_computation_gives_nearly_the_same_scores(teacher: Path, scores: Scores) -> None:
+    low = run_distributed(1, measured, teacher, Layout(), *batch(), dtype=torch.bfloat16)[0]
+    for axis in AXES:
+        np.testing.assert_allclose(low.get(axis), scores.get(axis), rtol=0.03)
+    assert np.abs(low.get(Axis.FFN) / scores.get(Axis.FFN) - 1).max() > 1e-5
