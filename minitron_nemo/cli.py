@@ -6,11 +6,15 @@ Exit codes: 0 done; 2 the input is wrong; 75 stopped early with state saved; 1 a
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,11 +45,16 @@ EXAMPLE = """examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code."""
     options = _parser().parse_args(arguments)
+    # Megatron-core's modules each say at import that TransformerEngine and Apex are absent; nothing here needs them.
+    warnings.filterwarnings("ignore", message="(Transformer Engine|Apex).* not installed")
     try:
         return int(options.function(options))
     except UserError as error:
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-            print(f"minitron: error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+            # Rank 0 says what went wrong everywhere, and its end brings down the job; what is still alive after that
+            # met something that rank 0 did not.
+            time.sleep(10)
+        print(f"minitron: error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
 
 
@@ -63,12 +72,18 @@ def _parser() -> argparse.ArgumentParser:
     for name, description in STEPS.items():
         _recipe_verb(verbs, name, description).set_defaults(function=_steps)
     convert = verbs.add_parser("convert", help="write a checkpoint in another format", description=CONVERT)
-    convert.add_argument("source", help="checkpoint directory or .gguf file, or a recipe: then its model.source is converted")
+    convert.add_argument(
+        "source", help="checkpoint directory or .gguf file, or a recipe: then its model.source is converted"
+    )
     convert.add_argument("rest", nargs="*", metavar="DST | key=value", help="where to write; overrides after a recipe")
     convert.add_argument("--to", choices=("hf", "megatron"), help="format to write")
-    convert.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="data type to write; default: as stored")
+    convert.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="data type to write; default: as stored"
+    )
     convert.set_defaults(function=_convert)
-    inspect = verbs.add_parser("inspect", help="what a checkpoint is: family, shape, parameters, format, layout, tensors")
+    inspect = verbs.add_parser(
+        "inspect", help="what a checkpoint is: family, shape, parameters, format, layout, tensors"
+    )
     inspect.add_argument("path", type=Path, help="checkpoint directory or .gguf file")
     inspect.add_argument("--tensor", help="canonical name of one tensor: its shape, data type and statistics")
     inspect.set_defaults(function=_inspect)
@@ -80,7 +95,9 @@ safetensors, Megatron torch_dist and GGUF; writes Hugging Face (hf) and Megatron
 
 
 def _recipe_verb(verbs: argparse._SubParsersAction, name: str, description: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(name, help=description, description=description.capitalize() + ".")
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name, help=description, description=description.capitalize() + "."
+    )
     parser.add_argument("recipe", type=Path, help="recipe file (YAML); docs/recipe.md explains every key")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, e.g. train.lr=1e-4")
     return parser
@@ -134,27 +151,44 @@ def _steps(options: argparse.Namespace) -> int:
 
 
 def _launch_locally(recipe: Recipe, options: argparse.Namespace) -> int:
-    """Start torchrun on this machine with this same command; signals are passed on.
+    """Start this same command in `cluster.processes_per_node` processes of this machine, as torchrun would.
 
-    torchrun turns every worker's exit code into 1, so the outcome is read from the run's status.json.
+    Signals are passed on. Returns the exit code of the first process that fails; the others are killed then, since
+    they would wait for it. 75 is no failure: every process saves and stops by itself.
     """
     from minitron_nemo.preflight import preflight
-    from minitron_nemo.distillation.status import read_status
 
     preflight(recipe)  # wrong input is said here, once, before any process starts
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(recipe.cluster.processes_per_node)]
-    command += ["--nnodes", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    command += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
-    command += ["-m", "minitron_nemo.cli", options.verb, str(options.recipe), *options.overrides]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    with subprocess.Popen(command, env=environment) as process:
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, lambda received, frame: process.send_signal(received))
-        code = process.wait()
-    if code == 0:
-        return 0
-    status = read_status(Path(recipe.run_dir))
-    return {"stopped": EXIT_STOPPED, "failed": EXIT_USER_ERROR if status.user_error else 1}.get(status.state, 1)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    size = str(recipe.cluster.processes_per_node)
+    common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {"OMP_NUM_THREADS": "1", **os.environ, **common}
+    command = [sys.executable, "-m", "minitron_nemo.cli", options.verb, str(options.recipe), *options.overrides]
+    workers = [
+        subprocess.Popen(
+            command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, preexec_fn=_die_with_parent
+        )
+        for rank in range(recipe.cluster.processes_per_node)
+    ]
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, lambda received, frame: [worker.send_signal(received) for worker in workers])
+    codes = [worker.poll() for worker in workers]
+    while None in codes and not set(codes) - {None, 0, EXIT_STOPPED}:
+        time.sleep(0.05)
+        codes = [worker.poll() for worker in workers]
+    for worker in workers:
+        if worker.poll() is None:
+            worker.kill()
+        worker.wait()
+    failed = [code for code in codes if code]
+    return 0 if not failed else max(failed[0], 1)  # killed by a signal: negative
+
+
+def _die_with_parent() -> None:
+    """In a worker before it starts: SIGKILL when the launcher is gone, so that none is left to write beside a rerun."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of Linux
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ class ExportConfig:
 
 @dataclass
 class ClusterConfig:
-    launcher: str = "none"  # none: this process or the job it is part of; local: start torchrun on this machine
+    launcher: str = "none"  # none: this process or the job it is part of; local: start the processes here
     nodes: int = 1
     processes_per_node: int = 1  # one per GPU
     container: str | None = None

@@ -158,14 +158,23 @@ def text(plan: Preflight) -> str:
         ("recipe", plan.recipe.name),
         ("teacher", _shape(plan.teacher)),
         ("student", _shape(plan.student)),
-        ("kept", f"{parameters(plan.student) / parameters(plan.teacher):.1%} of the parameters, "
-                 f"{non_embedding_parameters(plan.student) / non_embedding_parameters(plan.teacher):.1%} without embeddings"),
-        ("steps", f"{plan.recipe.train.steps} of {plan.tokens_per_step:,} tokens "
-                  f"({plan.recipe.train.global_batch_size} x {plan.recipe.data.sequence_length})"),
+        (
+            "kept",
+            f"{parameters(plan.student) / parameters(plan.teacher):.1%} of the parameters, "
+            f"{non_embedding_parameters(plan.student) / non_embedding_parameters(plan.teacher):.1%} without embeddings",
+        ),
+        (
+            "steps",
+            f"{plan.recipe.train.steps} of {plan.tokens_per_step:,} tokens "
+            f"({plan.recipe.train.global_batch_size} x {plan.recipe.data.sequence_length})",
+        ),
         *((f"tokens, {name}", f"{count:,}") for name, count in plan.tokens.items()),
         *((f"FLOPs, {name}", f"{count:.3e} (arithmetic)") for name, count in plan.flops.items()),
-        ("processes", f"{plan.world_size} = TP {plan.layout.tensor_model_parallel_size} x PP "
-                      f"{plan.layout.pipeline_model_parallel_size} x DP {plan.world_size // plan.layout.model_parallel_size}"),
+        (
+            "processes",
+            f"{plan.world_size} = TP {plan.layout.tensor_model_parallel_size} x PP "
+            f"{plan.layout.pipeline_model_parallel_size} x DP {plan.world_size // plan.layout.model_parallel_size}",
+        ),
         *(("warning", warning) for warning in plan.warnings),
     ]
     return "\n".join(f"{name:<22}{value}" for name, value in rows)

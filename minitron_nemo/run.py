@@ -11,11 +11,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ from minitron_nemo.distillation.status import write_status
 from minitron_nemo.distillation.train import train
 from minitron_nemo.errors import UserError
 from minitron_nemo.evaluation.report import evaluate_models, table
-from minitron_nemo.importance.calibrate import calibrate
+from minitron_nemo.pruning.calibrate import calibrate
 from minitron_nemo.importance.scores import Scores
 from minitron_nemo.manifest import Manifest, file_fingerprint, step_key
 from minitron_nemo.parallel import launch
@@ -77,7 +79,9 @@ class Chain:
         data = {"data": self.prepared / "prepared.json"}
         steps = [
             Step("convert", {}, self._source_identity(), self.converted, self._convert),
-            Step("prepare", {"tokenizer": self.converted / "tokenizer"}, asdict(recipe.data), data["data"], self._prepare),
+            Step(
+                "prepare", {"tokenizer": self.converted / "tokenizer"}, asdict(recipe.data), data["data"], self._prepare
+            ),
         ]
         if recipe.teacher.correction.steps:
             settings = {"correction": asdict(recipe.teacher.correction), "train": numerics}
@@ -188,12 +192,38 @@ def run_chain(recipe: Recipe, only: str | None = None) -> None:
     plan = preflight(recipe, launch.world_size())
     chain = Chain(plan)
     steps = [step for step in chain.steps() if only in (None, step.name)]
+    if not steps:
+        raise UserError(f"{only}: the recipe has no such step (teacher.correction.steps is 0)")
     with _exclusive(chain.run_dir):
         manifest = Manifest(chain.run_dir)
         for step in steps:
-            _run_step(step, manifest, chain.run_dir)
+            try:
+                with _stopped_by_signals():
+                    _run_step(step, manifest, chain.run_dir)
+            except Stopped as stop:
+                if stop.args and launch.rank() == 0:  # a training says so by itself
+                    write_status(chain.run_dir, "stopped", step=step.name, reason=stop.args[0])
+                raise
+            except Exception as error:
+                write_status(chain.run_dir, "failed", step=step.name, reason=f"rank {launch.rank()}: {error}")
+                raise
         if only is None:
             on_rank_0(lambda: write_status(chain.run_dir, "done"))
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 end a step; trainings have handlers of their own, which save first."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(signal.Signals(number).name)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _run_step(step: Step, manifest: Manifest, run_dir: Path) -> None:
@@ -272,7 +302,9 @@ def _exclusive(run_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{run_dir}: in use by another minitron ({path.read_text().strip()}); wait or stop it") from None
+            raise UserError(
+                f"{run_dir}: in use by another minitron ({path.read_text().strip()}); wait or stop it"
+            ) from None
         path.write_text(f"pid {os.getpid()} on {os.uname().nodename}\n")
 
     path = run_dir / ".lock"
@@ -284,8 +316,3 @@ def _exclusive(run_dir: Path) -> Iterator[None]:
 def _say(message: str) -> None:
     if launch.rank() == 0:
         print(message, flush=True)
-
-
-def verbs() -> Sequence[str]:
-    """Names of the steps that can be started alone."""
-    return ("convert", "prepare", "correct", "calibrate", "prune", "distill", "evaluate", "export")

@@ -18,7 +18,11 @@ pytestmark = [pytest.mark.e2e]
 
 def minitron(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "minitron_nemo.cli", *arguments], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-m", "minitron_nemo.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 
@@ -34,7 +38,11 @@ def refused(*arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("recipe"), cluster={"launcher": "none", "processes_per_node": 1}, parallel={"pipeline_model_parallel_size": 1})
+    return write_recipe(
+        tmp_path_factory.mktemp("recipe"),
+        cluster={"launcher": "none", "processes_per_node": 1},
+        parallel={"pipeline_model_parallel_size": 1},
+    )
 
 
 @pytest.mark.parametrize(
