@@ -33,11 +33,11 @@ from minitron_nemo.distillation.status import write_status
 from minitron_nemo.distillation.train import train
 from minitron_nemo.errors import UserError
 from minitron_nemo.evaluation.report import evaluate_models, table
-from minitron_nemo.pruning.calibrate import calibrate
 from minitron_nemo.importance.scores import Scores
 from minitron_nemo.manifest import Manifest, file_fingerprint, step_key
 from minitron_nemo.parallel import launch
 from minitron_nemo.preflight import Preflight, preflight
+from minitron_nemo.pruning.calibrate import calibrate
 from minitron_nemo.pruning.plan import make_plan
 from minitron_nemo.pruning.prune import prune
 
