@@ -45,7 +45,8 @@ def prepare_data(config: DataConfig, tokenizer_dir: Path, output: Path, progress
         raise UserError(f"data.heldout_fraction: {config.heldout_fraction} is not in [0, 1)")
     tokenizer = load_tokenizer(tokenizer_dir)
     output.mkdir(parents=True, exist_ok=True)
-    seen: set[bytes] = set()
+    seen: set[bytes] = set()  # ids of the documents of the sources so far, but for those in `unread`
+    unread: list[Path] = []
     sources: list[PreparedSource] = []
     key = f"{SCHEMA_VERSION} {TEXT_VERSION} {tokenizer.fingerprint}"
     columns = (TextColumn("prepare {task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
@@ -56,9 +57,10 @@ def prepare_data(config: DataConfig, tokenizer_dir: Path, output: Path, progress
             directory = output / _directory_name(len(sources), source)
             prepared = _finished(directory, key)
             if prepared is None:
+                seen.update(*map(_read_ids, unread))
+                unread.clear()
                 prepared = _prepare_source(source, whole, fraction, key, tokenizer, directory, seen, bar)
-            for split in filter(None, (prepared.train, prepared.heldout)):
-                seen |= _read_ids(output / split.prefix)
+            unread += [output / split.prefix for split in (prepared.train, prepared.heldout) if split]
             sources.append(prepared)
     result = Prepared(
         SCHEMA_VERSION,
@@ -188,7 +190,7 @@ class _SplitWriter:
             self._builder = IndexedDatasetBuilder(f"{self._path}.bin", self._dtype)
         entry = np.array([self._separator_id, *tokens], dtype=np.int32)
         self._builder.add_document(entry, [entry.size])
-        self._digest.update(np.array([entry.size, *entry], dtype="<i4").tobytes())
+        self._digest.update(entry.size.to_bytes(4, "little") + entry.astype("<i4").tobytes())
         self._ids.append(id_)
         self._tokens += entry.size
         self._characters += len(document.text)

@@ -245,6 +245,7 @@ def _kill_at(event: int, folder: Path, work: Callable[[], object]) -> bool:
 @pytest.mark.slow
 def test_killed_at_any_file_operation_and_run_again_it_writes_the_same_bytes(tmp_path: Path) -> None:
     config, _, _ = overlapping_config(tmp_path)
+    del config.train[0]
     expected = content(prepare(config, tmp_path))
     torch.set_num_threads(1)  # forked children have no thread pool
     event = 1
@@ -259,4 +260,4 @@ def test_killed_at_any_file_operation_and_run_again_it_writes_the_same_bytes(tmp
         if not killed:
             break
         event += 1
-    assert event > 30
+    assert event > 20
