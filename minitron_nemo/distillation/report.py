@@ -63,7 +63,7 @@ class Meter:
         self._steps += 1
 
     def report(self, iteration: int, lr: float, grad_norm: float) -> Report:
-        """The report since the last one, the same on every rank. Collective."""
+        """The report since the last one, but for this rank's clock the same on every rank. Collective."""
         # Tensor-parallel ranks hold equal sums, data-parallel ranks parts, stages before the last one zeros.
         for group in (
             parallel_state.get_data_parallel_group(with_context_parallel=True),

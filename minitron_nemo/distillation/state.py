@@ -34,7 +34,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.tensor_parallel.random import _get_cuda_rng_state, _set_cuda_rng_state, get_cuda_rng_tracker
+from megatron.core.tensor_parallel import random as megatron_random
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from torch.distributed.checkpoint import save as dcp_save
 
@@ -47,8 +47,12 @@ from minitron_nemo.parallel import launch
 TRACKER = "latest_checkpointed_iteration.txt"
 TRAINING = "training.json"
 SCHEMA_VERSION = 1
-# Every parameter's optimizer state under its own name: readable on any layout.
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+# Every parameter's optimizer state under its own name: readable on any layout. Gathered over gloo on the first
+# data-parallel rank, which alone holds it in host memory while it is written.
+SHARDING = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+}
 
 
 class SaveError(Exception):
@@ -130,7 +134,10 @@ class TrainingState:
     def _save_tensors(self, partial: Path) -> dict[str, Any]:
         """Write every sharded tensor; return what is the same on all ranks and not a tensor."""
         model_state = self._model_state()
-        state = {**model_state, "optimizer": self.optimizer.sharded_state_dict(model_state, metadata=SHARDING)}
+        optimizer_state = self.optimizer.sharded_state_dict(model_state, metadata=SHARDING)
+        if optimizer_state["param_state"] is None:  # not the first data-parallel rank
+            del optimizer_state["param_state"]
+        state = {**model_state, "optimizer": optimizer_state}
         sharded, common = save_preprocess(state)
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
         try:
@@ -217,12 +224,12 @@ def _bytes(content: Any) -> bytes:
 def _random_state() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
-        "device": _get_cuda_rng_state(),  # parallel.device answers for the CPU
-        "model_parallel": get_cuda_rng_tracker().get_states(),
+        "device": megatron_random._get_cuda_rng_state(),  # of the CPU where parallel.device is installed
+        "model_parallel": megatron_random.get_cuda_rng_tracker().get_states(),
     }
 
 
 def _restore_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
-    _set_cuda_rng_state(state["device"])
-    get_cuda_rng_tracker().set_states(state["model_parallel"])
+    megatron_random._set_cuda_rng_state(state["device"])
+    megatron_random.get_cuda_rng_tracker().set_states(state["model_parallel"])

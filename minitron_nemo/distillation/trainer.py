@@ -118,7 +118,7 @@ class Trainer:
         config = self.config
         batches = microbatches(
             self.sampler.blend,
-            self.sampler.global_batch(config.global_batch_size),
+            self.sampler.next_batch(config.global_batch_size),
             parallel_state.get_data_parallel_rank(),
             parallel_state.get_data_parallel_world_size(),
             config.micro_batch_size,

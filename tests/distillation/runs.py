@@ -67,11 +67,11 @@ class EventfulSampler(Sampler):
         super().__init__(MadeUpBlend(), seed)  # type: ignore[arg-type]
         self.events = events
 
-    def global_batch(self, size: int) -> Any:
+    def next_batch(self, size: int) -> Any:
         event = self.events.get(self.consumed_samples // size + 1)
         if event is not None:
             event()
-        return super().global_batch(size)
+        return super().next_batch(size)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,15 @@ def terminated_then_resumed(job: Job, number: int, update: int) -> tuple[Result,
             os.kill(os.getpid(), number)
 
     stopped = run(job, {update: interrupt})
-    return stopped, status(job), run(job)
+    return stopped, settled_status(job), run(job)
+
+
+def settled_status(job: Job) -> dict:
+    """status.json between two runs: no rank reads it too early, or when another one has gone on."""
+    launch.barrier()
+    said = status(job)
+    launch.barrier()
+    return said
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -93,7 +101,7 @@ def broken_then_resumed(job: Job, update: int) -> tuple[str, dict, Result]:
     try:
         run(job, {update: fail})
     except RuntimeError as error:
-        return str(error), status(job), run(job)
+        return str(error), settled_status(job), run(job)
     raise AssertionError("the failure was swallowed")
 
 
@@ -235,8 +243,10 @@ def test_a_full_disk_ends_the_run_where_the_recipe_says_so(
 
 
 def test_training_on_labels_alone_lowers_their_cross_entropy(models: tuple[Path, Path], tmp_path: Path) -> None:
-    [result] = run_distributed(1, run, Job(models[1], None, tmp_path, config={"steps": 24, "warmup_steps": 1}))
-    assert result.reports[-1].ce < result.reports[0].ce - 0.5
+    """Three times over the same 64 samples."""
+    [result] = run_distributed(1, run, Job(models[1], None, tmp_path, config={"steps": 48, "log_interval": 16}))
+    first, _, last = result.reports
+    assert last.ce < first.ce - 0.5
     assert all(report.loss == report.ce and report.logits == 0 for report in result.reports)
 
 
@@ -259,7 +269,8 @@ def test_a_run_reports_itself_to_status_and_tensorboard(models: tuple[Path, Path
 
     job = Job(*models, tmp_path, PIPELINE, {"log_interval": 4})
     first, last = run_distributed(2, run, job)
-    assert first.reports == last.reports, "the losses of the last stage reach every rank"
+    for one, other in zip(first.reports, last.reports, strict=True):
+        assert (one.loss, one.logits, one.ce, one.grad_norm) == (other.loss, other.logits, other.ce, other.grad_norm)
     assert [report.iteration for report in first.reports] == [4, 6]
     said = status(job)
     assert (said["state"], said["iteration"], said["steps"]) == ("running", 6, 6)
