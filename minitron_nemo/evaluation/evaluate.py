@@ -1,0 +1,191 @@
+"""Measuring models against one teacher on the same documents, on any layout.
+
+The teacher runs once: its states after the final norm and its output weight are kept on the last pipeline stage, and
+every model's logits are compared with the teacher's there, chunk by chunk, as in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from numpy.typing import NDArray
+from torch import Tensor
+
+from minitron_nemo.arch import Architecture
+from minitron_nemo.data.sampler import Microbatch, stack
+from minitron_nemo.errors import UserError
+from minitron_nemo.kernels import token_statistics
+from minitron_nemo.models.build import Model, build_model
+from minitron_nemo.models.checkpoint import load_model
+from minitron_nemo.models.forward import forward_only, generate
+from minitron_nemo.parallel import launch
+from minitron_nemo.parallel.device import current_device
+from minitron_nemo.parallel.layout import Layout
+
+PROMPT_TOKENS = 16  # of the first document, for the generation speed
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model: sums over each document's tokens of weight * value, fp64 [documents], and the speed of generation."""
+
+    architecture: Architecture
+    ce: NDArray[np.float64]
+    kl_to_teacher: NDArray[np.float64]  # KL(teacher || model)
+    agreement: NDArray[np.float64]  # both models' most likely next token is the same
+    weight: NDArray[np.float64]  # sum of token weights
+    tokens_per_second: float | None  # None: not measured
+
+
+@dataclass(frozen=True)
+class _Teacher:
+    """On the last stage: states per microbatch [s(/tp) * b, h] in host memory, and the output weight [padded/tp, h]."""
+
+    states: list[Tensor]
+    output_weight: Tensor | None
+    vocab_size: int
+
+
+def evaluate(
+    models: Mapping[str, Path],
+    documents: Sequence[Mapping[str, Any]],
+    layout: Layout,
+    *,
+    dtype: torch.dtype,
+    micro_batch_size: int = 1,
+    generate_tokens: int = 0,
+) -> dict[str, Measured]:
+    """Measure the model directories in `models`, one of them named `teacher`, on `documents`. Collective.
+
+    `documents` are samples of one length, {"tokens", "labels", "token_weights": [s], "id"}; they are spread over the
+    data-parallel ranks. Every model is built in `dtype` on `layout`, one at a time. `generate_tokens` new tokens are
+    generated to measure the speed. All ranks get the same results. Raises UserError for a layout that does not fit,
+    and for a model whose vocabulary is not the teacher's.
+    """
+    _check_layout(layout, len(documents[0]["tokens"]))
+    launch.initialize(layout, seed=0)  # nothing is random here
+    batches = _share(documents, micro_batch_size)
+    prompt = documents[0]["tokens"][:PROMPT_TOKENS].tolist()
+    teacher: _Teacher | None = None
+    results = {}
+    for name in ("teacher", *(name for name in models if name != "teacher")):
+        model = _load(models[name], layout, dtype)
+        if teacher is None:
+            teacher = _run_teacher(model, batches)
+        if model.architecture.vocab_size != teacher.vocab_size:
+            raise UserError(
+                f"{models[name]}: vocab_size {model.architecture.vocab_size} is not the teacher's {teacher.vocab_size}"
+            )
+        ce, kl, agreement, weight = _document_sums(model, teacher, batches, len(documents))
+        speed = _generation_speed(model, prompt, generate_tokens) if generate_tokens else None
+        results[name] = Measured(model.architecture, ce, kl, agreement, weight, speed)
+        del model
+    return results
+
+
+def _check_layout(layout: Layout, sequence_length: int) -> None:
+    if layout.context_parallel_size > 1:
+        raise UserError(
+            f"parallel.context_parallel_size: {layout.context_parallel_size} is not supported by evaluation; use 1"
+        )
+    if layout.sequence_parallel and sequence_length % layout.tensor_model_parallel_size:
+        raise UserError(
+            f"evaluate.sequence_length: {sequence_length} does not divide over "
+            f"parallel.tensor_model_parallel_size {layout.tensor_model_parallel_size} with sequence_parallel"
+        )
+
+
+def _load(directory: Path, layout: Layout, dtype: torch.dtype) -> Model:
+    model = build_model(Architecture.load(directory), layout, dtype=dtype)
+    load_model(model, directory)
+    return model
+
+
+def _share(documents: Sequence[Mapping[str, Any]], micro_batch_size: int) -> list[Microbatch]:
+    """This data-parallel rank's documents, rank::size of the whole; copies of the last one fill the last microbatch."""
+    size, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    missing = -len(documents) % (size * micro_batch_size)
+    mine = [dict(document) for document in [*documents, *[documents[-1]] * missing][rank::size]]
+    return [stack(mine[start : start + micro_batch_size]) for start in range(0, len(mine), micro_batch_size)]
+
+
+def _run(model: Model, batches: list[Microbatch], collect: Any) -> list[Any]:
+    """`collect(states [s(/tp) * b, h], microbatch)` of every microbatch, on the last stage."""
+    layer = model.output_layer
+    if layer is not None:
+        layer.mode = "hidden"
+    micro_batch_size, sequence_length = batches[0]["tokens"].shape
+    results = forward_only(
+        model,
+        batches,
+        len(batches),
+        sequence_length,
+        micro_batch_size,
+        lambda output, batch: collect(output.transpose(0, 1).flatten(0, 1), batch),  # [b, s(/tp), h] -> s outermost
+    )
+    if layer is not None:
+        layer.mode = "logits"
+    return results
+
+
+def _run_teacher(model: Model, batches: list[Microbatch]) -> _Teacher:
+    states = _run(model, batches, lambda states, batch: states.cpu())
+    return _Teacher(states, _output_weight(model), model.architecture.vocab_size)
+
+
+def _output_weight(model: Model) -> Tensor | None:
+    if model.output_layer is None:
+        return None
+    last = model.modules[-1]
+    tied = last.share_embeddings_and_output_weights
+    weight = last.shared_embedding_or_output_weight() if tied else model.output_layer.weight
+    return weight.detach()
+
+
+def _document_sums(model: Model, teacher: _Teacher, batches: list[Microbatch], documents: int) -> NDArray[np.float64]:
+    """Sums of ce, KL, agreement and weight, [4, documents], on every rank."""
+    parts = _run(model, batches, partial(_compare, model, teacher, iter(teacher.states)))
+    size, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    total = torch.zeros(documents, 4, dtype=torch.float64, device=current_device())
+    if parts and parallel_state.get_tensor_model_parallel_rank() == 0:
+        mine = total[rank::size]
+        mine += torch.cat(parts)[: len(mine)]
+    # Every document is counted by one rank, so the sum over the whole job is a gather.
+    torch.distributed.all_reduce(total)
+    return np.asarray(total.T.cpu().numpy())
+
+
+def _compare(
+    model: Model, teacher: _Teacher, teacher_states: Iterator[Tensor], states: Tensor, batch: Microbatch
+) -> Tensor:
+    """Sums of ce, KL, agreement and weight of the microbatch's documents, fp64 [b, 4]."""
+    weight = _output_weight(model)
+    assert weight is not None and teacher.output_weight is not None, "only the last stage has states"
+    statistics = token_statistics(
+        states,
+        weight,
+        next(teacher_states).to(states.device),
+        teacher.output_weight,
+        batch["labels"].t().reshape(-1),
+        vocab_size=model.architecture.vocab_size,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        sequence_parallel=model.layout.sequence_parallel,
+    )
+    weights = batch["token_weights"].t().double()  # [s, b]
+    columns = [*(column.view(weights.shape).double() for column in statistics), torch.ones_like(weights)]
+    return torch.stack([torch.where(weights != 0, column * weights, 0.0).sum(0) for column in columns], dim=1)
+
+
+def _generation_speed(model: Model, prompt: list[int], new_tokens: int) -> float:
+    """Tokens per second as rank 0 measured them, after one token that warms up."""
+    generate(model, prompt, 1)
+    speed = torch.tensor(generate(model, prompt, new_tokens)[1], dtype=torch.float64, device=current_device())
+    torch.distributed.broadcast(speed, src=0)
+    return float(speed)

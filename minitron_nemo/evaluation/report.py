@@ -1,0 +1,140 @@
+"""From measurements to evaluation.json and to the table people read.
+
+A document's loss is the weighted mean over its tokens; a model's loss is the mean over documents, so that long
+documents do not outvote short ones and documents are the independent observations: `_se` are standard errors over
+documents, and differences between models are paired by document. KL and agreement are averaged the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import exp, sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from minitron_nemo.arch.counts import non_embedding_parameters, parameters
+from minitron_nemo.config import Recipe
+from minitron_nemo.data.dataset import open_heldout
+from minitron_nemo.errors import UserError
+from minitron_nemo.evaluation.evaluate import Measured, evaluate
+from minitron_nemo.parallel.layout import Layout
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# Paired differences of loss that a model's record holds, where both models were measured.
+DELTAS = {"pruned": ("teacher",), "distilled": ("teacher", "pruned")}
+
+Evaluation = dict[str, dict[str, float | int | None]]
+
+
+def evaluate_models(models: Mapping[str, Path], prepared: Path, recipe: Recipe, layout: Layout) -> Evaluation:
+    """Measure `models` (teacher, pruned, distilled, source) on the held-out documents, in `train.precision`.
+
+    Collective; every rank gets the same result, the content of evaluation.json. Raises UserError for input that does
+    not fit.
+    """
+    config = recipe.evaluate
+    documents = open_heldout(
+        prepared,
+        config.sequence_length or recipe.data.sequence_length,
+        config.documents,
+        recipe.data.separator_weight,
+    )
+    measured = evaluate(
+        models,
+        documents,
+        layout,
+        dtype=DTYPES[recipe.train.precision],
+        micro_batch_size=config.micro_batch_size,
+        generate_tokens=config.generate_tokens,
+    )
+    return summarise(measured)
+
+
+def summarise(measured: Mapping[str, Measured]) -> Evaluation:
+    """One record per model; losses in nats per token. A standard error of a single document is None.
+
+    Documents whose tokens all have weight 0 are left out. Raises UserError if none is left.
+    """
+    counted = next(iter(measured.values())).weight > 0
+    if not counted.any():
+        raise UserError("evaluate.documents: no held-out document has a token of weight other than 0; give longer text")
+    losses = {name: _per_document(model, model.ce, counted) for name, model in measured.items()}
+    result: Evaluation = {}
+    for name, model in measured.items():
+        loss, error = _mean(losses[name])
+        result[name] = {
+            "loss": loss,
+            "loss_se": error,
+            "perplexity": exp(loss),
+            "kl_to_teacher": _mean(_per_document(model, model.kl_to_teacher, counted))[0],
+            "top1_agreement": _mean(_per_document(model, model.agreement, counted))[0],
+            "parameters": parameters(model.architecture),
+            "non_embedding_parameters": non_embedding_parameters(model.architecture),
+            "generation_tokens_per_second": model.tokens_per_second,
+        }
+        for other in DELTAS.get(name, ()):
+            if other in losses:
+                delta, error = _mean(losses[name] - losses[other])
+                result[name] |= {f"delta_vs_{other}": delta, f"delta_vs_{other}_se": error}
+    return result
+
+
+def table(evaluation: Mapping[str, Mapping[str, Any]]) -> str:
+    """The evaluation as a markdown table, models in the order source, teacher, pruned, distilled, then others."""
+    header = (
+        "",
+        "parameters",
+        "loss",
+        "perplexity",
+        "KL to teacher",
+        "top-1 agreement",
+        "Δ loss vs teacher",
+        "Δ loss vs pruned",
+        "tokens/s",
+    )
+    known = [name for name in ("source", "teacher", "pruned", "distilled") if name in evaluation]
+    rows = [header]
+    for name in [*known, *(name for name in evaluation if name not in known)]:
+        record = evaluation[name]
+        speed = record["generation_tokens_per_second"]
+        rows.append(
+            (
+                name,
+                f"{record['parameters'] / 1e6:.1f} M",
+                _with_error(record, "loss"),
+                f"{record['perplexity']:.2f}",
+                f"{record['kl_to_teacher']:.4f}",
+                f"{100 * record['top1_agreement']:.1f} %",
+                _with_error(record, "delta_vs_teacher", "+"),
+                _with_error(record, "delta_vs_pruned", "+"),
+                "" if speed is None else f"{speed:.1f}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def _per_document(model: Measured, sums: NDArray[np.float64], counted: NDArray[np.bool_]) -> NDArray[np.float64]:
+    return np.asarray(sums[counted] / model.weight[counted])
+
+
+def _mean(values: NDArray[np.float64]) -> tuple[float, float | None]:
+    """Mean and its standard error."""
+    error = float(values.std(ddof=1)) / sqrt(len(values)) if len(values) > 1 else None
+    return float(values.mean()), error
+
+
+def _with_error(record: Mapping[str, Any], key: str, sign: str = "") -> str:
+    if key not in record:
+        return ""
+    error = record[f"{key}_se"]
+    return f"{record[key]:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")

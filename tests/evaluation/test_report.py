@@ -1,0 +1,102 @@
+"""Averages, standard errors and paired differences against numpy by hand; the table; the keys of evaluation.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from minitron_nemo.errors import UserError
+from minitron_nemo.evaluation.evaluate import Measured
+from minitron_nemo.evaluation.report import summarise, table
+from tests.models.support import architecture
+
+KEYS = {
+    "loss",
+    "loss_se",
+    "perplexity",
+    "kl_to_teacher",
+    "top1_agreement",
+    "parameters",
+    "non_embedding_parameters",
+    "generation_tokens_per_second",
+}
+
+
+def _measured(documents: int = 7) -> dict[str, Measured]:
+    generator = np.random.default_rng(0)
+    weight = generator.integers(3, 40, documents).astype(float)
+    difficulty = generator.normal(3.0, 1.0, documents)
+    result = {}
+    for index, name in enumerate(("teacher", "source", "pruned", "distilled")):
+        loss = difficulty + 0.3 * index + generator.normal(0.0, 0.05, documents)
+        result[name] = Measured(
+            architecture=architecture(),
+            ce=loss * weight,
+            kl_to_teacher=weight * 0.1 * index,
+            agreement=weight * generator.uniform(0.5, 1.0, documents),
+            weight=weight,
+            tokens_per_second=10.0 * (index + 1),
+        )
+    return result
+
+
+def test_every_model_has_exactly_its_keys() -> None:
+    evaluation = summarise(_measured())
+    to_teacher = {"delta_vs_teacher", "delta_vs_teacher_se"}
+    assert evaluation["teacher"].keys() == evaluation["source"].keys() == KEYS
+    assert evaluation["pruned"].keys() == KEYS | to_teacher
+    assert evaluation["distilled"].keys() == KEYS | to_teacher | {"delta_vs_pruned", "delta_vs_pruned_se"}
+    assert json.loads(json.dumps(evaluation, allow_nan=False)) == evaluation
+
+
+def test_losses_are_means_over_documents_with_their_standard_errors() -> None:
+    measured = _measured()
+    for name, record in summarise(measured).items():
+        losses = [ce / weight for ce, weight in zip(measured[name].ce, measured[name].weight, strict=True)]
+        mean = sum(losses) / len(losses)
+        variance = sum((loss - mean) ** 2 for loss in losses) / (len(losses) - 1)
+        assert record["loss"] == pytest.approx(mean)
+        assert record["loss_se"] == pytest.approx((variance / len(losses)) ** 0.5)
+        assert record["perplexity"] == pytest.approx(np.exp(mean))
+        assert record["top1_agreement"] == pytest.approx(np.mean(measured[name].agreement / measured[name].weight))
+
+
+def test_differences_are_paired_by_document() -> None:
+    measured = _measured()
+    record: dict[str, Any] = summarise(measured)["distilled"]
+    for other in ("teacher", "pruned"):
+        differences = (measured["distilled"].ce - measured[other].ce) / measured[other].weight
+        assert record[f"delta_vs_{other}"] == pytest.approx(differences.mean())
+        assert record[f"delta_vs_{other}_se"] == pytest.approx(differences.std(ddof=1) / len(differences) ** 0.5)
+        assert record[f"delta_vs_{other}_se"] < record["loss_se"] / 5  # documents differ more than models do
+
+
+def test_documents_without_weight_are_left_out() -> None:
+    measured = _measured()
+    padded = {}
+    for name, model in measured.items():
+        sums = {key: np.append(getattr(model, key), 0.0) for key in ("ce", "kl_to_teacher", "agreement", "weight")}
+        padded[name] = replace(model, **sums)
+    assert summarise(padded) == summarise(measured)
+    empty = {name: replace(model, weight=np.zeros_like(model.weight)) for name, model in measured.items()}
+    with pytest.raises(UserError, match=r"evaluate\.documents"):
+        summarise(empty)
+
+
+def test_one_document_has_no_standard_error() -> None:
+    record = summarise(_measured(documents=1))["pruned"]
+    assert record["loss_se"] is None and record["delta_vs_teacher_se"] is None
+    assert "±" not in table(summarise(_measured(documents=1)))
+
+
+def test_the_table_shows_every_model_and_its_numbers() -> None:
+    evaluation = summarise(_measured())
+    lines = table(evaluation).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["source", "teacher", "pruned", "distilled"]
+    assert len({line.count("|") for line in lines}) == 1 and len({len(line) for line in lines}) == 1
+    assert f"{evaluation['distilled']['loss']:.4f} ± {evaluation['distilled']['loss_se']:.4f}" in lines[-1]
+    assert f"{evaluation['distilled']['delta_vs_pruned']:+.4f}" in lines[-1]
