@@ -139,7 +139,8 @@ def _transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        perform_initialization=False,
+        init_method=_leave_undefined,
+        output_layer_init_method=_leave_undefined,
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=fused,
@@ -149,6 +150,14 @@ def _transformer_config(
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
     )
+
+
+def _leave_undefined(weight: torch.Tensor) -> None:
+    """An initialisation that does nothing.
+
+    Not `perform_initialization=False`: with it, Megatron-core's layers (tensor_parallel/layers.py:873) do not mark their
+    weights as tensor-parallel either, and the gradient norm that clipping uses leaves out all ranks but the first.
+    """
 
 
 def _build_chunk(

@@ -41,6 +41,7 @@ NAMING_CUDA: dict[str, tuple[str, ...]] = {
     "optimizer.distrib_optimizer": (
         "DistributedOptimizer._build_model_and_main_param_groups",  # 361, 420 (tensor types)
         "DistributedOptimizer.__init__",  # 582 (tensor types)
+        "DistributedOptimizer.get_parameter_state_dp_zero",  # 1089 (tensor.cuda())
     ),
     "dist_checkpointing.strategies.state_dict_saver": ("verify_global_md_reuse",),  # 204
     "dist_checkpointing.exchange_utils": (
