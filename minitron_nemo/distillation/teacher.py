@@ -111,5 +111,5 @@ def gather_sequence(shard: Tensor) -> Tensor:
     if tp == 1:
         return shard
     whole = shard.new_empty((shard.shape[0] * tp, *shard.shape[1:]))
-    torch.distributed.all_gather_single(whole, shard, group=parallel_state.get_tensor_model_parallel_group())
+    torch.distributed.all_gather(list(whole.chunk(tp)), shard, group=parallel_state.get_tensor_model_parallel_group())
     return whole

@@ -91,8 +91,8 @@ def whole_gradients(student: Model) -> dict[str, Tensor]:
     for chunk, module in zip(student.chunks, student.modules, strict=True):
         for buffer in chunk.buffers:
             for bucket in buffer.buckets:
-                shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
-                torch.distributed.all_gather_into_tensor(bucket.grad_data, shard, group=group)
+                shards = list(bucket.grad_data.chunk(group.size()))
+                torch.distributed.all_gather(shards, shards[group.rank()].clone(), group=group)
         numbers = {f"layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(module.decoder.layers)}
         for name, parameter in module.named_parameters():
             for local, number in numbers.items():
