@@ -23,6 +23,7 @@ from minitron_nemo.errors import UserError
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
+LOCAL = "MINITRON_LOCAL"  # set in the processes that cluster.launcher=local starts
 
 STEPS = {
     "correct": "fine-tune the teacher with cross-entropy on the distillation data",
@@ -137,6 +138,8 @@ def _steps(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     if recipe.cluster.launcher == "local" and "RANK" not in os.environ and "SLURM_PROCID" not in os.environ:
         return _launch_locally(recipe, options)
+    if LOCAL in os.environ:
+        _die_with_parent()
     from minitron_nemo.parallel import launch
     from minitron_nemo.run import Stopped, run_chain
 
@@ -163,17 +166,21 @@ def _launch_locally(recipe: Recipe, options: argparse.Namespace) -> int:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     size = str(recipe.cluster.processes_per_node)
-    common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {
+        "WORLD_SIZE": size,
+        "LOCAL_WORLD_SIZE": size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        LOCAL: "1",
+    }
     common = {"OMP_NUM_THREADS": "1", **os.environ, **common}
     command = [sys.executable, "-m", "minitron_nemo.cli", options.verb, str(options.recipe), *options.overrides]
     workers = [
-        subprocess.Popen(
-            command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, preexec_fn=_die_with_parent
-        )
+        subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(recipe.cluster.processes_per_node)
     ]
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, lambda received, frame: [worker.send_signal(received) for worker in workers])
+        signal.signal(number, lambda received, frame: _pass_on(received, workers))
     codes = [worker.poll() for worker in workers]
     while None in codes and not set(codes) - {None, 0, EXIT_STOPPED}:
         time.sleep(0.05)
@@ -186,8 +193,13 @@ def _launch_locally(recipe: Recipe, options: argparse.Namespace) -> int:
     return 0 if not failed else max(failed[0], 1)  # killed by a signal: negative
 
 
+def _pass_on(received: int, workers: Sequence[subprocess.Popen[bytes]]) -> None:
+    for worker in workers:
+        worker.send_signal(received)
+
+
 def _die_with_parent() -> None:
-    """In a worker before it starts: SIGKILL when the launcher is gone, so that none is left to write beside a rerun."""
+    """Ask Linux for SIGKILL when the launcher is gone, so that no worker is left to write beside a rerun."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of Linux
 
 

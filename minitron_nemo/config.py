@@ -1,7 +1,7 @@
 """The recipe: every key, its type, its default and what it means.
 
 A recipe is YAML with the sections below; `key=value` overrides use dots (`train.lr=1e-4`). `load_recipe` refuses
-unknown keys and wrong types; what needs the model (divisibility, target no larger than source) is checked by `check_shapes`.
+unknown keys and wrong types; what needs the model (divisibility, target no larger than source) is `preflight`'s part.
 This module is plain data: any room may read its own section of it.
 """
 

@@ -99,7 +99,7 @@ class Preflight:
             "tokens": self.tokens,
             "flops": self.flops,
             "processes": self.world_size,
-            "data_parallel_size": self.world_size // self.layout.model_parallel_size,
+            "data_parallel_size": self.layout.data_parallel_size(self.world_size),
             "warnings": list(self.warnings),
         }
 
@@ -117,7 +117,7 @@ def preflight(recipe: Recipe, world_size: int | None = None) -> Preflight:
     layout = Layout.from_config(recipe.parallel)
     for architecture in (teacher, student):
         layout.check(architecture, world_size)
-    data_parallel_size = world_size // layout.model_parallel_size
+    data_parallel_size = layout.data_parallel_size(world_size)
     samples = recipe.train.micro_batch_size * data_parallel_size
     if recipe.train.global_batch_size % samples:
         raise UserError(
@@ -154,27 +154,20 @@ def teacher_architecture(recipe: Recipe) -> Architecture:
 
 def text(plan: Preflight) -> str:
     """The plan as a person reads it."""
+    recipe, layout = plan.recipe, plan.layout
+    kept = parameters(plan.student) / parameters(plan.teacher)
+    kept_inside = non_embedding_parameters(plan.student) / non_embedding_parameters(plan.teacher)
+    data_parallel_size = layout.data_parallel_size(plan.world_size)
+    samples = f"{recipe.train.global_batch_size} x {recipe.data.sequence_length}"
     rows = [
-        ("recipe", plan.recipe.name),
+        ("recipe", recipe.name),
         ("teacher", _shape(plan.teacher)),
         ("student", _shape(plan.student)),
-        (
-            "kept",
-            f"{parameters(plan.student) / parameters(plan.teacher):.1%} of the parameters, "
-            f"{non_embedding_parameters(plan.student) / non_embedding_parameters(plan.teacher):.1%} without embeddings",
-        ),
-        (
-            "steps",
-            f"{plan.recipe.train.steps} of {plan.tokens_per_step:,} tokens "
-            f"({plan.recipe.train.global_batch_size} x {plan.recipe.data.sequence_length})",
-        ),
+        ("kept", f"{kept:.1%} of the parameters, {kept_inside:.1%} without embeddings"),
+        ("steps", f"{recipe.train.steps} of {plan.tokens_per_step:,} tokens ({samples})"),
         *((f"tokens, {name}", f"{count:,}") for name, count in plan.tokens.items()),
         *((f"FLOPs, {name}", f"{count:.3e} (arithmetic)") for name, count in plan.flops.items()),
-        (
-            "processes",
-            f"{plan.world_size} = TP {plan.layout.tensor_model_parallel_size} x PP "
-            f"{plan.layout.pipeline_model_parallel_size} x DP {plan.world_size // plan.layout.model_parallel_size}",
-        ),
+        ("processes", f"{plan.world_size}: {layout} dp={data_parallel_size}"),
         *(("warning", warning) for warning in plan.warnings),
     ]
     return "\n".join(f"{name:<22}{value}" for name, value in rows)
@@ -213,8 +206,9 @@ def _model(architecture: Architecture) -> dict[str, Any]:
 
 
 def _shape(architecture: Architecture) -> str:
+    heads = f"{architecture.num_attention_heads} heads of {architecture.kv_channels}"
     return (
         f"{parameters(architecture):,} parameters, {non_embedding_parameters(architecture):,} without embeddings: "
         f"{architecture.num_layers} layers, hidden {architecture.hidden_size}, ffn {architecture.ffn_hidden_size}, "
-        f"{architecture.num_attention_heads} heads / {architecture.num_query_groups} groups x {architecture.kv_channels}"
+        f"{heads} in {architecture.num_query_groups} groups"
     )

@@ -28,7 +28,7 @@ from minitron_nemo.checkpoint.fingerprint import fingerprint
 from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.config import Recipe
 from minitron_nemo.data import pypi
-from minitron_nemo.data.prepare import prepare_data
+from minitron_nemo.data.prepare import inputs_stamp, prepare_data
 from minitron_nemo.distillation.status import write_status
 from minitron_nemo.distillation.train import train
 from minitron_nemo.errors import UserError
@@ -75,16 +75,14 @@ class Chain:
 
     def steps(self) -> list[Step]:
         """All steps of the recipe in order."""
-        recipe, numerics = self.recipe, _numerics(self.recipe)
-        data = {"data": self.prepared / "prepared.json"}
+        recipe, numerics, visits = self.recipe, _numerics(self.recipe), asdict(self.recipe.data)
+        data, tokenizer = {"data": self.prepared / "prepared.json"}, self.converted / "tokenizer"
         steps = [
             Step("convert", {}, self._source_identity(), self.converted, self._convert),
-            Step(
-                "prepare", {"tokenizer": self.converted / "tokenizer"}, asdict(recipe.data), data["data"], self._prepare
-            ),
+            Step("prepare", {"tokenizer": tokenizer}, self._text(), data["data"], self._prepare),
         ]
         if recipe.teacher.correction.steps:
-            settings = {"correction": asdict(recipe.teacher.correction), "train": numerics}
+            settings = {"correction": asdict(recipe.teacher.correction), "train": numerics, "data": visits}
             steps.append(Step("correct", {"teacher": self.converted, **data}, settings, self.corrected, self._correct))
         teacher = {"teacher": self.teacher}
         calibration = {
@@ -94,12 +92,12 @@ class Chain:
         if self.teacher != self.converted:
             models["source"] = self.converted
         steps += [
-            Step("calibrate", {**teacher, **data}, calibration, self.scores, self._calibrate),
+            Step("calibrate", {**teacher, **data}, {**calibration, "data": visits}, self.scores, self._calibrate),
             Step("prune", {**teacher, "scores": self.scores}, asdict(recipe.prune), self.pruned, self._prune),
             Step(
                 "distill",
                 {**teacher, "pruned": self.pruned, **data},
-                {"distill": asdict(recipe.distill), "train": numerics},
+                {"distill": asdict(recipe.distill), "train": numerics, "data": visits},
                 self.distilled,
                 self._distill,
             ),
@@ -107,8 +105,8 @@ class Chain:
         ]
         for to in recipe.export.formats:
             output = self.run_dir / "export" / to
-            settings = {"to": to, "dtype": recipe.export.dtype}
-            steps.append(Step("export", {"distilled": self.distilled}, settings, output, self._export(to, output)))
+            written = {"to": to, "dtype": recipe.export.dtype}
+            steps.append(Step("export", {"distilled": self.distilled}, written, output, self._export(to, output)))
         return steps
 
     def _source_identity(self) -> dict[str, Any]:
@@ -121,6 +119,10 @@ class Chain:
                 [file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()
             ]
         return settings
+
+    def _text(self) -> dict[str, Any]:
+        """The settings of the text and what stands for its content."""
+        return {**asdict(self.recipe.data), "inputs": on_rank_0(lambda: inputs_stamp(self.recipe.data))}
 
     def _transform(self, source: Path, output: Path, to: str, dtype: str | None) -> None:
         convert(
