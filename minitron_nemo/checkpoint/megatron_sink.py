@@ -65,7 +65,7 @@ class MegatronSink:
             for chunk in chunks:
                 origin, sizes = self._position(chunk)
                 offset = stream.tell()
-                torch.save(rows(chunk).reshape(sizes), stream)
+                _write_tensor(stream, rows(chunk).reshape(sizes))
                 places.append((_key(chunk.tensor.spec), origin, sizes, file.name, offset, stream.tell() - offset))
             if rank == 0:
                 places += [(key, None, None, *_write_object(stream, file.name)) for key in self._extra_states()]
@@ -123,6 +123,16 @@ def _key(spec: TensorSpec) -> str:
 
 def _places_file(path: Path, rank: int) -> Path:
     return partial_path(path) / f".places-{rank}.json"
+
+
+def _write_tensor(stream: IO[bytes], tensor: torch.Tensor) -> None:
+    try:
+        torch.save(tensor, stream)
+    except RuntimeError as error:
+        # On a full disk torch still ends the zip, and what it says of that hides the reason.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def _write_object(stream: IO[bytes], file_name: str) -> tuple[str, int, int]:

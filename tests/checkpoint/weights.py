@@ -1,0 +1,90 @@
+"""What the checkpoint tests share: weights of Hugging Face directories, and an independent pruning of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from minitron_nemo.arch import Architecture, Axis, Plan
+from minitron_nemo.arch.huggingface import architecture_from_hf
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a Hugging Face directory, read by safetensors itself."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    ours, theirs = weights(first), weights(second)
+    return ours.keys() == theirs.keys() and all(
+        ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]) for name in ours
+    )
+
+
+def architecture_of(directory: Path) -> Architecture:
+    return architecture_from_hf(json.loads((directory / "config.json").read_text()))
+
+
+def random_plan(source: Architecture, seed: int = 0) -> Plan:
+    """Cuts every axis: 3 of 4 layers, half of the heads of each group, 3/4 of hidden channels, 2/3 of the neurons."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(total: int, count: int) -> tuple[int, ...]:
+        return tuple(sorted(torch.randperm(total, generator=generator)[:count].tolist()))
+
+    layers = choose(source.num_layers, source.num_layers * 3 // 4)
+    hidden, ffn = source.hidden_size * 3 // 4, source.ffn_hidden_size * 2 // 3
+    per_group = source.heads_per_group
+    heads = tuple(
+        tuple(
+            group * per_group + head
+            for group in range(source.num_query_groups)
+            for head in choose(per_group, per_group // 2)
+        )
+        for _ in layers
+    )
+    sizes = {Axis.LAYERS: len(layers), Axis.HIDDEN: hidden, Axis.FFN: ffn, Axis.HEADS: len(heads[0])}
+    return Plan(
+        source=source,
+        target=source.resized(sizes),
+        kept_layers=layers,
+        kept_hidden=choose(source.hidden_size, hidden),
+        kept_ffn=tuple(choose(source.ffn_hidden_size, ffn) for _ in layers),
+        kept_heads=heads,
+    )
+
+
+def sliced(tensors: dict[str, torch.Tensor], plan: Plan) -> dict[str, torch.Tensor]:
+    """The student's Hugging Face weights by plain indexing of the teacher's: shares no code with the package."""
+    hidden = list(plan.kept_hidden or [])
+    head_dim = plan.source.kv_channels
+    result = {"model.embed_tokens.weight": tensors["model.embed_tokens.weight"][:, hidden]}
+    result["model.norm.weight"] = tensors["model.norm.weight"][hidden]
+    if "lm_head.weight" in tensors:
+        result["lm_head.weight"] = tensors["lm_head.weight"][:, hidden]
+    for layer, source_layer in enumerate(plan.kept_layers):
+        neurons = list(plan.kept_ffn[layer]) if plan.kept_ffn else []
+        heads = rows_of(plan.kept_heads[layer] if plan.kept_heads else (), head_dim)
+        ours, theirs = f"model.layers.{layer}.", f"model.layers.{source_layer}."
+        for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+            result[ours + norm] = tensors[theirs + norm][hidden]
+        for name in ("k_proj", "v_proj"):
+            key = f"self_attn.{name}.weight"
+            result[ours + key] = tensors[theirs + key][:, hidden]
+        result[ours + "self_attn.q_proj.weight"] = tensors[theirs + "self_attn.q_proj.weight"][heads][:, hidden]
+        result[ours + "self_attn.o_proj.weight"] = tensors[theirs + "self_attn.o_proj.weight"][hidden][:, heads]
+        for name in ("gate_proj", "up_proj"):
+            result[ours + f"mlp.{name}.weight"] = tensors[theirs + f"mlp.{name}.weight"][neurons][:, hidden]
+        result[ours + "mlp.down_proj.weight"] = tensors[theirs + "mlp.down_proj.weight"][hidden][:, neurons]
+    return {name: tensor.contiguous() for name, tensor in result.items()}
+
+
+def rows_of(heads: Sequence[int], head_dim: int) -> list[int]:
+    return [head * head_dim + channel for head in heads for channel in range(head_dim)]

@@ -1,0 +1,172 @@
+"""Counts against the published models, configurations against transformers, selections against brute force."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from transformers import LlamaConfig, MistralConfig
+
+from minitron_nemo.arch import Architecture, Axis, Plan
+from minitron_nemo.arch.axes import AxisDim, Dim, GatedDim, HeadsDim, QKVDim
+from minitron_nemo.arch.counts import non_embedding_parameters, parameters
+from minitron_nemo.arch.huggingface import architecture_from_hf, hf_config, hf_warnings
+from minitron_nemo.arch.tensors import tensors
+from minitron_nemo.errors import UserError
+from tests.tiny import LLAMA3_ROPE
+
+LLAMA_31_8B = Architecture(32, 4096, 14336, 32, 8, 128, 128256, 131072, rotary_base=500000.0)
+MISTRAL_NEMO_12B = Architecture(40, 5120, 14336, 32, 8, 128, 131072, 131072, rotary_base=1e6, model_type="mistral")
+SMOLLM2_135M = Architecture(
+    30, 576, 1536, 9, 3, 64, 49152, 8192, rotary_base=100000.0, share_embeddings_and_output_weights=True
+)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "total", "non_embedding"),
+    [
+        (LLAMA_31_8B, "8.030", "6.980"),
+        # Llama-3.1-Minitron-4B, width and depth (2408.11796, table 2)
+        (LLAMA_31_8B.resized({Axis.HIDDEN: 3072, Axis.FFN: 9216}), "4.513", "3.725"),
+        (LLAMA_31_8B.resized({Axis.LAYERS: 16}), "4.540", "3.490"),
+        # MN-Minitron-8B
+        (MISTRAL_NEMO_12B.resized({Axis.HIDDEN: 4096, Axis.FFN: 11520}), "8.414", "7.340"),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(architecture: Architecture, total: str, non_embedding: str) -> None:
+    assert f"{parameters(architecture) / 1e9:.3f}" == total
+    assert f"{non_embedding_parameters(architecture) / 1e9:.3f}" == non_embedding
+
+
+def test_parameter_counts_of_smollm2_are_exact() -> None:
+    assert parameters(SMOLLM2_135M) == 134_515_008
+    assert non_embedding_parameters(SMOLLM2_135M) == 106_203_456
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        LLAMA_31_8B,
+        SMOLLM2_135M,
+        Architecture(4, 64, 96, 8, 4, 16, 259, 512, layernorm_epsilon=1e-6, rope_scaling=LLAMA3_ROPE),
+        MISTRAL_NEMO_12B,
+    ],
+)
+def test_configuration_survives_transformers(architecture: Architecture) -> None:
+    config_class = {"llama": LlamaConfig, "mistral": MistralConfig}[architecture.model_type]
+    theirs = config_class(**hf_config(architecture, "bfloat16"))
+    assert theirs.head_dim == architecture.kv_channels
+    assert theirs.num_key_value_heads == architecture.num_query_groups
+    assert theirs.rope_parameters["rope_theta"] == architecture.rotary_base
+    assert theirs.rope_parameters["rope_type"] == ("llama3" if architecture.rope_scaling else "default")
+    assert theirs.tie_word_embeddings == architecture.share_embeddings_and_output_weights
+    # What transformers 5 writes has other keys than what we wrote.
+    assert "rope_parameters" in theirs.to_dict()
+    assert architecture_from_hf(theirs.to_dict()) == architecture
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "gemma"}, "gemma"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+    ],
+)
+def test_features_of_other_families_are_refused_by_name(change: dict, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        architecture_from_hf(hf_config(SMOLLM2_135M, "bfloat16") | change)
+
+
+def test_shapes_that_transformers_refuses_are_warned_of() -> None:
+    odd = SMOLLM2_135M.resized({Axis.HIDDEN: 448})
+    with pytest.raises(Exception, match="not a multiple of the number of attention heads"):
+        LlamaConfig(**hf_config(odd, "bfloat16"))
+    assert len(hf_warnings(odd)) == 1
+    assert hf_warnings(SMOLLM2_135M) == []
+
+
+SMALL = Architecture(2, 10, 6, 6, 2, 4, 11, 32)  # 3 heads per group
+KEPT = {Axis.HIDDEN: [0, 3, 9], Axis.FFN: [1, 2, 5], Axis.HEADS: [0, 2, 4, 5]}
+
+
+def _labels(dim: Dim) -> list[tuple]:
+    """What each row of a dim of SMALL is, spelled out row by row."""
+    if isinstance(dim, AxisDim):
+        return [(dim.axis, entry) for entry in range(SMALL.size(dim.axis))]
+    if isinstance(dim, GatedDim):
+        return [(dim.axis, entry, half) for half in ("gate", "up") for entry in range(SMALL.size(dim.axis))]
+    if isinstance(dim, HeadsDim):
+        return [(Axis.HEADS, head, channel) for head in range(6) for channel in range(4)]
+    rows: list[tuple] = []
+    for group in range(2):
+        for head in range(3 * group, 3 * group + 3):
+            rows += [(Axis.HEADS, head, channel) for channel in range(4)]
+        rows += [("key", group, channel) for channel in range(4)]
+        rows += [("value", group, channel) for channel in range(4)]
+    return rows
+
+
+@pytest.mark.parametrize("dim", [AxisDim(Axis.HIDDEN), AxisDim(Axis.VOCAB), GatedDim(Axis.FFN), HeadsDim(), QKVDim()])
+def test_selection_keeps_exactly_the_rows_of_kept_entries(dim: Dim) -> None:
+    labels = _labels(dim)
+    assert dim.size(SMALL) == len(labels)
+    kept = {axis: np.array(entries) for axis, entries in KEPT.items()}
+    wanted = [row for row, label in enumerate(labels) if label[0] not in KEPT or label[1] in KEPT[label[0]]]
+    selected = dim.select(SMALL, kept)
+    assert wanted == (list(range(len(labels))) if selected is None else selected.tolist())
+    assert dim.select(SMALL, {}) is None
+
+
+def test_every_huggingface_row_has_one_place() -> None:
+    places: dict[str, list[int]] = {}
+    for tensor in tensors(SMALL):
+        position = 0
+        for piece in tensor.hf_pieces(SMALL):
+            assert piece.start == position
+            position += piece.length
+            places.setdefault(piece.hf_name, []).extend(range(piece.hf_start, piece.hf_start + piece.length))
+        assert position == tensor.spec.shape(SMALL)[0]
+    assert all(sorted(rows) == list(range(len(rows))) for rows in places.values())
+    assert len(places) == 3 + 2 * 9
+
+
+def test_plan_survives_its_file(tmp_path) -> None:
+    target = SMALL.resized({Axis.HIDDEN: 3, Axis.FFN: 3, Axis.HEADS: 4, Axis.LAYERS: 1})
+    plan = Plan(
+        source=SMALL,
+        target=target,
+        kept_layers=(1,),
+        kept_hidden=(0, 3, 9),
+        kept_ffn=((1, 2, 5),),
+        kept_heads=((0, 2, 4, 5),),
+        gaps={"hidden_size": 0.25},
+        provenance={"scores": "abc"},
+    )
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"kept_hidden": (0, 3)}, "kept_hidden keeps 2"),
+        ({"kept_hidden": (3, 0, 9)}, "ascending"),
+        ({"kept_hidden": (0, 3, 10)}, "within"),
+        ({"kept_hidden": None}, "hidden_size shrinks"),
+        ({"kept_heads": ((0, 1, 2, 5),)}, "heads per query group"),
+        ({"kept_ffn": ((1, 2, 5), (1, 2, 5))}, "kept_ffn has 2 layers"),
+    ],
+)
+def test_plans_that_do_not_fit_are_refused(change: dict, named: str) -> None:
+    fitting = {
+        "source": SMALL,
+        "target": SMALL.resized({Axis.HIDDEN: 3, Axis.FFN: 3, Axis.HEADS: 4, Axis.LAYERS: 1}),
+        "kept_layers": (1,),
+        "kept_hidden": (0, 3, 9),
+        "kept_ffn": ((1, 2, 5),),
+        "kept_heads": ((0, 2, 4, 5),),
+    }
+    Plan(**fitting)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=named):
+        Plan(**fitting | change)  # type: ignore[arg-type]
