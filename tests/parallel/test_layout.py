@@ -1,0 +1,110 @@
+"""Layouts that a model cannot run on are refused in one line that names the key."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from minitron_nemo.arch import Architecture
+from minitron_nemo.config import ParallelConfig
+from minitron_nemo.errors import UserError
+from minitron_nemo.parallel import launch
+from minitron_nemo.parallel.layout import Layout
+from tests.pool import run_distributed
+
+SMOLLM2 = Architecture(
+    num_layers=30,
+    hidden_size=576,
+    ffn_hidden_size=1536,
+    num_attention_heads=9,
+    num_query_groups=3,
+    kv_channels=64,
+    vocab_size=49152,
+    max_position_embeddings=8192,
+)
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size"),
+    [
+        (Layout(), 1),
+        (Layout(), 5),
+        (Layout(tensor_model_parallel_size=3, sequence_parallel=True), 6),
+        (Layout(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=5), 2),
+        (Layout(tensor_model_parallel_size=3, pipeline_model_parallel_size=2), 6),
+    ],
+)
+def test_a_layout_that_fits_is_accepted(layout: Layout, world_size: int) -> None:
+    layout.check(SMOLLM2, world_size)
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size", "message"),
+    [
+        (
+            Layout(tensor_model_parallel_size=2),
+            2,
+            r"parallel.tensor_model_parallel_size: 2 does not divide the model's num_query_groups 3; use one of \[1\]",
+        ),
+        (
+            Layout(tensor_model_parallel_size=9),
+            9,
+            r"parallel.tensor_model_parallel_size: 9 .* num_query_groups 3; use one of \[1, 3\]",
+        ),
+        (
+            Layout(pipeline_model_parallel_size=4),
+            4,
+            r"parallel.pipeline_model_parallel_size: 30 layers cannot be cut into 4 equal stages",
+        ),
+        (
+            Layout(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=4),
+            2,
+            r"parallel.virtual_pipeline_model_parallel_size: 30 layers cannot be cut into 8 equal stages",
+        ),
+        (
+            Layout(virtual_pipeline_model_parallel_size=2),
+            1,
+            r"parallel.virtual_pipeline_model_parallel_size: virtual stages need pipeline_model_parallel_size",
+        ),
+        (Layout(sequence_parallel=True), 1, r"parallel.sequence_parallel: .* set it to false"),
+        (Layout(context_parallel_size=2), 2, r"parallel.context_parallel_size: 2 needs TransformerEngine"),
+        (Layout(tensor_model_parallel_size=0), 1, r"parallel.tensor_model_parallel_size: 0 is not a size"),
+        (Layout(pipeline_model_parallel_size=2), 3, r"tp=1 pp=2 needs a multiple of 2 processes, and this job has 3"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused(layout: Layout, world_size: int, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        layout.check(SMOLLM2, world_size)
+    assert "\n" not in str(caught.value)
+
+
+def test_ffn_neurons_are_split_evenly() -> None:
+    with pytest.raises(UserError, match="does not divide the model's ffn_hidden_size 1535"):
+        Layout(tensor_model_parallel_size=3).check(replace(SMOLLM2, ffn_hidden_size=1535), 3)
+
+
+def test_one_virtual_stage_is_no_interleaving() -> None:
+    config = ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=1)
+    assert Layout.from_config(config) == Layout(pipeline_model_parallel_size=2)
+
+
+def _remade(layouts: list[Layout]) -> list[tuple[int, int, int]]:
+    from megatron.core import parallel_state
+
+    sizes = []
+    for layout in layouts:
+        launch.initialize(layout, seed=1)
+        sizes.append(
+            (
+                parallel_state.get_tensor_model_parallel_world_size(),
+                parallel_state.get_pipeline_model_parallel_world_size(),
+                parallel_state.get_data_parallel_world_size(),
+            )
+        )
+    return sizes
+
+
+def test_groups_are_remade_when_the_layout_changes_within_a_job() -> None:
+    layouts = [Layout(tensor_model_parallel_size=2), Layout(), Layout(), Layout(pipeline_model_parallel_size=2)]
+    assert run_distributed(2, _remade, layouts)[0] == [(2, 1, 1), (1, 1, 2), (1, 1, 2), (1, 2, 1)]
