@@ -46,7 +46,7 @@ def calibrate(teacher: Path, prepared: Path, recipe: Recipe, layout: Layout) -> 
     model = build_model(Architecture.load(teacher), layout, dtype=DTYPES[config.precision])
     load_model(model, teacher)
     blend = open_train(recipe.data, prepared)
-    indices = Sampler(blend, recipe.data.seed).peek(0, config.samples)
+    indices = Sampler(blend, recipe.data.seed).global_batch(0, config.samples)
     # Ranks run equally many full microbatches; copies of the last sample fill them up and do not count.
     dp_rank, dp_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     together = config.micro_batch_size * dp_size

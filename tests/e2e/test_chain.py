@@ -46,7 +46,7 @@ def test_the_export_loads_in_transformers_and_generates(finished: Path) -> None:
     export = finished / "run" / "export" / "hf"
     model = AutoModelForCausalLM.from_pretrained(export)
     tokenizer = AutoTokenizer.from_pretrained(export)
-    assert model.config.num_hidden_layers == 3
+    assert model.config.num_hidden_layers == 2
     assert model.config.intermediate_size == 64
     prompt = tokenizer("The quick brown", return_tensors="pt")
     generated = model.generate(**prompt, max_new_tokens=4, do_sample=False)
