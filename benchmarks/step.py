@@ -3,10 +3,10 @@
     python benchmarks/step.py [--layers 30] [--sequence-length 256] [--microbatches 2] [--precision bf16] [--repeat 5]
     torchrun --nproc-per-node 2 benchmarks/step.py --pipeline 2
 
-Models have the shape of SmolLM2-135M and of a student with two thirds of its FFN, with random weights. The bare parts go
-through the same Megatron calls and compute all logits: one product for the teacher; three for the student, whose loss is
-a weighted sum of its logits. No optimizer in either. Repetitions alternate; the least CPU time of each counts, summed
-over the processes (waiting for another stage is not CPU time, but gloo polls: compare ratios, not layouts).
+Models have the shape of SmolLM2-135M and of a student with two thirds of its FFN, with random weights. The bare parts
+go through the same Megatron calls and compute all logits: one product for the teacher; three for the student, whose
+loss is the sum of its logits. No optimizer in either. Repetitions alternate; the least CPU time of each counts, summed
+over the processes.
 """
 
 from __future__ import annotations

@@ -83,7 +83,9 @@ def expected_step(
         ce=ce.item(),
         tokens=tokens,
         weight=sum(batch["token_weights"].double().sum().item() for batch in microbatches),
-        gradients={name: parameter.grad for name, parameter in student.named_parameters()},
+        gradients={
+            name: parameter.grad for name, parameter in student.named_parameters() if parameter.grad is not None
+        },
     )
 
 

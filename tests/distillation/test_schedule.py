@@ -1,11 +1,12 @@
 import math
+from typing import Any
 
 import pytest
 
 from minitron_nemo.distillation.schedule import check_schedule, learning_rate
 from minitron_nemo.errors import UserError
 
-SETTINGS = {"peak": 1e-4, "floor": 1e-5, "warmup_steps": 40, "steps": 1000}
+SETTINGS: dict[str, Any] = {"peak": 1e-4, "floor": 1e-5, "warmup_steps": 40, "steps": 1000}
 
 
 def test_learning_rate_warms_up_linearly_and_falls_as_a_cosine_to_the_floor() -> None:

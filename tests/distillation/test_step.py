@@ -43,7 +43,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     write_tiny_llama(root / "teacher_hf", seed=0)
     write_tiny_llama(root / "student_hf", hidden_size=48, ffn_hidden_size=64, seed=1)
     write_tiny_llama(root / "tied_hf", hidden_size=48, ffn_hidden_size=64, tied=True, seed=2)
-    paths = {}
+    paths: dict[str, Path] = {}
     for name in ("teacher", "student", "tied"):
         convert(root / f"{name}_hf", root / name, "megatron")
         paths |= {name: root / name, f"{name}_hf": root / f"{name}_hf"}
@@ -154,7 +154,7 @@ def test_loss_and_gradients_of_a_step_match_the_fp64_formula(
 ) -> None:
     """Four microbatches with fractional token weights; CE beside a tempered divergence."""
     world_size, sizes = LAYOUTS[layout]
-    weights = {"logits_weight": 0.7, "ce_weight": 0.3, "temperature": 2.0}
+    weights: dict[str, Any] = {"logits_weight": 0.7, "ce_weight": 0.3, "temperature": 2.0}
     expected = expected_step(
         models[f"{student}_hf"], models["teacher_hf"], random_microbatches(4, sequence_length=SEQUENCE), **weights
     )

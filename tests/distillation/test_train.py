@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def recipe(root: Path) -> Recipe:
     )
 
 
-def paths(place: Path, work: Path, student: str, teacher: str | None) -> dict[str, Path | None]:
+def paths(place: Path, work: Path, student: str, teacher: str | None) -> dict[str, Any]:
     return {
         "student_dir": place / student,
         "teacher_dir": None if teacher is None else place / teacher,
@@ -117,7 +118,7 @@ def test_correction_visits_samples_in_an_order_of_its_own(place: Path, tmp_path:
 def logged_losses(recipe: Recipe, work: Path, place: Path) -> list[float]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(replace(recipe, parallel=ParallelConfig()), **paths(place, work, "teacher", None))  # type: ignore[arg-type]
+    train(replace(recipe, parallel=ParallelConfig()), **paths(place, work, "teacher", None))
     events = EventAccumulator(str(work / "training" / "tensorboard"))
     events.Reload()
     return [event.value for event in events.Scalars("train/loss")]

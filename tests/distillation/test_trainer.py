@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from tests.tiny import write_tiny_llama
 
 PIPELINE = Layout(pipeline_model_parallel_size=2)
 # World size, layout, settings.
-RUNS = {
+RUNS: dict[str, tuple[int, Layout, dict[str, Any]]] = {
     "one process": (1, Layout(), {}),
     "DP2": (2, Layout(), {}),
     "PP2": (2, PIPELINE, {}),
