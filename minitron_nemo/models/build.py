@@ -155,8 +155,9 @@ def _transformer_config(
 def _leave_undefined(weight: torch.Tensor) -> None:
     """An initialisation that does nothing.
 
-    Not `perform_initialization=False`: with it, Megatron-core's layers (tensor_parallel/layers.py:873) do not mark their
-    weights as tensor-parallel either, and the gradient norm that clipping uses leaves out all ranks but the first.
+    Not `perform_initialization=False`: with it, Megatron-core's layers (tensor_parallel/layers.py:873) do not mark
+    their weights as tensor-parallel either, and the gradient norm that clipping uses leaves out all ranks but the
+    first.
     """
 
 

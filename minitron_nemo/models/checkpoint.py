@@ -23,7 +23,6 @@ from minitron_nemo.parallel import launch
 
 # Stored with the rows of the layout that wrote them, or without padding.
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
-TOKENIZER = "tokenizer"
 
 
 def load_model(model: Model, directory: Path) -> None:
@@ -53,7 +52,8 @@ def load_model(model: Model, directory: Path) -> None:
 def save_model(model: Model, directory: Path, tokenizer_from: Path) -> None:
     """Write weights, `architecture.json` and the tokenizer of the checkpoint `tokenizer_from`. Collective.
 
-    The directory appears, or replaces an earlier one, when it is complete.
+    `tokenizer_from` is a Megatron or a Hugging Face directory. The directory appears, or replaces an earlier one,
+    when it is complete.
     """
     save_collectively(directory, lambda partial: _write(model, partial, tokenizer_from))
 
@@ -74,7 +74,8 @@ def _write(model: Model, directory: Path, tokenizer_from: Path) -> None:
     dist_checkpointing.save(_sharded_state(model), str(directory), async_sharded_save=False)
     if launch.rank() == 0:
         model.architecture.save(directory)
-        tokenizer.copy_files(tokenizer_from, directory / TOKENIZER)
+        ours = tokenizer_from / tokenizer.DIRECTORY
+        tokenizer.copy_files(ours if ours.is_dir() else tokenizer_from, directory / tokenizer.DIRECTORY)
 
 
 def _sharded_state(model: Model) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from minitron_nemo.arch import Architecture
+from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
 from tests.tiny import LLAMA3_ROPE, write_tiny_llama
@@ -39,11 +40,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 class TinyModel:
-    """A random model as a Hugging Face directory and, once `store` ran, as a torch_dist one."""
+    """A random model as a Hugging Face directory, and converted."""
 
     def __init__(self, directory: Path, **shape: Any) -> None:
         self.huggingface = write_tiny_llama(directory / "hf", **shape)
         self.megatron = directory / "megatron"
+        convert(self.huggingface, self.megatron, "megatron", progress=False)
         self.architecture = architecture(**shape)
 
 
@@ -103,24 +105,6 @@ def megatron_order(named: dict[str, Tensor], architecture: Architecture) -> dict
             ours + "mlp.linear_fc2.weight": named[theirs + "mlp.down_proj.weight"],
         }
     return result
-
-
-def store(tiny: TinyModel) -> None:
-    """Run on one rank: write `tiny.megatron` through an unsharded model."""
-    from safetensors.torch import load_file
-
-    from minitron_nemo.models.build import build_model
-    from minitron_nemo.models.checkpoint import save_model
-
-    launch.initialize(Layout(), seed=1)
-    model = build_model(tiny.architecture, Layout(), dtype=torch.float32)
-    weights = megatron_order(load_file(tiny.huggingface / "model.safetensors"), tiny.architecture)
-    with torch.no_grad():
-        for name, parameter in model.modules[0].named_parameters():
-            weight = weights.pop(name)
-            parameter[: weight.shape[0]] = weight
-    assert not weights
-    save_model(model, tiny.megatron, tiny.huggingface)
 
 
 def weights(directory: Path, architecture: Architecture) -> dict[str, Tensor]:

@@ -20,7 +20,9 @@ from tests.models.support import LAYOUTS, TinyModel, megatron_order, weights
 from tests.pool import run_distributed
 
 
-def _through(layout: Layout, tiny: TinyModel, dtype: torch.dtype, directory: Path) -> list[Tensor]:
+def _through(
+    layout: Layout, tiny: TinyModel, dtype: torch.dtype, directory: Path, tokenizer_from: Path
+) -> list[Tensor]:
     """Load at `layout` and `dtype`, save again; the rows that pad this rank's vocabulary."""
     from megatron.core import parallel_state
 
@@ -34,7 +36,7 @@ def _through(layout: Layout, tiny: TinyModel, dtype: torch.dtype, directory: Pat
             for parameter in chunk.parameters():
                 parameter.fill_(float("nan"))
     load_model(model, tiny.megatron)
-    save_model(model, directory, tiny.huggingface)
+    save_model(model, directory, tokenizer_from)
     padding = []
     for module in model.modules:
         for name, parameter in module.named_parameters():
@@ -63,7 +65,7 @@ def test_weights_survive_every_layout_bit_for_bit(
 ) -> None:
     tiny = tiny_models[shape]
     world_size, sizes = LAYOUTS[layout]
-    paddings = run_distributed(world_size, _through, sizes, tiny, torch.float32, tmp_path / "again")
+    paddings = run_distributed(world_size, _through, sizes, tiny, torch.float32, tmp_path / "again", tiny.megatron)
     assert sum(padding.numel() for rank in paddings for padding in rank) > 0
     assert all(not padding.any() for rank in paddings for padding in rank)
     found = run_distributed(1, weights, tmp_path / "again", tiny.architecture)[0]
@@ -78,7 +80,8 @@ def test_weights_survive_every_layout_bit_for_bit(
 
 def test_loading_converts_the_dtype(tiny_models: dict[str, TinyModel], tmp_path: Path) -> None:
     tiny = tiny_models["untied"]
-    run_distributed(1, _through, Layout(), tiny, torch.bfloat16, tmp_path / "bf16")
+    run_distributed(1, _through, Layout(), tiny, torch.bfloat16, tmp_path / "bf16", tiny.huggingface)
+    assert (tmp_path / "bf16" / "tokenizer" / "tokenizer.json").exists()
     back = run_distributed(1, weights, tmp_path / "bf16", tiny.architecture)[0]
     expected = megatron_order(load_file(tiny.huggingface / "model.safetensors"), tiny.architecture)
     for name, weight in expected.items():
@@ -97,7 +100,7 @@ def test_a_checkpoint_that_contradicts_its_architecture_is_refused(
     tiny = tiny_models["untied"]
     for changed, message in (
         (replace(tiny.architecture, num_layers=6), "not a checkpoint of this model"),
-        (replace(tiny.architecture, vocab_size=385), "embedding.word_embeddings.weight has 384 rows, fewer than"),
+        (replace(tiny.architecture, vocab_size=260), "embedding.word_embeddings.weight has 259 rows, fewer than"),
     ):
         directory = shutil.copytree(tiny.megatron, tmp_path / str(changed.vocab_size))
         changed.save(directory)
