@@ -43,7 +43,7 @@ def test_the_chain_completes_on_two_nodes(slurm: Cluster, tmp_path: Path) -> Non
 
 
 def test_a_signalled_job_saves_and_the_next_one_goes_on(slurm: Cluster, tmp_path: Path) -> None:
-    steps = 400
+    steps = 120
     recipe = write_recipe(
         tmp_path, teacher={"correction": {"steps": 0}}, train={"steps": steps, "save_interval": steps}
     )
@@ -65,6 +65,7 @@ def test_a_signalled_job_saves_and_the_next_one_goes_on(slurm: Cluster, tmp_path
     assert slurm.wait(job, 300)["JobState"] == "COMPLETED", slurm.output(job)
     assert status(run)["state"] == "done"
     assert "[calibrate] unchanged, not run again" in slurm.output(job)
+    assert f"resumed after update {stopped['iteration']} " in slurm.output(job)
 
 
 @pytest.mark.soak
