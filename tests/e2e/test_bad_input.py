@@ -5,35 +5,45 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
+from minitron_nemo.cli import main
+from minitron_nemo.config import Recipe
 from tests.e2e.chain import write_recipe
 from tests.tiny import write_tiny_llama
 
-pytestmark = [pytest.mark.e2e]
 
-
-def minitron(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "minitron_nemo.cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
-def refused(*arguments: str) -> str:
+def refusal(stderr: str) -> str:
     """The one line that a refused command prints."""
-    result = minitron(*arguments)
-    lines = [line for line in result.stderr.splitlines() if line.startswith("minitron: error: ")]
-    assert result.returncode == 2, result.stdout + result.stderr
-    assert len(lines) == 1, result.stderr
-    assert "Traceback" not in result.stderr
+    lines = [line for line in stderr.splitlines() if line.startswith("minitron: error: ")]
+    assert len(lines) == 1, stderr
+    assert "Traceback" not in stderr
     return lines[0]
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Call the command line in this process; it has to refuse."""
+
+    def call(*arguments: str) -> str:
+        capsys.readouterr()
+        assert main(arguments) == 2
+        return refusal(capsys.readouterr().err)
+
+    return call
+
+
+def refused_by_process(*arguments: str) -> str:
+    """The same for commands that join a job."""
+    command = [sys.executable, "-m", "minitron_nemo.cli", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 2, result.stdout + result.stderr
+    return refusal(result.stderr)
 
 
 @pytest.fixture(scope="module")
@@ -62,31 +72,33 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("model.source=/nowhere", "/nowhere"),
     ],
 )
-def test_plan_names_the_key_that_is_wrong(recipe: Path, override: str, key: str) -> None:
+def test_plan_names_the_key_that_is_wrong(refused: Callable[..., str], recipe: Path, override: str, key: str) -> None:
     assert key in refused("plan", str(recipe), *override.split())
 
 
-def test_a_recipe_that_is_not_there_or_not_yaml(tmp_path: Path) -> None:
+def test_a_recipe_that_is_not_there_or_not_yaml(refused: Callable[..., str], tmp_path: Path) -> None:
     assert "no such recipe" in refused("plan", str(tmp_path / "none.yaml"))
     (tmp_path / "broken.yaml").write_text("name: [")
     assert "broken.yaml" in refused("plan", str(tmp_path / "broken.yaml"))
 
 
+@pytest.mark.e2e
 def test_an_empty_data_file_is_named(tmp_path: Path, recipe: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     broken = yaml.safe_load(recipe.read_text())
     broken["data"]["train"] = [{"path": str(tmp_path / "empty.jsonl")}]
     broken["run_dir"] = str(tmp_path / "run")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(broken))
-    assert "empty.jsonl" in refused("run", str(tmp_path / "recipe.yaml"))
+    assert "empty.jsonl" in refused_by_process("run", str(tmp_path / "recipe.yaml"))
     assert not (tmp_path / "run" / "data" / "prepared.json").exists()
 
 
+@pytest.mark.e2e
 def test_a_step_says_which_step_comes_before_it(tmp_path: Path, recipe: Path) -> None:
-    assert "run the steps before it" in refused("distill", str(recipe), f"run_dir={tmp_path / 'fresh'}")
+    assert "run the steps before it" in refused_by_process("distill", str(recipe), f"run_dir={tmp_path / 'fresh'}")
 
 
-def test_damaged_sources_leave_nothing_under_the_final_name(tmp_path: Path) -> None:
+def test_damaged_sources_leave_nothing_under_the_final_name(refused: Callable[..., str], tmp_path: Path) -> None:
     model = write_tiny_llama(tmp_path / "model")
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
@@ -94,6 +106,7 @@ def test_damaged_sources_leave_nothing_under_the_final_name(tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.e2e
 def test_a_second_job_on_the_same_run_directory_is_refused(tmp_path: Path, recipe: Path) -> None:
     import fcntl
 
@@ -101,7 +114,7 @@ def test_a_second_job_on_the_same_run_directory_is_refused(tmp_path: Path, recip
     run.mkdir()
     with (run / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "in use" in refused("run", str(recipe), f"run_dir={run}")
+        assert "in use" in refused_by_process("run", str(recipe), f"run_dir={run}")
 
 
 @pytest.mark.parametrize(
@@ -112,10 +125,19 @@ def test_a_second_job_on_the_same_run_directory_is_refused(tmp_path: Path, recip
         ("mistral_nemo_12b_to_8b", 8.414e9, 7.340e9),
     ],
 )
-def test_plan_gives_the_published_parameter_counts(name: str, student: float, non_embedding: float) -> None:
+def test_plan_gives_the_published_parameter_counts(
+    capsys: pytest.CaptureFixture[str], name: str, student: float, non_embedding: float
+) -> None:
     root = Path(__file__).parents[2]
-    result = minitron("plan", str(root / "recipes" / f"{name}.yaml"), "--json")
-    assert result.returncode == 0, result.stderr
-    plan = json.loads(result.stdout)
+    assert main(["plan", str(root / "recipes" / f"{name}.yaml"), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
     assert plan["student"]["parameters"] == pytest.approx(student, rel=2e-4)
     assert plan["student"]["non_embedding_parameters"] == pytest.approx(non_embedding, rel=2e-4)
+
+
+def test_every_key_of_a_recipe_is_documented() -> None:
+    documented = (Path(__file__).parents[2] / "docs" / "recipe.md").read_text()
+    for section in fields(Recipe):
+        if is_dataclass(section.default_factory):
+            for key in fields(section.default_factory):
+                assert f"`{key.name}`" in documented or f"{key.name}." in documented, f"{section.name}.{key.name}"
