@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from transformers import LlamaConfig, MistralConfig
@@ -159,7 +161,7 @@ def test_plan_survives_its_file(tmp_path) -> None:
     ],
 )
 def test_plans_that_do_not_fit_are_refused(change: dict, named: str) -> None:
-    fitting = {
+    fitting: dict[str, Any] = {
         "source": SMALL,
         "target": SMALL.resized({Axis.HIDDEN: 3, Axis.FFN: 3, Axis.HEADS: 4, Axis.LAYERS: 1}),
         "kept_layers": (1,),
@@ -167,6 +169,6 @@ def test_plans_that_do_not_fit_are_refused(change: dict, named: str) -> None:
         "kept_ffn": ((1, 2, 5),),
         "kept_heads": ((0, 2, 4, 5),),
     }
-    Plan(**fitting)  # type: ignore[arg-type]
+    Plan(**fitting)
     with pytest.raises(UserError, match=named):
-        Plan(**fitting | change)  # type: ignore[arg-type]
+        Plan(**fitting | change)

@@ -129,16 +129,16 @@ def slicer(source: Source, plan: Plan, dtypes: Mapping[str, torch.dtype]) -> Cal
             block = _take(source.read(name, chunk.start, chunk.stop), columns, 1)
         else:
             wanted = kept_rows[chunk.start : chunk.stop]
-            block = torch.cat([_take(part, columns, 1) for part in _selected_rows(source, name, wanted)])
+            row_bytes = prod(chunk.tensor.spec.shape(plan.source)[1:]) * source.dtype(name).itemsize
+            window = max(1, BLOCK_BYTES // row_bytes)
+            block = torch.cat([_take(part, columns, 1) for part in _selected_rows(source, name, wanted, window)])
         return block.to(dtypes[chunk.tensor.name])
 
     return rows
 
 
-def _selected_rows(source: Source, name: str, wanted: Indices) -> Iterator[torch.Tensor]:
-    """The `wanted` rows (ascending) of a tensor, in windows of at most BLOCK_BYTES of it: gaps between are not read."""
-    row_bytes = source.read(name, 0, 1).nbytes
-    window = max(1, BLOCK_BYTES // row_bytes)
+def _selected_rows(source: Source, name: str, wanted: Indices, window: int) -> Iterator[torch.Tensor]:
+    """The `wanted` rows (ascending) of a tensor, read `window` rows at a time at most: longer gaps are not read."""
     position = 0
     while position < len(wanted):
         first = int(wanted[position])

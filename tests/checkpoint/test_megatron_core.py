@@ -23,6 +23,8 @@ from tests.checkpoint.weights import architecture_of, random_plan, same_weights,
 from tests.pool import run_distributed
 from tests.tiny import write_tiny_llama
 
+pytestmark = pytest.mark.slow  # processes that import Megatron-core
+
 LAYOUTS = {"TP1": (1, 1), "TP4": (4, 1), "PP2": (1, 2), "TP2-PP2": (2, 2)}
 
 
@@ -30,7 +32,7 @@ def _shard(hf: dict[str, torch.Tensor], model: Model, groups: int, head_dim: int
     """What this rank's parameters have to be, cut by hand from Hugging Face weights. Padded vocabulary is zero."""
     rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     module = model.modules[0]
-    expected = {}
+    expected: dict[str, torch.Tensor] = {}
 
     def vocabulary(name: str, rows: int) -> torch.Tensor:
         padded = torch.zeros(rows * size, hf[name].shape[1])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,10 @@ def test_a_process_that_fails_leaves_nothing_under_the_final_name(
     original = write_tiny_llama(tmp_path / "hf")
     write = huggingface.HuggingFaceSink.write
     barrier = threading.Barrier(3)
+
+    def wait() -> None:
+        barrier.wait()
+
     errors: list[BaseException] = []
 
     def fails_on_rank_1(self: Any, chunks: Any, rows: Any, rank: int) -> None:
@@ -112,7 +118,7 @@ def test_a_process_that_fails_leaves_nothing_under_the_final_name(
 
     def work(rank: int) -> None:
         try:
-            convert(original, tmp_path / "out", "hf", rank=rank, world_size=3, barrier=barrier.wait, progress=False)
+            convert(original, tmp_path / "out", "hf", rank=rank, world_size=3, barrier=wait, progress=False)
         except Exception as error:
             barrier.abort()  # as a process group does when one of its processes is gone
             errors.append(error)
@@ -126,6 +132,48 @@ def test_a_process_that_fails_leaves_nothing_under_the_final_name(
     assert len(errors) == 3
     assert any(isinstance(error, UserError) and "Input/output error" in str(error) for error in errors)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_what_a_killed_run_left_behind_does_no_harm(tmp_path: Path) -> None:
+    original = write_tiny_llama(tmp_path / "hf")
+    write_tiny_llama(tmp_path / "out.partial", seed=1)
+    (tmp_path / "out.partial" / ".places-7.json").write_text("half")
+    convert(original, tmp_path / "out", "megatron")
+    convert(tmp_path / "out", tmp_path / "back", "hf")
+    assert same_weights(original, tmp_path / "back")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "hf", "out"]
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+_PEAK = """
+import resource, sys
+from pathlib import Path
+import torch
+from minitron_nemo.arch import Plan
+from minitron_nemo.checkpoint.transform import convert
+torch.ones(8).bfloat16().float()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+plan = Plan.load(Path(sys.argv[4])) if len(sys.argv) > 4 else None
+convert(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], plan=plan, progress=False)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    # 0.4 GB in fp32, of which one tensor is 0.3 GB
+    original = write_tiny_llama(
+        tmp_path / "hf", num_layers=4, hidden_size=1024, ffn_hidden_size=2048, vocab_size=75_000, tied=True
+    )
+    random_plan(architecture_of(original)).save(tmp_path / "plan.json")
+
+    def peak(*arguments: str) -> float:
+        command = [sys.executable, "-c", _PEAK, *(str(tmp_path / name) for name in arguments[:2]), *arguments[2:]]
+        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    assert peak("hf", "megatron", "megatron") < 200
+    assert peak("megatron", "back", "hf") < 200
+    assert peak("megatron", "student", "megatron", str(tmp_path / "plan.json")) < 200
 
 
 def test_fingerprint_sees_weights_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
