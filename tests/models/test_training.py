@@ -28,7 +28,14 @@ from tests.pool import run_distributed
 TP2_PP2 = Layout(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
 
 
-def _trainable(tiny: TinyModel, layout: Layout, *, recompute: bool = False, **ddp: Any) -> Any:
+def _trainable(
+    tiny: TinyModel,
+    layout: Layout,
+    *,
+    recompute: bool = False,
+    dtype: torch.dtype = torch.float32,
+    **ddp: Any,
+) -> Any:
     from megatron.core.distributed import DistributedDataParallelConfig
 
     from minitron_nemo.models.build import build_model
@@ -36,7 +43,7 @@ def _trainable(tiny: TinyModel, layout: Layout, *, recompute: bool = False, **dd
 
     launch.initialize(layout, seed=1)
     config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, **ddp)
-    model = build_model(tiny.architecture, layout, dtype=torch.float32, ddp=config, recompute=recompute)
+    model = build_model(tiny.architecture, layout, dtype=dtype, ddp=config, recompute=recompute)
     load_model(model, tiny.megatron)
     return model
 
@@ -82,6 +89,20 @@ def _gradient_norm(tiny: TinyModel, layout: Layout) -> float:
     adam = optimizer(model)
     train_step(model, partial(cross_entropy, tiny.architecture.vocab_size))
     return float(adam.step()[1])
+
+
+def _train_bf16(tiny: TinyModel, layout: Layout) -> list[float]:
+    model = _trainable(tiny, layout, dtype=torch.bfloat16, use_distributed_optimizer=True)
+    adam = optimizer(model, bf16=True, params_dtype=torch.bfloat16)
+    losses = []
+    for _ in range(4):
+        losses.append(train_step(model, partial(cross_entropy, tiny.architecture.vocab_size)))
+        adam.step()
+        for chunk in model.chunks:
+            for parameter in chunk.parameters():
+                assert parameter.dtype == torch.bfloat16
+                assert parameter.main_grad.dtype == torch.float32
+    return losses
 
 
 def _train(tiny: TinyModel, layout: Layout, steps: int, save: Path | None, resume: Path | None) -> list[float]:
@@ -140,6 +161,7 @@ def test_loss_and_gradients_equal_hugging_face_in_fp64(
         assert error < 1e-5, f"{name}: {error}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["tied", "untied"])
 @pytest.mark.parametrize("layout", [*LAYOUTS, "dp2"])
 def test_clipping_sees_the_norm_of_the_whole_model(tiny_models: dict[str, TinyModel], shape: str, layout: str) -> None:
@@ -165,6 +187,7 @@ def test_overlapped_communication_trains_on_the_gathered_weights(
     assert overlapped == plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("updates", [0, 2], ids=["before-the-first-update", "after-two"])
 def test_a_resumed_optimizer_equals_an_uninterrupted_one(
     tiny_models: dict[str, TinyModel], tmp_path: Path, updates: int
@@ -179,8 +202,20 @@ def test_a_resumed_optimizer_equals_an_uninterrupted_one(
     assert elsewhere == pytest.approx(straight[updates:], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_data_parallel_optimizer_resumes_bit_for_bit(tiny_models: dict[str, TinyModel], tmp_path: Path) -> None:
     tiny = tiny_models["untied"]
     straight = run_distributed(2, _train, tiny, Layout(), 6, None, None)[0]
     run_distributed(2, _train, tiny, Layout(), 2, tmp_path, None)
     assert run_distributed(2, _train, tiny, Layout(), 4, None, tmp_path)[0] == straight[2:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["tp1", "tp2-sp", "tp2-pp2", "pp2-vpp2"])
+def test_bf16_trains_like_fp32(tiny_models: dict[str, TinyModel], layout: str) -> None:
+    tiny = tiny_models["tied"]
+    world_size, sizes = LAYOUTS[layout]
+    expected = run_distributed(1, _train, tiny, Layout(), 4, None, None)[0]
+    assert expected[3] < expected[0] - 1
+    # bf16 rounds to 1 in 256.
+    assert run_distributed(world_size, _train_bf16, tiny, sizes)[-1] == pytest.approx(expected, rel=0.02)
