@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from minitron_nemo.arch.counts import non_embedding_parameters, parameters
+from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.errors import UserError
 from minitron_nemo.evaluation.evaluate import Measured, evaluate
 from minitron_nemo.evaluation.report import summarise
 from minitron_nemo.parallel.layout import Layout
-from tests.models.support import architecture, huggingface_model, store
+from tests.models.support import architecture, huggingface_model
 from tests.pool import run_distributed
 from tests.tiny import write_tiny_llama
 
@@ -34,11 +35,12 @@ LAYOUTS = {
 
 
 class _Stored:
-    """What `store` needs, for any directory and seed."""
+    """A random model in both formats."""
 
     def __init__(self, directory: Path, *, tied: bool, seed: int) -> None:
         self.huggingface = write_tiny_llama(directory / "hf", tied=tied, seed=seed)
         self.megatron = directory / "megatron"
+        convert(self.huggingface, self.megatron, "megatron", progress=False)
         self.architecture = architecture(tied=tied)
 
 
@@ -46,13 +48,10 @@ class _Stored:
 def stored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, _Stored]:
     """A teacher, and a student with tied embeddings."""
     directory = tmp_path_factory.mktemp("evaluated")
-    models = {
+    return {
         "teacher": _Stored(directory / "teacher", tied=False, seed=0),
         "pruned": _Stored(directory / "pruned", tied=True, seed=1),
     }
-    for model in models.values():
-        run_distributed(1, store, model)
-    return models
 
 
 def _documents() -> list[dict[str, Any]]:

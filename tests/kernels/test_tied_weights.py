@@ -21,7 +21,7 @@ from minitron_nemo.models.checkpoint import load_model
 from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
 from tests.kernels.inputs import relative_error
-from tests.models.support import MICROBATCHES, SEQUENCE, TinyModel, huggingface_model, megatron_order, store, tokens
+from tests.models.support import MICROBATCHES, SEQUENCE, TinyModel, huggingface_model, megatron_order, tokens
 from tests.pool import run_distributed
 
 SCALE = 0.25  # of the upstream gradient
@@ -92,9 +92,7 @@ def _hugging_face_grads(tiny: TinyModel) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    model = TinyModel(tmp_path_factory.mktemp("tiny"), tied=request.param)
-    run_distributed(1, store, model)
-    return model
+    return TinyModel(tmp_path_factory.mktemp("tiny"), tied=request.param)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
