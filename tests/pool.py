@@ -93,7 +93,7 @@ def _collect(world_size: int, timeout: float) -> tuple[dict[int, tuple[bool, Any
             rank = pending[connection]  # type: ignore[index]
             try:
                 outcomes[rank] = pickle.loads(connection.recv_bytes())  # type: ignore[union-attr]
-            except EOFError:
+            except (EOFError, ConnectionError):
                 process = _workers[rank].process
                 process.join()
                 outcomes[rank] = (False, (RuntimeError(f"rank {rank} died with exit code {process.exitcode}"), ""))

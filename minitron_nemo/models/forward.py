@@ -84,7 +84,8 @@ def _forward_step(
 def generate(model: Model, prompt_ids: list[int], max_new_tokens: int) -> tuple[list[int], float]:
     """Continue a prompt greedily; returns the new token ids, on every rank, and tokens per second. Collective.
 
-    Every token costs a forward pass over the whole sequence: there is no cache of keys and values.
+    The output layer must be left to give logits. Every token costs a forward pass over the whole sequence: there is
+    no cache of keys and values.
     """
     tokens = list(prompt_ids)
     start = time.perf_counter()
