@@ -29,6 +29,7 @@ from tests.pool import run_distributed
 from tests.text import write_documents
 from tests.tiny import write_tiny_llama
 
+pytestmark = pytest.mark.slow
 SEQUENCE = 32
 
 

@@ -24,6 +24,7 @@ from tests.distillation.runs import Job, Result, assert_identical, run
 from tests.pool import run_distributed
 from tests.tiny import write_tiny_llama
 
+pytestmark = pytest.mark.slow
 PIPELINE = Layout(pipeline_model_parallel_size=2)
 # World size, layout, settings.
 RUNS: dict[str, tuple[int, Layout, dict[str, Any]]] = {
@@ -241,6 +242,16 @@ def test_a_full_disk_ends_the_run_where_the_recipe_says_so(
     with pytest.raises(SaveError, match="rank"):
         run_distributed(2, run_on_full_disk, job, 0.5)
     assert checkpoints(job) == ["iter_0000002"]
+
+
+def test_gradients_that_are_not_finite_end_the_run_before_they_are_saved(
+    models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    job = Job(*models, tmp_path, config={"lr": 1e30, "min_lr": 0.0, "warmup_steps": 0, "save_interval": 1})
+    with pytest.raises(FloatingPointError, match=r"update 2 is nan; lower train\.lr"):
+        run_distributed(1, run, job)
+    assert status(job)["state"] == "failed"
+    assert checkpoints(job) == ["iter_0000001"]
 
 
 def test_training_on_labels_alone_lowers_their_cross_entropy(models: tuple[Path, Path], tmp_path: Path) -> None:
