@@ -23,6 +23,10 @@ from minitron_nemo.kernels.rows import Objective
 
 CHUNK_BYTES = 256 * 1024**2
 
+# Renamed in torch 2.13; the containers of NVIDIA carry older ones.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @dataclass(frozen=True)
 class LossSums:
@@ -58,7 +62,7 @@ class _Shard:
         if self.size == 1:
             return tensor
         gathered = tensor.new_empty(self.size * tensor.shape[0], tensor.shape[1])
-        dist.all_gather_single(gathered, tensor.contiguous(), group=self.group)
+        _all_gather(gathered, tensor.contiguous(), group=self.group)
         return gathered
 
     def sum_hidden_grad(self, grad: Tensor, sequence_parallel: bool) -> Tensor:
@@ -69,7 +73,7 @@ class _Shard:
             dist.all_reduce(grad, group=self.group)
             return grad
         part = grad.new_empty(grad.shape[0] // self.size, grad.shape[1])
-        dist.reduce_scatter_single(part, grad, group=self.group)
+        _reduce_scatter(part, grad, group=self.group)
         return part
 
 
