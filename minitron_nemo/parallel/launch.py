@@ -139,7 +139,7 @@ def join_job() -> None:
     if distributed.is_initialized():
         return
     if job is None:
-        store = distributed.HashStore()  # type: ignore[attr-defined]
+        store = distributed.HashStore()
         distributed.init_process_group(device.backend(), store=store, rank=0, world_size=1, timeout=TIMEOUT)
         return
     distributed.init_process_group(

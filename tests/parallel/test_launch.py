@@ -120,6 +120,7 @@ def test_without_scontrol_the_master_must_be_named(tmp_path: Path, monkeypatch: 
         job_from_environment(SRUN)
 
 
+@pytest.mark.slow
 def test_a_process_alone_and_two_srun_tasks_join_their_jobs() -> None:
     import socket
 
