@@ -25,20 +25,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, distributed, nn
 
 from minitron_nemo.arch import Architecture
-from minitron_nemo.importance.reduce import absolute_sums, cosines, head_norms, sequence_moments, token_norms
+from minitron_nemo.importance.reduce import Reducer, head_sums, sequence_moments, token_norms
 from minitron_nemo.importance.scores import AGGREGATIONS, Scores
-
-MOMENTS = (2, len(AGGREGATIONS))
-
-
-@dataclass
-class LayerSums:
-    """What one layer has measured on this rank; fp64. `heads` and `ffn` are this tensor-parallel rank's slice."""
-
-    norms: Tensor  # [2, 3, 2 (input, pre-MLP), h]
-    ffn: Tensor  # [2, 3, ffn/tp]
-    heads: Tensor  # [2, 3, heads/tp]
-    cosine: Tensor  # [], sum over this rank's tokens
 
 
 @dataclass(frozen=True)
@@ -48,6 +36,30 @@ class Counted:
     mask: Tensor  # fp32 [b, s], 1 or 0
     local_mask: Tensor  # fp32 [b, s/tp] under sequence parallelism, else `mask`
     tokens: Tensor  # fp64 [b]
+
+
+class ChunkSums:
+    """What the layers of one model chunk measure on this rank; fp64.
+
+    `totals` has moments over the sequences so far: `norms` [2, 3, 2 x layers, h], input and pre-MLP norm in turn; `ffn`
+    [2, 3, layers, ffn/tp] and `heads` [2, 3, layers, heads/tp], this tensor-parallel rank's slices; and `cosines`
+    [layers], summed over this rank's tokens. `current` lists the same of the microbatch that is in the chunk, layer by
+    layer, before any aggregation: sums [2, b, n] of each sequence.
+    """
+
+    def __init__(self) -> None:
+        self.totals: dict[str, Tensor] = {}
+        self.current: dict[str, list[Tensor]] = {"norms": [], "ffn": [], "heads": [], "cosines": []}
+
+    def finish_microbatch(self, tokens: Tensor, shards: distributed.ProcessGroup | None) -> None:
+        """Move `current` to `totals`; `tokens` [b] counts. Sums of norms are completed over the group `shards`."""
+        sums = {name: torch.stack(by_layer) for name, by_layer in self.current.items()}
+        if shards is not None:
+            distributed.all_reduce(sums["norms"], group=shards)
+        for name, measured in sums.items():
+            added = measured if name == "cosines" else sequence_moments(measured, tokens)
+            self.totals[name] = self.totals[name].add_(added) if name in self.totals else added
+            self.current[name].clear()
 
 
 class Collector:
@@ -75,15 +87,15 @@ class Collector:
         self.tp_rank = parallel_state.get_tensor_model_parallel_rank()
         self.tp_size = parallel_state.get_tensor_model_parallel_world_size()
         self.chunks = [[m for m in chunk.modules() if isinstance(m, TransformerLayer)] for chunk in chunks]
+        self.sums = [ChunkSums() for _ in chunks]
         self.device = next(chunks[0].parameters()).device
-        self.sums = {layer.layer_number: self._layer_sums() for layers in self.chunks for layer in layers}
+        self.reducer = Reducer(self.device)
         self.handles: list[Any] = []
 
     def __enter__(self) -> Collector:
-        for layers in self.chunks:
-            norms: list[tuple[Tensor, Tensor]] = []  # of this microbatch: where moments go, sums of this rank's tokens
+        for layers, sums in zip(self.chunks, self.sums, strict=True):
             for layer in layers:
-                self._attach(layer, norms, last=layer is layers[-1])
+                self._attach(layer, sums, last=layer is layers[-1])
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -92,35 +104,35 @@ class Collector:
 
     def scores(self, *, model_fingerprint: str, data_fingerprint: str, settings: Mapping[str, Any]) -> Scores:
         """Everything that all ranks measured. Collective over the whole job; every rank gets the same Scores."""
-        shape = self.architecture
+        shape, moments = self.architecture, (2, len(AGGREGATIONS))
         layers = shape.num_layers
-        hidden = self._zeros(*MOMENTS, layers, 2, shape.hidden_size)
-        ffn = self._zeros(*MOMENTS, layers, shape.ffn_hidden_size)
-        heads = self._zeros(*MOMENTS, layers, shape.num_attention_heads)
-        cosine = self._zeros(layers)
+        norms = self._zeros(*moments, layers, 2, shape.hidden_size)
+        ffn = self._zeros(*moments, layers, shape.ffn_hidden_size)
+        heads = self._zeros(*moments, layers, shape.num_attention_heads)
+        cosines = self._zeros(layers)
         counts = self._zeros(2)  # sequences, tokens
-        for number, sums in self.sums.items():
-            layer = number - 1
-            ffn[:, :, layer, self._slice(shape.ffn_hidden_size)] = sums.ffn
-            heads[:, :, layer, self._slice(shape.num_attention_heads)] = sums.heads
+        for chunk, sums in zip(self.chunks, self.sums, strict=True):
+            mine = [layer.layer_number - 1 for layer in chunk]
+            ffn[:, :, mine, self._slice(shape.ffn_hidden_size)] = sums.totals["ffn"]
+            heads[:, :, mine, self._slice(shape.num_attention_heads)] = sums.totals["heads"]
             # What all tensor-parallel ranks hold alike is given by the first; cosines of other tokens by each.
             if self.tp_rank == 0:
-                hidden[:, :, layer] = sums.norms
+                norms[:, :, mine] = sums.totals["norms"].unflatten(2, (len(mine), 2))
             if self.tp_rank == 0 or self.sequence_parallel:
-                cosine[layer] = sums.cosine
+                cosines[mine] = sums.totals["cosines"]
         if self.tp_rank == 0 and parallel_state.get_pipeline_model_parallel_rank() == 0:
             for microbatch in self.microbatches:
                 tokens = (microbatch["token_weights"] != 0).sum(dim=1)
                 counts += torch.stack([(tokens > 0).sum(), tokens.sum()])
-        for array in (hidden, ffn, heads, cosine, counts):
+        for array in (norms, ffn, heads, cosines, counts):
             distributed.all_reduce(array)  # over all ranks: each entry has one contributor per data-parallel replica
         sequences, tokens = counts.tolist()
         return Scores(
             architecture=shape,
-            hidden=hidden.flatten(2, 3).cpu().numpy(),
+            hidden=norms.flatten(2, 3).cpu().numpy(),
             ffn=ffn.cpu().numpy(),
             heads=heads.cpu().numpy(),
-            block_influence=(1 - cosine / tokens).cpu().numpy(),
+            block_influence=(1 - cosines / tokens).cpu().numpy(),
             sequences=int(sequences),
             tokens=int(tokens),
             model_fingerprint=model_fingerprint,
@@ -128,39 +140,38 @@ class Collector:
             settings=settings,
         )
 
-    def _attach(self, layer: TransformerLayer, norms: list[tuple[Tensor, Tensor]], last: bool) -> None:
-        sums = self.sums[layer.layer_number]
+    def _attach(self, layer: TransformerLayer, sums: ChunkSums, last: bool) -> None:
         counted: list[Counted] = []  # of the microbatch that is in the layer
 
-        def on_input(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             # Megatron's schedules number the microbatches on the layers, chunk by chunk.
             counted[:] = [self._counted(layer.current_microbatch)]
 
         def on_heads(module: nn.Module, args: tuple[Any, ...]) -> None:
-            lengths = head_norms(args[0], self.architecture.kv_channels)  # [s, b, heads/tp]
-            sums.heads += sequence_moments(absolute_sums(lengths, counted[0].mask), counted[0].tokens)
+            sums.current["heads"].append(head_sums(args[0], counted[0].mask, self.architecture.kv_channels))
 
         def on_pre_mlp(module: nn.Module, args: tuple[Any, ...]) -> None:
-            gain = _gain(layer.pre_mlp_layernorm, layer.mlp.linear_fc1)
-            norms.append((sums.norms[:, :, 1], self._norm_sums(args[0], token_norms(args[0]), gain, counted[0])))
+            sums.current["norms"].append(self._norm_sums(args[0], token_norms(args[0]), gain_pre_mlp, counted[0]))
 
         def on_ffn(module: nn.Module, args: tuple[Any, ...]) -> None:
-            sums.ffn += sequence_moments(absolute_sums(args[0], counted[0].mask), counted[0].tokens)
+            sums.current["ffn"].append(self.reducer.absolute_sums(args[0], counted[0].mask))
 
         def on_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             states, result = kwargs["hidden_states"], output[0]  # [s(/tp), b, h]
             lengths = token_norms(states)
-            gain = _gain(layer.input_layernorm, layer.self_attention.linear_qkv)
-            norms.append((sums.norms[:, :, 0], self._norm_sums(states, lengths, gain, counted[0])))
-            cosine = cosines(states, result, lengths) * counted[0].local_mask.t()
-            sums.cosine += cosine.sum(dtype=torch.float64)
+            cosines = self.reducer.cosines(states, result, lengths) * counted[0].local_mask.t()
+            sums.current["cosines"].append(cosines.sum(dtype=torch.float64))
+            # Its norm comes first, but the length of its input is needed here anyway.
+            sums.current["norms"].insert(-1, self._norm_sums(states, lengths, gain_input, counted[0]))
             if last:
-                self._finish_norms(norms, counted[0])
+                sums.finish_microbatch(counted[0].tokens, self.tp_group if self.sequence_parallel else None)
             if layer is self.chunks[0][0] and layer.current_microbatch < len(self.microbatches):
                 self.on_microbatch()
 
+        gain_input = _gain(layer.input_layernorm, layer.self_attention.linear_qkv)
+        gain_pre_mlp = _gain(layer.pre_mlp_layernorm, layer.mlp.linear_fc1)
         self.handles += [
-            layer.register_forward_pre_hook(on_input),
+            layer.register_forward_pre_hook(on_input, with_kwargs=True),
             layer.self_attention.linear_proj.register_forward_pre_hook(on_heads),
             layer.pre_mlp_layernorm.register_forward_pre_hook(on_pre_mlp),
             layer.mlp.linear_fc2.register_forward_pre_hook(on_ffn),
@@ -168,19 +179,9 @@ class Collector:
         ]
 
     def _norm_sums(self, states: Tensor, lengths: Tensor, gain: Tensor, counted: Counted) -> Tensor:
-        """`absolute_sums` of RMSNorm(states) over this rank's tokens: [2, b, h]."""
+        """`absolute_sums` of RMSNorm(states) over this rank's tokens: [2, b, h]. `lengths` are the states' norms."""
         scale = torch.rsqrt(lengths.square() / states.shape[-1] + self.architecture.layernorm_epsilon)  # [s, b]
-        size = gain.detach().double().abs()
-        return absolute_sums(states, counted.local_mask * scale.t()) * torch.stack([size, size**2])[:, None]
-
-    def _finish_norms(self, norms: list[tuple[Tensor, Tensor]], counted: Counted) -> None:
-        """Complete the sums over sequences, then add their moments. One all-reduce a chunk and microbatch."""
-        stacked = torch.stack([sums for _, sums in norms])  # [2 x layers of the chunk, 2, b, h]
-        if self.sequence_parallel:
-            distributed.all_reduce(stacked, group=self.tp_group)
-        for (moments, _), sums in zip(norms, stacked, strict=True):
-            moments += sequence_moments(sums, counted.tokens)
-        norms.clear()
+        return self.reducer.absolute_sums(states, counted.local_mask * scale.t()).mul_(gain)
 
     def _counted(self, microbatch: int) -> Counted:
         fills = microbatch >= len(self.microbatches)
@@ -188,15 +189,6 @@ class Collector:
         mask = torch.zeros_like(weights) if fills else (weights != 0).float()
         local = mask.chunk(self.tp_size, dim=1)[self.tp_rank] if self.sequence_parallel else mask
         return Counted(mask, local, mask.sum(dim=1, dtype=torch.float64))
-
-    def _layer_sums(self) -> LayerSums:
-        shape = self.architecture
-        return LayerSums(
-            norms=self._zeros(*MOMENTS, 2, shape.hidden_size),
-            ffn=self._zeros(*MOMENTS, shape.ffn_hidden_size // self.tp_size),
-            heads=self._zeros(*MOMENTS, shape.num_attention_heads // self.tp_size),
-            cosine=self._zeros(),
-        )
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=self.device)
@@ -207,5 +199,10 @@ class Collector:
 
 
 def _gain(norm: nn.Module, fused: nn.Module) -> Tensor:
-    """A norm's gain: its own weight, or that of the linear layer that TransformerEngine fused it into."""
-    return norm.weight if hasattr(norm, "weight") else fused.layer_norm_weight
+    """What a norm's gain does to `absolute_sums`: |g| and g^2, fp64 [2, 1, h].
+
+    The gain is the norm's own weight, or that of the linear layer that TransformerEngine fused it into.
+    """
+    weight: Any = norm.weight if hasattr(norm, "weight") else fused.layer_norm_weight
+    size = weight.detach().double().abs()
+    return torch.stack([size, size.square()])[:, None]

@@ -1,8 +1,8 @@
 """From activations to small float64 sums: the arithmetic of calibration. No hooks, no process groups.
 
-Tokens are reduced block by block through one scratch buffer, so that a pass holds little more than the bare
-forward does, and blocks stay in the processor's cache. Products with a weight vector do the reductions: a weight of 0
-leaves a token out, and an RMSNorm is one more factor per token and one per channel, so that its output need not exist.
+Tokens are reduced in spans that fit one scratch buffer, so that a pass holds little more than the bare forward does and
+spans stay in the processor's cache. Products with a weight vector do the reductions: a weight of 0 leaves a token out,
+and an RMSNorm is one more factor per token and one per channel, so that its output need not exist.
 """
 
 from __future__ import annotations
@@ -14,72 +14,75 @@ from torch import Tensor
 
 from minitron_nemo.importance.scores import AGGREGATIONS
 
-BLOCK_ELEMENTS = 2**18  # fp32 values of scratch
+SCRATCH_ELEMENTS = 2**18
 
 
-def absolute_sums(rows: Tensor, weights: Tensor) -> Tensor:
-    """Sums over tokens of w|x| and of (w x)^2, fp64 [2, b, n].
+class Reducer:
+    """The reductions that need scratch memory. It is allocated once: fresh memory costs more than the arithmetic."""
 
-    `rows` [s, b, n] in any floating dtype, `weights` [b, s]. Within a block sums are fp32 (fp64 for fp64 rows), over
-    blocks fp64. The variance that follows from both has that precision's error times (mean of squares / variance).
-    """
-    sums = torch.zeros(2, *rows.shape[1:], dtype=torch.float64, device=rows.device)
-    for block, start in _blocks(rows):
-        factors = weights[:, None, start : start + len(block)].to(block.dtype)  # [b, 1, t]
-        sums[0] += torch.bmm(factors, block.abs_().transpose(0, 1))[:, 0]
-        sums[1] += torch.bmm(factors.square(), block.square_().transpose(0, 1))[:, 0]
-    return sums
+    def __init__(self, device: torch.device) -> None:
+        self.scratch = torch.empty(SCRATCH_ELEMENTS, dtype=torch.float32, device=device)
+
+    def absolute_sums(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """Sums over tokens of w|x| and of (w x)^2, fp64 [2, b, n].
+
+        `rows` [s, b, n] in fp32 or less, `weights` fp32 [b, s]. Within a span sums are fp32, over spans fp64. The
+        variance that follows from both has the relative error of fp32 times (mean of squares / variance).
+        """
+        total = torch.zeros(2, *rows.shape[1:], dtype=torch.float64, device=rows.device)
+        squared = weights.square()
+        for span in _spans(rows):
+            block = self._copy(rows[span]).abs_().transpose(0, 1)  # [b, t, n]
+            total[0] += torch.bmm(weights[:, None, span], block)[:, 0]
+            total[1] += torch.bmm(squared[:, None, span], block.square_())[:, 0]
+        return total
+
+    def cosines(self, first: Tensor, second: Tensor, first_norms: Tensor) -> Tensor:
+        """Cosine per token of two [s, b, n] in fp32; `first_norms` are `token_norms(first)`. 0 where a vector is 0."""
+        dots = torch.empty_like(first_norms)
+        for span in _spans(first):
+            dots[span] = self._copy(first[span]).mul_(second[span]).sum(dim=-1)
+        scale = (first_norms * token_norms(second)).clamp_(min=torch.finfo(torch.float32).tiny)
+        return dots.div_(scale).clamp_(-1, 1)
+
+    def _copy(self, part: Tensor) -> Tensor:
+        """`part` in fp32, in the scratch memory."""
+        if part.numel() > self.scratch.numel():  # a single token of many long sequences
+            self.scratch = self.scratch.new_empty(part.numel())
+        return self.scratch[: part.numel()].view(part.shape).copy_(part)
 
 
 def token_norms(rows: Tensor) -> Tensor:
-    """L2 norm of the last dim in fp32: [s, b, n] -> [s, b]."""
-    norms = torch.empty(rows.shape[:2], dtype=torch.float32, device=rows.device)
-    for block, start in _blocks(rows):
-        torch.linalg.vector_norm(block, dim=-1, out=norms[start : start + len(block)])
-    return norms
+    """L2 norm of the last dim in fp32: [s, b, ..., n] -> [s, b, ...]."""
+    parts = [torch.linalg.vector_norm(rows[span], dim=-1, dtype=torch.float32) for span in _spans(rows)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def head_norms(rows: Tensor, kv_channels: int) -> Tensor:
-    """L2 norm of every head per token (2407.14679 section 2.2): [s, b, heads x kv] -> [s, b, heads].
+def head_sums(rows: Tensor, weights: Tensor, kv_channels: int) -> Tensor:
+    """`absolute_sums` of every head's L2 norm (2407.14679 section 2.2): [s, b, heads x kv] -> fp64 [2, b, heads].
 
-    Computed in fp32 and given in fp64: norms of one head are all alike, so that little is left of their variance when
-    it is taken as a difference of fp32 sums, and they are few.
+    Norms of one head are much alike, so that fp32 sums would leave little of their variance; and they are few.
     """
-    heads = rows.shape[2] // kv_channels
-    norms = torch.empty(*rows.shape[:2], heads, dtype=torch.float64, device=rows.device)
-    for block, start in _blocks(rows):
-        norms[start : start + len(block)] = torch.linalg.vector_norm(block.unflatten(2, (heads, kv_channels)), dim=-1)
-    return norms
-
-
-def cosines(first: Tensor, second: Tensor, first_norms: Tensor) -> Tensor:
-    """Cosine per token in fp32 of two [s, b, n]; `first_norms` are `token_norms(first)`. 0 where a vector is 0."""
-    dots = torch.empty_like(first_norms)
-    for block, start in _blocks(first):
-        torch.sum(block.mul_(second[start : start + len(block)]), dim=-1, out=dots[start : start + len(block)])
-    # In fp64 the product of norms neither overflows nor vanishes.
-    scale = first_norms.double() * token_norms(second).double()
-    return (dots / scale.clamp(min=torch.finfo(torch.float64).tiny)).clamp(-1, 1).float()
+    norms = token_norms(rows.unflatten(2, (-1, kv_channels))) * weights.t()[..., None]  # [s, b, heads]
+    return torch.stack([norms.sum(dim=0, dtype=torch.float64), norms.double().square_().sum(dim=0)])
 
 
 def sequence_moments(sums: Tensor, tokens: Tensor) -> Tensor:
-    """Moments over sequences of every sequence aggregation, fp64 [2, 3, n] in the order of `Scores`.
+    """Moments over sequences of every sequence aggregation, fp64 [2, 3, m, n] in the order of `Scores`.
 
-    `sums` [2, b, n] are `absolute_sums` of whole sequences, `tokens` fp64 [b] counts their tokens; a sequence without
-    tokens adds nothing.
+    `sums` [m, 2, b, n] are those of whole sequences in m places, `tokens` fp64 [b] counts their tokens; a sequence
+    without tokens adds nothing.
     """
+    total, squares = sums.unbind(dim=1)  # [m, b, n]
     count = tokens.clamp(min=1)[:, None]
-    mean = sums[0] / count
-    values = {"mean": mean, "l2": sums[1].sqrt(), "var": (sums[1] / count - mean**2).clamp(min=0)}
-    stacked = torch.stack([values[name] for name in AGGREGATIONS])  # [3, b, n]
-    return torch.stack([stacked.sum(dim=1), stacked.square().sum(dim=1)])
+    mean = total / count
+    values = {"mean": mean, "l2": squares.sqrt(), "var": (squares / count - mean**2).clamp_(min=0)}
+    stacked = torch.stack([values[name] for name in AGGREGATIONS])  # [3, m, b, n]
+    return torch.stack([stacked.sum(dim=2), stacked.square_().sum(dim=2)])
 
 
-def _blocks(rows: Tensor) -> Iterator[tuple[Tensor, int]]:
-    """Copies of consecutive tokens in one reused buffer of at least fp32, and where they start."""
-    length = max(1, BLOCK_ELEMENTS // rows[0].numel())
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    scratch = torch.empty(min(length, len(rows)), *rows.shape[1:], dtype=dtype, device=rows.device)
+def _spans(rows: Tensor) -> Iterator[slice]:
+    """Consecutive tokens that have at most SCRATCH_ELEMENTS values, one token at least."""
+    length = max(1, SCRATCH_ELEMENTS // rows[0].numel())
     for start in range(0, len(rows), length):
-        part = rows[start : start + length]
-        yield scratch[: len(part)].copy_(part), start
+        yield slice(start, start + length)

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.transformer.identity_op import IdentityOp
+from torch import nn
 
 from minitron_nemo.arch import Architecture
 from minitron_nemo.importance.scores import Scores
-from minitron_nemo.models.build import build_model
+from minitron_nemo.models.build import Model, build_model
 from minitron_nemo.models.checkpoint import load_model
 from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
@@ -23,11 +25,17 @@ def measured(
     weights: torch.Tensor,
     micro_batch_size: int = 1,
     dtype: torch.dtype = torch.float32,
+    fused_norms: bool = False,
 ) -> Scores:
-    """Scores of the model in `directory` on `tokens` [n, s], dealt out to data-parallel ranks in turn."""
+    """Scores of the model in `directory` on `tokens` [n, s], dealt out to data-parallel ranks in turn.
+
+    With `fused_norms` the model has its norms where TransformerEngine's layers have them.
+    """
     launch.initialize(layout, seed=1)
     model = build_model(Architecture.load(directory), layout, dtype=dtype)
     load_model(model, directory)
+    if fused_norms:
+        fuse_norms(model)
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     batches = [
         {
@@ -39,3 +47,26 @@ def measured(
         for start in range(rank * micro_batch_size, len(tokens), size * micro_batch_size)
     ]
     return measure(model, batches, model_fingerprint="model", data_fingerprint="data", settings={})
+
+
+class NormedLinear(nn.Module):
+    """What TransformerEngine calls a LayerNormLinear, as far as hooks can see: the norm happens inside."""
+
+    def __init__(self, norm: nn.Module, linear: nn.Module) -> None:
+        super().__init__()
+        self.layer_norm_weight = norm.weight
+        # In a list: not modules of this one, as they are none in TransformerEngine.
+        self.steps = [norm, linear]
+
+    def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        norm, linear = self.steps
+        return linear(norm(states))
+
+
+def fuse_norms(model: Model) -> None:
+    for module in model.modules:
+        for layer in module.decoder.layers:
+            attention, mlp = layer.self_attention, layer.mlp
+            attention.linear_qkv = NormedLinear(layer.input_layernorm, attention.linear_qkv)
+            mlp.linear_fc1 = NormedLinear(layer.pre_mlp_layernorm, mlp.linear_fc1)
+            layer.input_layernorm, layer.pre_mlp_layernorm = IdentityOp(), IdentityOp()

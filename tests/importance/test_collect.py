@@ -160,6 +160,11 @@ def test_what_masked_tokens_are_changes_nothing(teacher: Path) -> None:
     assert np.abs(counted.get(Axis.FFN) / second.get(Axis.FFN) - 1).max() > 1e-2
 
 
+def test_norms_inside_the_linear_layers_that_follow_score_the_same(teacher: Path, scores: Scores) -> None:
+    fused = run_distributed(1, measured, teacher, Layout(), *batch(), fused_norms=True)[0]
+    assert_same(fused, scores, 1e-12)
+
+
 def test_bf16_computation_gives_nearly_the_same_scores(teacher: Path, scores: Scores) -> None:
     low = run_distributed(1, measured, teacher, Layout(), *batch(), dtype=torch.bfloat16)[0]
     for axis in AXES:
