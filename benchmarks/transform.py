@@ -80,7 +80,7 @@ def weight_bytes(directory: Path) -> int:
 def copy_seconds(source: Path, result_bytes: int, scratch: Path) -> tuple[float, float]:
     """Wall and CPU time to read the source's weight files and to write `result_bytes` and bring them to the disk."""
     files = [file for file in source.iterdir() if file.suffix in (".safetensors", ".distcp")]
-    started, cpu_before = time.perf_counter(), cpu_seconds(resource.RUSAGE_CHILDREN)
+    started, cpu_before = time.perf_counter(), cpu_seconds()
     if result_bytes == weight_bytes(source):
         subprocess.run(["cp", *map(str, files), str(scratch)], check=True)
     else:
@@ -91,15 +91,16 @@ def copy_seconds(source: Path, result_bytes: int, scratch: Path) -> tuple[float,
     for file in scratch.iterdir():
         with open(file, "rb") as written:
             os.fsync(written.fileno())
-    seconds, cpu = time.perf_counter() - started, cpu_seconds(resource.RUSAGE_CHILDREN) - cpu_before
+    seconds, cpu = time.perf_counter() - started, cpu_seconds() - cpu_before
     for file in scratch.iterdir():
         file.unlink()
     return seconds, cpu
 
 
-def cpu_seconds(who: int) -> float:
-    usage = resource.getrusage(who)
-    return usage.ru_utime + usage.ru_stime
+def cpu_seconds() -> float:
+    """User and system time of this process and of those it has waited for."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def run_child(arguments: list[str]) -> dict[str, float]:
@@ -113,9 +114,9 @@ def child(source: str, destination: str, to: str, plan: str) -> None:
     # torch loaded and warm, which is what the promise counts from
     torch.ones(8).bfloat16().float()
     baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started, cpu_before = time.perf_counter(), cpu_seconds(resource.RUSAGE_SELF)
+    started, cpu_before = time.perf_counter(), cpu_seconds()
     convert(Path(source), Path(destination), to, plan=Plan.load(Path(plan)) if plan else None, progress=False)
-    seconds, cpu = time.perf_counter() - started, cpu_seconds(resource.RUSAGE_SELF) - cpu_before
+    seconds, cpu = time.perf_counter() - started, cpu_seconds() - cpu_before
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - baseline
     print(json.dumps({"seconds": seconds, "cpu": cpu, "mib": peak / 1024}))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 
@@ -146,11 +146,11 @@ class HuggingFaceSink:
             file.write_bytes(header)
             os.truncate(file, ends[file])
 
-    def write(self, chunks: Iterable[Chunk], rows: Callable[[Chunk], torch.Tensor], rank: int) -> None:
+    def write(self, blocks: Iterable[tuple[Chunk, torch.Tensor]], rank: int) -> None:
         descriptors = {file: os.open(file, os.O_WRONLY) for file in self._headers}
         try:
-            for chunk in chunks:
-                self._write_chunk(chunk, rows(chunk), descriptors)
+            for chunk, block in blocks:
+                self._write_chunk(chunk, block, descriptors)
         finally:
             for descriptor in descriptors.values():
                 os.close(descriptor)

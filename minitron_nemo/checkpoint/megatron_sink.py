@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -58,14 +58,14 @@ class MegatronSink:
     def prepare(self) -> None:
         """Nothing is shared between the writers."""
 
-    def write(self, chunks: Iterable[Chunk], rows: Callable[[Chunk], torch.Tensor], rank: int) -> None:
+    def write(self, blocks: Iterable[tuple[Chunk, torch.Tensor]], rank: int) -> None:
         file = partial_path(self.path) / f"__{rank}_0.distcp"
         places: list[Any] = []
         with open(file, "wb") as stream, _no_checksums():
-            for chunk in chunks:
+            for chunk, block in blocks:
                 origin, sizes = self._position(chunk)
                 offset = stream.tell()
-                _write_tensor(stream, rows(chunk).reshape(sizes))
+                _write_tensor(stream, block.reshape(sizes))
                 places.append((_key(chunk.tensor.spec), origin, sizes, file.name, offset, stream.tell() - offset))
             if rank == 0:
                 places += [(key, None, None, *_write_object(stream, file.name)) for key in self._extra_states()]

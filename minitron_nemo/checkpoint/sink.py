@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -40,8 +40,8 @@ class Sink(Protocol):
     def prepare(self) -> None:
         """Lay the files out in the empty partial directory; one process, before any writes."""
 
-    def write(self, chunks: Iterable[Chunk], rows: Callable[[Chunk], torch.Tensor], rank: int) -> None:
-        """Write this process's share, asking for the rows of one chunk at a time, and bring it to the disk."""
+    def write(self, blocks: Iterable[tuple[Chunk, torch.Tensor]], rank: int) -> None:
+        """Write this process's share, chunks with their rows, as it comes, and bring it to the disk."""
 
     def finish(self, source: Source) -> None:
         """Write what is not weights; one process, after all have written."""

@@ -7,7 +7,9 @@ The blocks are fixed by the result alone and dealt out to the processes, so any 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
 from functools import lru_cache
 from math import prod
@@ -25,7 +27,8 @@ from minitron_nemo.checkpoint.sink import Chunk, Sink, open_sink
 from minitron_nemo.checkpoint.source import Source, open_source
 from minitron_nemo.errors import UserError
 
-BLOCK_BYTES = 16 * 2**20
+BLOCK_BYTES = 8 * 2**20
+BLOCKS_AHEAD = 2  # read while one is written
 
 
 def _alone() -> None:
@@ -85,7 +88,7 @@ def transform(
             sink.prepare()
         barrier()
         mine = share(chunks(plan.target, sink.dtypes), rank, world_size)
-        sink.write(_shown(mine, sink, progress and rank == 0), slicer(source, plan, sink.dtypes), rank)
+        sink.write(_ahead(_shown(mine, sink, progress and rank == 0), slicer(source, plan, sink.dtypes)), rank)
         barrier()
         if rank == 0:
             sink.finish(source)
@@ -113,10 +116,23 @@ def share(blocks: Sequence[Chunk], rank: int, world_size: int) -> Sequence[Chunk
     return blocks[len(blocks) * rank // world_size : len(blocks) * (rank + 1) // world_size]
 
 
+def _ahead(blocks: Iterable[Chunk], rows: Callable[[Chunk], torch.Tensor]) -> Iterator[tuple[Chunk, torch.Tensor]]:
+    """Blocks with their rows, in order; threads read the next ones while the caller writes one."""
+    with ThreadPoolExecutor(BLOCKS_AHEAD) as readers:
+        pending: deque[tuple[Chunk, Future[torch.Tensor]]] = deque()
+        for chunk in blocks:
+            pending.append((chunk, readers.submit(rows, chunk)))
+            if len(pending) > BLOCKS_AHEAD:
+                ready, future = pending.popleft()
+                yield ready, future.result()
+        for ready, future in pending:
+            yield ready, future.result()
+
+
 def slicer(source: Source, plan: Plan, dtypes: Mapping[str, torch.dtype]) -> Callable[[Chunk], torch.Tensor]:
     """A function that computes a block of the result, of the wanted data type: [rows, columns] or [rows]."""
 
-    @lru_cache(maxsize=1)  # the blocks of a tensor follow each other
+    @lru_cache(maxsize=BLOCKS_AHEAD)  # the blocks of a tensor follow each other
     def selections(tensor: NamedTensor) -> list[Indices | None]:
         kept = plan.kept(tensor.layer)
         return [dim.select(plan.source, kept) for dim in tensor.spec.dims]

@@ -111,10 +111,10 @@ def test_a_process_that_fails_leaves_nothing_under_the_final_name(
 
     errors: list[BaseException] = []
 
-    def fails_on_rank_1(self: Any, chunks: Any, rows: Any, rank: int) -> None:
+    def fails_on_rank_1(self: Any, blocks: Any, rank: int) -> None:
         if rank == 1:
             raise OSError(5, "Input/output error")
-        write(self, chunks, rows, rank)
+        write(self, blocks, rank)
 
     def work(rank: int) -> None:
         try:
