@@ -98,6 +98,7 @@ def _collect(world_size: int, timeout: float) -> tuple[dict[int, tuple[bool, Any
                 process.join()
                 outcomes[rank] = (False, (RuntimeError(f"rank {rank} died with exit code {process.exitcode}"), ""))
                 deadline = min(deadline, time.monotonic())
+                first_failure = rank  # the others only lost their connection to it, and may have said so earlier
             if first_failure is None and not outcomes[rank][0]:
                 first_failure = rank
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
@@ -108,13 +109,18 @@ def _collect(world_size: int, timeout: float) -> tuple[dict[int, tuple[bool, Any
 
 def _serve(connection: Connection) -> None:
     """A worker's life: answer calls until the pool hangs up."""
+    from minitron_nemo.parallel import launch
+
     os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
     while True:
         try:
             call = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
-        connection.send_bytes(_answer(*call))
+        answer = _answer(*call)
+        # Sent before the groups go: their closing makes other ranks fail, and the first failure speaks for all.
+        connection.send_bytes(answer)
+        launch.shutdown()
 
 
 def _answer(rank: int, world_size: int, store: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> bytes:
@@ -135,8 +141,6 @@ def _answer(rank: int, world_size: int, store: str, fn: Callable[..., Any], args
             return pickle.dumps((False, (pickle.loads(pickle.dumps(error)), trace)))
         except Exception:
             return pickle.dumps((False, (RuntimeError(f"{type(error).__name__}: {error}"), trace)))
-    finally:
-        launch.shutdown()
 
 
 atexit.register(shut_down)
