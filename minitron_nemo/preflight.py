@@ -15,6 +15,7 @@ from minitron_nemo.arch.huggingface import hf_warnings
 from minitron_nemo.checkpoint.source import open_source
 from minitron_nemo.config import Recipe
 from minitron_nemo.data.pypi import cached
+from minitron_nemo.distillation.schedule import check_schedule
 from minitron_nemo.errors import UserError
 from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.pruning.plan import target_architecture
@@ -117,12 +118,16 @@ def preflight(recipe: Recipe, world_size: int | None = None) -> Preflight:
     layout = Layout.from_config(recipe.parallel)
     for architecture in (teacher, student):
         layout.check(architecture, world_size)
-    data_parallel_size = layout.data_parallel_size(world_size)
-    samples = recipe.train.micro_batch_size * data_parallel_size
-    if recipe.train.global_batch_size % samples:
-        raise UserError(
-            f"train.global_batch_size {recipe.train.global_batch_size} is not a multiple of train.micro_batch_size "
-            f"{recipe.train.micro_batch_size} x data-parallel size {data_parallel_size}"
+    train, correction = recipe.train, recipe.teacher.correction
+    layout.check_batches(train.global_batch_size, train.micro_batch_size, recipe.data.sequence_length, world_size)
+    check_schedule("train", peak=train.lr, floor=train.min_lr, warmup_steps=train.warmup_steps, steps=train.steps)
+    if correction.steps:
+        check_schedule(
+            "teacher.correction",
+            peak=correction.lr,
+            floor=correction.min_lr,
+            warmup_steps=correction.warmup_steps,
+            steps=correction.steps,
         )
     if recipe.data.sequence_length > teacher.max_position_embeddings:
         raise UserError(

@@ -24,10 +24,12 @@ def learning_rate(step: int, *, peak: float, floor: float, warmup_steps: int, st
 
 
 def check_schedule(section: str, *, peak: float, floor: float, warmup_steps: int, steps: int) -> None:
-    """Raise UserError, naming the keys of the recipe's `section`, for a schedule that makes no sense."""
-    if not 0 <= warmup_steps < steps:
-        raise UserError(
-            f"{section}.warmup_steps: {warmup_steps} is not below {section}.steps {steps}; lower it or train longer"
-        )
+    """Raise UserError, naming the keys of the recipe's `section`, for a schedule that makes no sense.
+
+    A warm-up longer than the run is no error: a recipe tried for a few steps ends within it.
+    """
+    if steps < 1 or warmup_steps < 0:
+        key, value = ("steps", steps) if steps < 1 else ("warmup_steps", warmup_steps)
+        raise UserError(f"{section}.{key}: {value} is not a number of updates")
     if not 0 <= floor <= peak:
         raise UserError(f"{section}.min_lr: {floor:g} is not between 0 and {section}.lr {peak:g}")

@@ -7,8 +7,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from minitron_nemo.arch import Architecture
 from minitron_nemo.checkpoint.fingerprint import fingerprint
 from minitron_nemo.config import Recipe, TrainConfig
@@ -69,7 +67,7 @@ def train(
         steps=config.steps,
     )
     layout = Layout.from_config(recipe.parallel)
-    _check_batches(config, layout)
+    layout.check_batches(config.global_batch_size, config.micro_batch_size, data.sequence_length, launch.world_size())
     launch.initialize(layout, config.seed)
     student = _model(student_dir, layout, config, ddp=True)
     objective = DistillationObjective.from_config(recipe.distill)
@@ -97,8 +95,8 @@ def train(
             **_settings("train", config),
             **_settings("distill", recipe.distill if teacher_dir else objective),
             "data.separator_weight": data.separator_weight,  # the rest of the data the sampler's state vouches for
-            "student": _on_rank_0_fingerprint(student_dir),
-            "teacher": None if teacher_dir is None else _on_rank_0_fingerprint(teacher_dir),
+            "student": launch.from_rank_0(lambda: fingerprint(student_dir)),
+            "teacher": None if teacher_dir is None else launch.from_rank_0(lambda: fingerprint(teacher_dir)),
         },
     )
     outcome = trainer.run()
@@ -133,23 +131,6 @@ def _model(directory: Path, layout: Layout, config: TrainConfig, ddp: bool) -> M
     return model
 
 
-def _check_batches(config: TrainConfig, layout: Layout) -> None:
-    data_parallel = launch.world_size() // layout.model_parallel_size
-    per_microbatch = config.micro_batch_size * max(data_parallel, 1)
-    if config.global_batch_size % per_microbatch:
-        raise UserError(
-            f"train.global_batch_size: {config.global_batch_size} is not a multiple of train.micro_batch_size "
-            f"{config.micro_batch_size} x data-parallel size {data_parallel}; change one of them"
-        )
-    pipeline = layout.pipeline_model_parallel_size
-    count = config.global_batch_size // per_microbatch
-    if layout.virtual_pipeline_model_parallel_size and count % pipeline:
-        raise UserError(
-            f"train.global_batch_size: {config.global_batch_size} makes {count} microbatches a rank; with virtual "
-            f"stages it must be a multiple of parallel.pipeline_model_parallel_size {pipeline}; change the batch sizes"
-        )
-
-
 def _check_vocabularies(student_dir: Path, student: Model, teacher_dir: Path, teacher: Model) -> None:
     own, wanted = student.architecture.vocab_size, teacher.architecture.vocab_size
     if own != wanted:
@@ -164,9 +145,3 @@ def _settings(section: str, values: Any) -> dict[str, Any]:
     kept = {f"{section}.{key}": value for key, value in asdict(values).items() if key not in NEUTRAL.get(section, ())}
     stored: dict[str, Any] = json.loads(json.dumps(kept))
     return stored
-
-
-def _on_rank_0_fingerprint(directory: Path) -> str:
-    found = [fingerprint(directory) if launch.rank() == 0 else ""]
-    torch.distributed.broadcast_object_list(found, src=0)
-    return found[0]

@@ -77,6 +77,29 @@ class Layout:
                 f"make pipeline times virtual stages one of {fitting}"
             )
 
+    def check_batches(
+        self, global_batch_size: int, micro_batch_size: int, sequence_length: int, world_size: int
+    ) -> None:
+        """Raise UserError, naming the recipe's key, unless batches and sequences split evenly on this layout."""
+        data_parallel = self.data_parallel_size(world_size)
+        if global_batch_size % (micro_batch_size * data_parallel):
+            raise UserError(
+                f"train.global_batch_size: {global_batch_size} is not a multiple of train.micro_batch_size "
+                f"{micro_batch_size} x data-parallel size {data_parallel}; change one of them"
+            )
+        count = global_batch_size // (micro_batch_size * data_parallel)
+        if self.virtual_pipeline_model_parallel_size and count % self.pipeline_model_parallel_size:
+            raise UserError(
+                f"train.global_batch_size: {global_batch_size} makes {count} microbatches a rank; with virtual stages "
+                f"it must be a multiple of parallel.pipeline_model_parallel_size {self.pipeline_model_parallel_size}; "
+                f"change the batch sizes"
+            )
+        if sequence_length % self.tensor_model_parallel_size:
+            raise UserError(
+                f"data.sequence_length: {sequence_length} is not a multiple of parallel.tensor_model_parallel_size "
+                f"{self.tensor_model_parallel_size}, over which hidden states are split; change one of them"
+            )
+
     def check_processes(self, world_size: int) -> None:
         """The part of `check` that needs no model."""
         sizes = {

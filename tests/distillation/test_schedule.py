@@ -27,10 +27,18 @@ def test_no_update_is_made_with_a_rate_of_zero_or_above_the_peak() -> None:
         assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
 
 
+def test_a_run_shorter_than_its_warm_up_ends_within_it() -> None:
+    short = {**SETTINGS, "steps": 3, "warmup_steps": 5}
+    check_schedule("train", **short)
+    assert [learning_rate(step, **short) for step in (1, 2, 3)] == [
+        pytest.approx(1e-4 * step / 5) for step in (1, 2, 3)
+    ]
+
+
 @pytest.mark.parametrize(
     ("wrong", "key"),
     [
-        ({"warmup_steps": 1000}, "train.warmup_steps"),
+        ({"steps": 0}, "train.steps"),
         ({"warmup_steps": -1}, "train.warmup_steps"),
         ({"floor": 2e-4}, "train.min_lr"),
         ({"floor": -1e-5}, "train.min_lr"),
