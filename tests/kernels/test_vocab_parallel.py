@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from minitron_nemo.kernels import linear_kd_loss, token_statistics
+from minitron_nemo.kernels import linear_kd, linear_kd_loss, token_statistics
 from minitron_nemo.kernels.reference import reference_loss
 from tests.kernels.inputs import VOCAB_SIZE, chunk_bytes, inputs, relative_error
 from tests.pool import run_distributed
@@ -81,27 +82,23 @@ def _collectives() -> tuple[list[int], list[int]]:
     rank = dist.get_rank()
     rows = slice(rank * 136, (rank + 1) * 136)
     gathered: list[int] = []
-    original = dist.all_gather_single
+    original = linear_kd._all_gather
 
     def counting(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         gathered.append(output.numel() * output.element_size())
         return original(output, *args, **kwargs)
 
-    dist.all_gather_single = counting
-    try:
-        with torch.no_grad():
-            linear_kd_loss(
-                tensors[0],
-                tensors[1][rows],
-                tensors[2],
-                tensors[3][rows],
-                *tensors[4:],
-                vocab_size=VOCAB_SIZE,
-                tp_group=dist.group.WORLD,
-                chunk_bytes=chunk_bytes(tensors, 8, shards=2),
-            )
-    finally:
-        dist.all_gather_single = original
+    with torch.no_grad(), patch.object(linear_kd, "_all_gather", counting):
+        linear_kd_loss(
+            tensors[0],
+            tensors[1][rows],
+            tensors[2],
+            tensors[3][rows],
+            *tensors[4:],
+            vocab_size=VOCAB_SIZE,
+            tp_group=dist.group.WORLD,
+            chunk_bytes=chunk_bytes(tensors, 8, shards=2),
+        )
     return gathered, [8] * 3
 
 
