@@ -67,7 +67,7 @@ class Collector:
 
     `microbatches` are this data-parallel rank's, in the order in which Megatron's schedule runs them; of each, only
     `token_weights` [b, s] is read. Microbatches that the schedule runs beyond them do not count. `on_microbatch` is
-    called whenever the rank's first layer has seen one.
+    called whenever one enters the rank's first layer.
     """
 
     def __init__(
@@ -94,8 +94,7 @@ class Collector:
 
     def __enter__(self) -> Collector:
         for layers, sums in zip(self.chunks, self.sums, strict=True):
-            for layer in layers:
-                self._attach(layer, sums, last=layer is layers[-1])
+            self._attach_chunk(layers, sums)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -140,13 +139,25 @@ class Collector:
             settings=settings,
         )
 
-    def _attach(self, layer: TransformerLayer, sums: ChunkSums, last: bool) -> None:
-        counted: list[Counted] = []  # of the microbatch that is in the layer
+    def _attach_chunk(self, layers: list[TransformerLayer], sums: ChunkSums) -> None:
+        counted: list[Counted] = []  # of the microbatch that is in the chunk
 
-        def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def on_microbatch(module: nn.Module, args: tuple[Any, ...]) -> None:
             # Megatron's schedules number the microbatches on the layers, chunk by chunk.
-            counted[:] = [self._counted(layer.current_microbatch)]
+            microbatch = layers[0].current_microbatch
+            counted[:] = [self._counted(microbatch)]
+            if layers is self.chunks[0] and microbatch < len(self.microbatches):
+                self.on_microbatch()
 
+        def after_microbatch(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            sums.finish_microbatch(counted[0].tokens, self.tp_group if self.sequence_parallel else None)
+
+        self.handles.append(layers[0].register_forward_pre_hook(on_microbatch))
+        for layer in layers:
+            self._attach(layer, sums, counted)
+        self.handles.append(layers[-1].register_forward_hook(after_microbatch))
+
+    def _attach(self, layer: TransformerLayer, sums: ChunkSums, counted: list[Counted]) -> None:
         def on_heads(module: nn.Module, args: tuple[Any, ...]) -> None:
             sums.current["heads"].append(head_sums(args[0], counted[0].mask, self.architecture.kv_channels))
 
@@ -163,15 +174,10 @@ class Collector:
             sums.current["cosines"].append(cosines.sum(dtype=torch.float64))
             # Its norm comes first, but the length of its input is needed here anyway.
             sums.current["norms"].insert(-1, self._norm_sums(states, lengths, gain_input, counted[0]))
-            if last:
-                sums.finish_microbatch(counted[0].tokens, self.tp_group if self.sequence_parallel else None)
-            if layer is self.chunks[0][0] and layer.current_microbatch < len(self.microbatches):
-                self.on_microbatch()
 
         gain_input = _gain(layer.input_layernorm, layer.self_attention.linear_qkv)
         gain_pre_mlp = _gain(layer.pre_mlp_layernorm, layer.mlp.linear_fc1)
         self.handles += [
-            layer.register_forward_pre_hook(on_input, with_kwargs=True),
             layer.self_attention.linear_proj.register_forward_pre_hook(on_heads),
             layer.pre_mlp_layernorm.register_forward_pre_hook(on_pre_mlp),
             layer.mlp.linear_fc2.register_forward_pre_hook(on_ffn),

@@ -30,11 +30,12 @@ class Reducer:
         variance that follows from both has the relative error of fp32 times (mean of squares / variance).
         """
         total = torch.zeros(2, *rows.shape[1:], dtype=torch.float64, device=rows.device)
-        squared = weights.square()
+        factors = torch.stack([weights, weights.square()])[:, :, None]  # [2, b, 1, s]
         for span in _spans(rows):
             block = self._copy(rows[span]).abs_().transpose(0, 1)  # [b, t, n]
-            total[0] += torch.bmm(weights[:, None, span], block)[:, 0]
-            total[1] += torch.bmm(squared[:, None, span], block.square_())[:, 0]
+            first = torch.bmm(factors[0, ..., span], block)  # [b, 1, n]
+            second = torch.bmm(factors[1, ..., span], block.square_())
+            total += torch.stack([first, second]).squeeze(2)
         return total
 
     def cosines(self, first: Tensor, second: Tensor, first_norms: Tensor) -> Tensor:
