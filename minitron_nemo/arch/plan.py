@@ -27,8 +27,8 @@ class Plan:
 
     `kept_layers` are the source's layers that stay, ascending, 0-indexed. `kept_hidden` are the hidden channels that
     stay, or None for all. `kept_ffn[i]` and `kept_heads[i]` belong to student layer i, which is source layer
-    `kept_layers[i]`; None for all. `gaps` records, per cut (`hidden_size`, `ffn_hidden_size/3`), the relative
-    difference between the worst score kept and the best score dropped: where it is below the accuracy of the
+    `kept_layers[i]`; None for all. `gaps` records, per cut (`hidden_size`, `ffn_hidden_size/3`: of source layer 3), the
+    relative difference between the worst score kept and the best score dropped: where it is below the accuracy of the
     Scores, another layout may choose otherwise. `provenance` holds fingerprints of the teacher and the Scores and the
     settings used.
     """
