@@ -18,6 +18,7 @@ from minitron_nemo.arch.architecture import Architecture
 from minitron_nemo.arch.axes import Axis, Indices
 from minitron_nemo.errors import UserError
 
+FILE_NAME = "plan.json"  # in the directory of a checkpoint that a Plan made
 SCHEMA_VERSION = 1
 
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from minitron_nemo.arch import Architecture, Plan
 from minitron_nemo.arch.axes import Indices
+from minitron_nemo.arch.plan import FILE_NAME as PLAN_FILE
 from minitron_nemo.arch.tensors import NamedTensor, tensors
 from minitron_nemo.checkpoint.files import commit_partial, make_partial, partial_path
 from minitron_nemo.checkpoint.sink import Chunk, Sink, open_sink
@@ -75,7 +76,7 @@ def transform(
     barrier: Callable[[], None] = _alone,
     progress: bool = True,
 ) -> None:
-    """Carry `plan` out: fill `sink` from `source` and put it in place.
+    """Carry `plan` out: fill `sink` from `source` and put it in place, with the plan in it unless it keeps everything.
 
     Process `rank` of `world_size` writes its share of the blocks; `barrier` waits for all. Process 0 puts the result in
     place after all have written. When one fails nothing takes the final name; it raises UserError for a full disk.
@@ -92,6 +93,8 @@ def transform(
         barrier()
         if rank == 0:
             sink.finish(source)
+            if plan != Plan.identity(source.architecture):
+                plan.save(partial / PLAN_FILE)
             commit_partial(sink.path)
         barrier()
     except OSError as error:

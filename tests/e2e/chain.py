@@ -73,6 +73,15 @@ class Command:
         finally:
             self.kill()
 
+    def wait_at_most(self, seconds: float) -> int | None:
+        """The exit code, or None for a process that had to be killed."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            self.kill()
+
     def wait_for(self, condition, timeout: float = 120) -> None:  # type: ignore[no-untyped-def]
         """Poll until `condition()` holds; fails with the output when the process ends first."""
         deadline = time.monotonic() + timeout
