@@ -7,13 +7,12 @@ needs one process group around all writers; here a process holds one chunk, and 
 
 from __future__ import annotations
 
-import io
 import json
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
@@ -34,6 +33,7 @@ from minitron_nemo.checkpoint.files import fsync, partial_path
 from minitron_nemo.checkpoint.safe_pickle import METADATA_FILE
 from minitron_nemo.checkpoint.sink import Chunk
 from minitron_nemo.checkpoint.source import Source
+from minitron_nemo.checkpoint.tensor_io import AppendingFile
 from minitron_nemo.errors import UserError
 
 FORMAT = {
@@ -61,12 +61,13 @@ class MegatronSink:
     def write(self, blocks: Iterable[tuple[Chunk, torch.Tensor]], rank: int) -> None:
         file = partial_path(self.path) / f"__{rank}_0.distcp"
         places: list[Any] = []
-        with open(file, "wb") as stream, _no_checksums():
+        with open(file, "wb", buffering=0) as opened, _no_checksums():
+            stream = AppendingFile(opened.fileno())
             for chunk, block in blocks:
                 origin, sizes = self._position(chunk)
-                offset = stream.tell()
+                offset = stream.end
                 _write_tensor(stream, block.reshape(sizes))
-                places.append((_key(chunk.tensor.spec), origin, sizes, file.name, offset, stream.tell() - offset))
+                places.append((_key(chunk.tensor.spec), origin, sizes, file.name, offset, stream.end - offset))
             if rank == 0:
                 places += [(key, None, None, *_write_object(stream, file.name)) for key in self._extra_states()]
         fsync(file)
@@ -125,9 +126,9 @@ def _places_file(path: Path, rank: int) -> Path:
     return partial_path(path) / f".places-{rank}.json"
 
 
-def _write_tensor(stream: IO[bytes], tensor: torch.Tensor) -> None:
+def _write_tensor(stream: AppendingFile, tensor: torch.Tensor) -> None:
     try:
-        torch.save(tensor, stream)
+        torch.save(tensor, stream)  # type: ignore[arg-type]
     except RuntimeError as error:
         # On a full disk torch still ends the zip, and what it says of that hides the reason.
         if isinstance(error.__context__, OSError):
@@ -135,13 +136,11 @@ def _write_tensor(stream: IO[bytes], tensor: torch.Tensor) -> None:
         raise
 
 
-def _write_object(stream: IO[bytes], file_name: str) -> tuple[str, int, int]:
+def _write_object(stream: AppendingFile, file_name: str) -> tuple[str, int, int]:
     """Append what Megatron-core's local spec stores as an extra state: nothing, in a list."""
-    offset = stream.tell()
-    blob = io.BytesIO()
-    torch.save([None], blob)
-    stream.write(blob.getvalue())
-    return file_name, offset, stream.tell() - offset
+    offset = stream.end
+    torch.save([None], stream)  # type: ignore[arg-type]
+    return file_name, offset, stream.end - offset
 
 
 @contextmanager
