@@ -128,7 +128,7 @@ def logged_losses(recipe: Recipe, work: Path, place: Path) -> list[float]:
 @pytest.mark.parametrize(
     ("section", "wrong", "message"),
     [
-        ("train", {"warmup_steps": 12}, "train.warmup_steps"),
+        ("train", {"min_lr": 1.0}, "train.min_lr"),
         ("train", {"global_batch_size": 9, "micro_batch_size": 2}, "train.global_batch_size: 9"),
         ("parallel", {"pipeline_model_parallel_size": 1, "sequence_parallel": True}, "parallel.sequence_parallel"),
     ],
