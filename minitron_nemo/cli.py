@@ -14,12 +14,11 @@ import socket
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from minitron_nemo.config import Recipe, load_recipe
-from minitron_nemo.errors import UserError
+from minitron_nemo.errors import SaidByRankZero, UserError
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
@@ -46,16 +45,14 @@ EXAMPLE = """examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code."""
     options = _parser().parse_args(arguments)
-    # Megatron-core's modules each say at import that TransformerEngine and Apex are absent; nothing here needs them.
-    warnings.filterwarnings("ignore", message="(Transformer Engine|Apex).* not installed")
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     try:
         return int(options.function(options))
+    except SaidByRankZero:
+        time.sleep(10)  # an exit code of this rank may end the job, and rank 0 has to say it first
+        return EXIT_USER_ERROR
     except UserError as error:
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
-            # Rank 0 says what went wrong everywhere, and its end brings down the job; what is still alive after that
-            # met something that rank 0 did not.
-            time.sleep(10)
-        print(f"minitron: error: {error}", file=sys.stderr, flush=True)
+        print(f"minitron: error: {error}" if rank == "0" else f"minitron: error: rank {rank}: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
 
 
@@ -141,15 +138,15 @@ def _steps(options: argparse.Namespace) -> int:
     if LOCAL in os.environ:
         _die_with_parent()
     from minitron_nemo.parallel import launch
+
+    launch.join_job()  # before what imports Megatron-core, whose warnings it silences
     from minitron_nemo.run import Stopped, run_chain
 
-    launch.join_job()
     try:
         run_chain(recipe, None if options.verb == "run" else options.verb)
     except Stopped:
         return EXIT_STOPPED
-    finally:
-        launch.shutdown()
+    launch.shutdown()  # not after an error: other ranks may be in the middle of a collective
     return 0
 
 

@@ -31,7 +31,7 @@ from minitron_nemo.data import pypi
 from minitron_nemo.data.prepare import inputs_stamp, prepare_data
 from minitron_nemo.distillation.status import write_status
 from minitron_nemo.distillation.train import train
-from minitron_nemo.errors import UserError
+from minitron_nemo.errors import SaidByRankZero, UserError
 from minitron_nemo.evaluation.report import evaluate_models, table
 from minitron_nemo.importance.scores import Scores
 from minitron_nemo.manifest import Manifest, file_fingerprint, step_key
@@ -191,7 +191,7 @@ def run_chain(recipe: Recipe, only: str | None = None) -> None:
 
     Raises UserError for wrong input, Stopped where a signal ended the training with its state saved.
     """
-    plan = preflight(recipe, launch.world_size())
+    plan = launch.from_rank_0(lambda: preflight(recipe, launch.world_size()))
     chain = Chain(plan)
     steps = [step for step in chain.steps() if only in (None, step.name)]
     if not steps:
@@ -206,11 +206,12 @@ def run_chain(recipe: Recipe, only: str | None = None) -> None:
                 if stop.args and launch.rank() == 0:  # a training says so by itself
                     write_status(chain.run_dir, "stopped", step=step.name, reason=stop.args[0])
                 raise
+            except SaidByRankZero:
+                raise
             except Exception as error:
                 write_status(chain.run_dir, "failed", step=step.name, reason=f"rank {launch.rank()}: {error}")
                 raise
-        if only is None:
-            launch.from_rank_0(lambda: write_status(chain.run_dir, "done"))
+        launch.from_rank_0(lambda: write_status(chain.run_dir, "done", step=only))
 
 
 @contextmanager

@@ -16,7 +16,8 @@ RENAME_EXCHANGE = 2
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write beside, fsync, rename over `path`, fsync the directory."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Processes of one job may share a pid: they run on several nodes.
+    beside = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.partial")
     try:
         with open(beside, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)

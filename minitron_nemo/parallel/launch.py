@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from minitron_nemo.errors import UserError
+from minitron_nemo.errors import SaidByRankZero, UserError
 from minitron_nemo.parallel import device, optimizer_fixes
 from minitron_nemo.parallel.layout import Layout
 
@@ -232,7 +232,7 @@ def barrier() -> None:
 
 
 def from_rank_0(function: Callable[[], T]) -> T:
-    """Call `function` on rank 0 and return its result on every rank; a UserError of it is raised on every rank."""
+    """Call `function` on rank 0 and return its result on every rank; a UserError of it ends the call on every rank."""
     outcome: list[Any] = [None, None]
     if rank() == 0:
         try:
@@ -241,6 +241,6 @@ def from_rank_0(function: Callable[[], T]) -> T:
             outcome[1] = error
     distributed.broadcast_object_list(outcome, src=0, group=_waiting_group)
     if outcome[1] is not None:
-        raise outcome[1]
+        raise outcome[1] if rank() == 0 else SaidByRankZero(*outcome[1].args)
     result: T = outcome[0]
     return result
