@@ -41,8 +41,9 @@ ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
 def run_arm(base: Path, directory: Path, overrides: tuple[str, ...]) -> None:
     if not directory.exists():
         shutil.copytree(base, directory, copy_function=os.link, ignore=shutil.ignore_patterns(".lock"))
-    command = [sys.executable, "-m", "minitron_nemo.cli", "run", str(RECIPE), f"run_dir={directory}", *overrides]
-    subprocess.run(command, check=True)
+    for step in ("calibrate", "prune", "distill"):
+        command = [sys.executable, "-m", "minitron_nemo.cli", step, str(RECIPE), f"run_dir={directory}", *overrides]
+        subprocess.run(command, check=True)
 
 
 def main() -> None:

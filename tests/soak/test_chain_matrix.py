@@ -59,7 +59,8 @@ def test_every_layout_takes_the_same_model_to_the_same_place(
 ) -> None:
     run = chain(tmp_path / "chain", processes, tp, pp, vpp, sp)
     assert fingerprint(run / "teacher") == fingerprint(alone / "teacher")
-    assert (run / "data" / "prepared.json").read_bytes() == (alone / "data" / "prepared.json").read_bytes()
+    prepared = [json.loads((directory / "data" / "prepared.json").read_text()) for directory in (run, alone)]
+    assert prepared[0]["fingerprint"] == prepared[1]["fingerprint"]
     plans = [json.loads((directory / "pruned" / "plan.json").read_text()) for directory in (run, alone)]
     assert min(plans[1]["gaps"].values()) > 1e-4, "the cut is closer than layouts agree: choose another seed"
     for cut in ("kept_layers", "kept_hidden", "kept_ffn", "kept_heads"):
@@ -67,7 +68,7 @@ def test_every_layout_takes_the_same_model_to_the_same_place(
     here, there = (json.loads((directory / "evaluation.json").read_text()) for directory in (run, alone))
     for model in ("source", "teacher", "pruned", "distilled"):
         for figure in ("loss", "kl_to_teacher"):
-            assert here[model][figure] == pytest.approx(there[model][figure], rel=1e-4, abs=1e-6), (model, figure)
+            assert here[model][figure] == pytest.approx(there[model][figure], rel=1e-5, abs=1e-6), (model, figure)
 
 
 def test_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
