@@ -48,13 +48,9 @@ def write_tensor(descriptor: int, offset: int, tensor: torch.Tensor) -> None:
 
 def write_bytes(descriptor: int, offset: int, content: memoryview) -> None:
     """Write all of `content` at `offset` of an open file, WRITE_BYTES at a time."""
-    start, length = offset, len(content)
     while content:
         count = os.pwrite(descriptor, content[:WRITE_BYTES], offset)
         content, offset = content[count:], offset + count
-    if length >= WRITE_BYTES:
-        # The disk starts on it now: "not needed" pages are written back first. What is left for fsync is little.
-        os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
