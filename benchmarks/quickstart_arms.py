@@ -33,6 +33,7 @@ DEFAULT = "**forward KL, corrected teacher, 1e-4**"
 ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ce": ("cross-entropy, same sequences", CROSS_ENTROPY),
     "kl_lr2": ("forward KL, learning rate 2e-4", ("train.lr=2e-4", "train.min_lr=2e-5")),
+    "kl_lr4": ("forward KL, learning rate 4e-4", ("train.lr=4e-4", "train.min_lr=4e-5")),
     "kl_uncorrected": ("forward KL, teacher not corrected", UNCORRECTED),
     "ce_all_text": ("cross-entropy, no teacher, 100 steps", (*CROSS_ENTROPY, *UNCORRECTED, "train.steps=100")),
 }
