@@ -29,10 +29,10 @@ from minitron_nemo.parallel.layout import Layout
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
 CROSS_ENTROPY = ("distill.logits_weight=0", "distill.ce_weight=1")
 UNCORRECTED = ("teacher.correction.steps=0",)
-DEFAULT = "**forward KL, corrected teacher, 1e-4**"
+DEFAULT = "**forward KL, corrected teacher, 2e-4**"
 ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ce": ("cross-entropy, same sequences", CROSS_ENTROPY),
-    "kl_lr2": ("forward KL, learning rate 2e-4", ("train.lr=2e-4", "train.min_lr=2e-5")),
+    "kl_lr1": ("forward KL, learning rate 1e-4", ("train.lr=1e-4", "train.min_lr=1e-5")),
     "kl_lr4": ("forward KL, learning rate 4e-4", ("train.lr=4e-4", "train.min_lr=4e-5")),
     "kl_uncorrected": ("forward KL, teacher not corrected", UNCORRECTED),
     "ce_all_text": ("cross-entropy, no teacher, 100 steps", (*CROSS_ENTROPY, *UNCORRECTED, "train.steps=100")),
