@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minitron_nemo.config import DistillConfig
-from minitron_nemo.kernels.linear_kd import LossSums, linear_kd_loss
+from minitron_nemo.kernels import LossSums, linear_kd_loss
 
 
 @dataclass(frozen=True)

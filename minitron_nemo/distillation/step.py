@@ -26,7 +26,7 @@ from torch import Tensor
 from minitron_nemo.data.sampler import Microbatch
 from minitron_nemo.distillation.objective import DistillationObjective
 from minitron_nemo.distillation.teacher import TeacherSignal, TeacherSource, gather_sequence
-from minitron_nemo.kernels.linear_kd import LossSums
+from minitron_nemo.kernels import LossSums
 from minitron_nemo.models.build import Model
 from minitron_nemo.parallel.device import current_device
 

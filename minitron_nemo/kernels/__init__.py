@@ -1,5 +1,6 @@
 """Loss kernels. Depends on torch alone: process groups arrive as arguments, models are unknown here."""
 
-from minitron_nemo.kernels.linear_kd import LossSums, linear_kd_loss, token_statistics
+from minitron_nemo.kernels.linear_kd import linear_kd_loss, token_statistics
+from minitron_nemo.kernels.sums import LossSums
 
 __all__ = ["LossSums", "linear_kd_loss", "token_statistics"]

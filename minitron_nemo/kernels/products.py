@@ -1,4 +1,4 @@
-"""The loss's matrix products with fp32 results, per device; `products` is the one place that looks at the device.
+"""The loss's matrix products with fp32 results, per device.
 
 Rounding bf16 logits to bf16 costs up to 22% of a distillation gradient, because student and teacher probabilities
 cancel as the student converges. So both kinds multiply 16-bit operands exactly and write fp32:
@@ -24,12 +24,11 @@ class Products:
 
     `gradients(grad, scratch, hidden, weight, hidden_grad, weight_grad)` takes the logits' gradient, fp32 [n, vocab],
     overwrites `hidden_grad` fp32 [n, h] and adds to `weight_grad` fp32 [vocab, h]; either may be None. `scratch` is an
-    fp32 [n, vocab] buffer that may be overwritten, or None. `row_block_bytes` is the best size for elementwise passes.
+    fp32 [n, vocab] buffer that may be overwritten, or None.
     """
 
     logits: Callable[[Tensor, Tensor, Tensor], None]
     gradients: Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None], None]
-    row_block_bytes: int
 
 
 def products(device: torch.device) -> Products:
@@ -129,5 +128,5 @@ def _common_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.to(dtype), weight.to(dtype)
 
 
-_UPCAST = Products(_upcast_logits, _upcast_gradients, row_block_bytes=1024**2)
-_CUDA = Products(_cuda_logits, _cuda_gradients, row_block_bytes=64 * 1024**2)
+_UPCAST = Products(_upcast_logits, _upcast_gradients)
+_CUDA = Products(_cuda_logits, _cuda_gradients)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ def reference_loss(
     divergence: str = "forward_kl",
     temperature: float = 1.0,
     temperature_squared: bool = True,
+    jsd_beta: float = 0.5,
     logits_weight: float = 1.0,
     ce_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,8 +34,15 @@ def reference_loss(
         teacher = (teacher_hidden.double() @ teacher_weight.double().t())[:, :vocab_size]
         log_p, log_q = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
         if divergence == "forward_kl":
-            per_token = (log_q.exp() * (log_q - log_p)).sum(-1)
+            per_token = _kl(log_q, log_p)
+        elif divergence == "reverse_kl":
+            per_token = _kl(log_p, log_q)
         else:
-            per_token = (log_p.exp() * (log_p - log_q)).sum(-1)
+            log_m = torch.logaddexp(log_q + math.log(jsd_beta), log_p + math.log1p(-jsd_beta))
+            per_token = jsd_beta * _kl(log_q, log_m) + (1 - jsd_beta) * _kl(log_p, log_m)
         divergence_sum = (weights * per_token).sum() * (temperature**2 if temperature_squared else 1.0)
     return logits_weight * divergence_sum + ce_weight * ce, divergence_sum, ce
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    return (log_a.exp() * (log_a - log_b)).sum(-1)

@@ -20,7 +20,7 @@ SETTINGS = [
     *(
         {"divergence": divergence, "temperature": temperature, "ce_weight": ce_weight}
         for divergence, temperature, ce_weight in itertools.product(
-            ("forward_kl", "reverse_kl"), (0.5, 1.0, 3.0), (0.0, 0.7)
+            ("forward_kl", "reverse_kl", "jsd"), (0.5, 1.0, 3.0), (0.0, 0.7)
         )
     ),
     {"temperature": 2.0, "temperature_squared": False, "logits_weight": 0.3},
@@ -268,7 +268,7 @@ def test_token_statistics_match_the_fp64_formula() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"divergence": "jsd"}, "divergence"),
+        ({"divergence": "js"}, "divergence"),
         ({"temperature": 0.0}, "temperature"),
         ({"vocab_size": 1000}, "vocab_size"),
     ],

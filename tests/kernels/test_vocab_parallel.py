@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from minitron_nemo.kernels import linear_kd, linear_kd_loss, token_statistics
+from minitron_nemo.kernels import linear_kd_loss, shard, token_statistics
 from minitron_nemo.kernels.reference import reference_loss
 from tests.kernels.inputs import VOCAB_SIZE, chunk_bytes, inputs, relative_error
 from tests.pool import run_distributed
@@ -82,13 +82,13 @@ def _collectives() -> tuple[list[int], list[int]]:
     rank = dist.get_rank()
     rows = slice(rank * 136, (rank + 1) * 136)
     gathered: list[int] = []
-    original = linear_kd._all_gather
+    original = shard._all_gather
 
     def counting(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         gathered.append(output.numel() * output.element_size())
         return original(output, *args, **kwargs)
 
-    with torch.no_grad(), patch.object(linear_kd, "_all_gather", counting):
+    with torch.no_grad(), patch.object(shard, "_all_gather", counting):
         linear_kd_loss(
             tensors[0],
             tensors[1][rows],

@@ -1,0 +1,44 @@
+"""Which implementation runs on which device: the one place of this room that asks.
+
+CUDA: row kernels in Triton, products by cuBLAS with fp32 output. Elsewhere: plain torch. The environment variable
+MINITRON_KERNELS=torch|triton overrides the choice of the row kernels, for debugging; Triton runs on CPU tensors under
+its interpreter only (TRITON_INTERPRET=1).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from minitron_nemo.kernels import torch_rows
+from minitron_nemo.kernels.products import Products, products
+from minitron_nemo.kernels.rows import RowKernels
+
+OVERRIDE = "MINITRON_KERNELS"
+
+
+@dataclass(frozen=True)
+class Backend:
+    rows: RowKernels
+    products: Products
+    # Whether `rows` takes 16-bit logits as they are; otherwise callers copy them into fp32 buffers first.
+    any_dtype: bool
+
+
+def backend(device: torch.device) -> Backend:
+    """The one for tensors on `device`. Raises ValueError for an unknown override, ImportError where Triton is missing."""
+    name = os.environ.get(OVERRIDE) or ("triton" if device.type == "cuda" else "torch")
+    if name == "torch":
+        return Backend(torch_rows, products(device), any_dtype=False)
+    if name != "triton":
+        raise ValueError(f"{OVERRIDE}={name}: expected torch or triton")
+    try:
+        from minitron_nemo.kernels import triton_rows
+    except ImportError as error:
+        raise ImportError(
+            f"the loss kernels for {device.type} need Triton ({error}): install minitron_nemo[triton], "
+            f"or set {OVERRIDE}=torch"
+        ) from error
+    return Backend(triton_rows, products(device), any_dtype=True)

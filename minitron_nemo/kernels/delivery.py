@@ -1,0 +1,51 @@
+"""A loss whose gradients are already known, up to the upstream scalar, as a node of autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class DeliverGradients(torch.autograd.Function):
+    """`total` as a function of `hidden` and `weight`; the gradients are scaled and delivered by the backward pass.
+
+    Where `weight` has a `main_grad` (Megatron's DDP) its gradient is added there, in fp32, `grad_added_to_main_grad` is
+    set, and autograd sees zeros, so that DDP's hook fires: it drops them or, with `zero_out_wgrad` (set by Megatron on
+    an embedding that is also the output weight on one stage), adds what the embedding contributed.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor | None,
+        total: Tensor,
+        hidden_grad: Tensor | None,
+        weight_grad: Tensor | None,
+    ) -> Tensor:
+        ctx.hidden_dtype, ctx.weight = hidden.dtype, weight
+        ctx.gradients = hidden_grad, weight_grad
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        if ctx.gradients is None:
+            raise RuntimeError("backward a second time: the loss's gradients are released by the first")
+        hidden_grad, weight_grad = ctx.gradients
+        weight, ctx.gradients, ctx.weight = ctx.weight, None, None
+        if hidden_grad is not None:
+            hidden_grad = hidden_grad.mul_(upstream).to(ctx.hidden_dtype)
+        if weight_grad is not None:
+            weight_grad = _deliver_weight_grad(weight, weight_grad, upstream)
+        return hidden_grad, weight_grad, None, None, None
+
+
+def _deliver_weight_grad(weight: Tensor, grad: Tensor, upstream: Tensor) -> Tensor:
+    main_grad = getattr(weight, "main_grad", None)
+    if main_grad is None:
+        return grad.mul_(upstream).to(weight.dtype)
+    main_grad.addcmul_(grad, upstream)
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return torch.zeros_like(weight)
