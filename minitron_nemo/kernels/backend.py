@@ -28,7 +28,7 @@ class Backend:
 
 
 def backend(device: torch.device) -> Backend:
-    """The one for tensors on `device`. Raises ValueError for an unknown override, ImportError where Triton is missing."""
+    """The one for tensors on `device`. ValueError for an unknown override, ImportError where Triton is missing."""
     name = os.environ.get(OVERRIDE) or ("triton" if device.type == "cuda" else "torch")
     if name == "torch":
         return Backend(torch_rows, products(device), any_dtype=False)
