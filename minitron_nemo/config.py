@@ -105,7 +105,8 @@ class DistillConfig:
 
     logits_weight: float = 1.0
     ce_weight: float = 0.0
-    divergence: str = "forward_kl"  # forward_kl | reverse_kl
+    divergence: str = "forward_kl"  # forward_kl | reverse_kl | jsd
+    jsd_beta: float = 0.5  # of jsd: the teacher's share of the mixture
     temperature: float = 1.0
     temperature_squared: bool = True  # multiply L_logits by temperature^2, so that gradients keep their size
     chunk_bytes: int = 256 * 1024**2  # of fp32 logits, both models together, held at once

@@ -17,11 +17,12 @@ from minitron_nemo.config import Recipe
 from minitron_nemo.data.pypi import cached
 from minitron_nemo.distillation.schedule import check_schedule
 from minitron_nemo.errors import UserError
+from minitron_nemo.kernels.objective import DIVERGENCES
 from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.pruning.plan import target_architecture
 
 CHOICES = {
-    "distill.divergence": ("forward_kl", "reverse_kl"),
+    "distill.divergence": DIVERGENCES,
     "train.precision": ("bf16", "fp32"),
     "prune.calibration.precision": ("bf16", "fp32"),
     "prune.calibration.sequence_aggregation": ("mean", "l2", "var"),
@@ -191,6 +192,8 @@ def _check_values(recipe: Recipe) -> None:
         raise UserError("data.train: no text to train on; give at least one source")
     if not 0 <= recipe.data.heldout_fraction < 1:
         raise UserError(f"data.heldout_fraction: {recipe.data.heldout_fraction} must be in [0, 1)")
+    if not 0 < recipe.distill.jsd_beta < 1:
+        raise UserError(f"distill.jsd_beta: {recipe.distill.jsd_beta} must lie between 0 and 1, neither of them")
     if recipe.distill.logits_weight <= 0 and recipe.distill.ce_weight <= 0:
         raise UserError("distill: logits_weight and ce_weight are both 0; there is nothing to train on")
 

@@ -6,35 +6,27 @@ gradients. The token count is an integer, the tokens whose weight is not 0; frac
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 from torch import Tensor
 
 from minitron_nemo.config import DistillConfig
 from minitron_nemo.kernels import LossSums, linear_kd_loss
+from minitron_nemo.kernels.linear_kd import CHUNK_BYTES
+from minitron_nemo.kernels.objective import Objective
 
 
 @dataclass(frozen=True)
-class DistillationObjective:
+class DistillationObjective(Objective):
     """The weights of the losses, the divergence, and how much memory the fused loss may take."""
 
-    logits_weight: float = 1.0
-    ce_weight: float = 0.0
-    divergence: str = "forward_kl"
-    temperature: float = 1.0
-    temperature_squared: bool = True
-    chunk_bytes: int = 256 * 1024**2
+    chunk_bytes: int = CHUNK_BYTES
 
     @staticmethod
     def from_config(config: DistillConfig) -> DistillationObjective:
         return DistillationObjective(
-            logits_weight=config.logits_weight,
-            ce_weight=config.ce_weight,
-            divergence=config.divergence,
-            temperature=config.temperature,
-            temperature_squared=config.temperature_squared,
-            chunk_bytes=config.chunk_bytes,
+            **{field.name: getattr(config, field.name) for field in fields(DistillationObjective)}
         )
 
     @staticmethod
@@ -73,12 +65,7 @@ class DistillationObjective:
             labels.t().reshape(-1),  # [s*b] in the order of the states
             token_weights.t().reshape(-1),
             vocab_size=vocab_size,
-            divergence=self.divergence,
-            temperature=self.temperature,
-            temperature_squared=self.temperature_squared,
-            logits_weight=self.logits_weight,
-            ce_weight=self.ce_weight,
             tp_group=tp_group,
             sequence_parallel=sequence_parallel,
-            chunk_bytes=self.chunk_bytes,
+            **asdict(self),
         )

@@ -30,8 +30,9 @@ from minitron_nemo.kernels import LossSums
 from minitron_nemo.models.build import Model
 from minitron_nemo.parallel.device import current_device
 
-# The sums a step reports: of the weighted divergence, of the weighted cross-entropy, of tokens, of their weights.
-SUMS = ("logits", "ce", "tokens", "weight")
+# The sums a step reports: of the weighted divergence, of the weighted cross-entropy, of tokens, of their weights, of
+# tokens whose loss is not finite.
+SUMS = ("logits", "ce", "tokens", "weight", "nonfinite")
 
 
 class Step:
@@ -55,10 +56,11 @@ class Step:
         self.tp_group = parallel_state.get_tensor_model_parallel_group() if tp > 1 else None
         self._tokens: Tensor = torch.zeros([], dtype=torch.int, device=current_device())
         self._sums: LossSums | None = None
+        self._reports: list[tuple[Microbatch, Tensor]] = []
         self._signal = TeacherSignal([], None)
 
     def __call__(self, microbatches: Sequence[Microbatch]) -> Tensor:
-        """Leave the mean gradient of the global batch in `main_grad` and return this rank's `SUMS`, fp64 [4].
+        """Leave the mean gradient of the global batch in `main_grad` and return this rank's `SUMS`, fp64 [5].
 
         Every rank passes its data-parallel share of the batch. Gradients: as Megatron leaves them, reduced over the
         data-parallel group (each rank's own shard of it), summed losses divided by the number of tokens whose weight
@@ -67,16 +69,27 @@ class Step:
         for chunk in self.student.chunks:
             chunk.zero_grad_buffer()
         self._tokens.zero_()
+        self._reports = []
         size = len(microbatches) if self.teacher is None else self.teacher.window
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=current_device())
         for start in range(0, len(microbatches), size):
             window = microbatches[start : start + size]
             if self.teacher is not None:
                 self._signal = self.teacher.step(window)
-            for report in self._forward_backward(window, last=start + size >= len(microbatches)):
-                sums += report
+            reports = self._forward_backward(window, last=start + size >= len(microbatches))
+            self._reports += zip(window, reports, strict=False)  # stages before the last have none
         self._signal = TeacherSignal([], None)
-        return sums
+        return sum((report for _, report in self._reports), sums)
+
+    def nonfinite(self) -> list[str]:
+        """The microbatches of the last call whose loss is not finite, on the ranks that computed it."""
+        counted = [(batch, report.tolist()) for batch, report in self._reports]
+        return [
+            f"microbatch {index} (samples {', '.join(batch['sample_ids'])}): "
+            f"{report[SUMS.index('nonfinite')]:.0f} of {batch['labels'].numel()} tokens"
+            for index, (batch, report) in enumerate(counted)
+            if report[SUMS.index("nonfinite")]
+        ]
 
     def _forward_backward(self, window: Sequence[Microbatch], last: bool) -> list[Tensor]:
         chunks = self.student.chunks

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from megatron.core import parallel_state
+from torch import Tensor
 
 from minitron_nemo.config import TrainConfig
 from minitron_nemo.data.sampler import Sampler, microbatches
@@ -19,7 +21,7 @@ from minitron_nemo.distillation.schedule import learning_rate
 from minitron_nemo.distillation.signals import StopRequest
 from minitron_nemo.distillation.state import SaveError, TrainingState
 from minitron_nemo.distillation.status import State, write_status
-from minitron_nemo.distillation.step import Step
+from minitron_nemo.distillation.step import SUMS, Step
 from minitron_nemo.distillation.teacher import TeacherSource
 from minitron_nemo.models.build import Model
 from minitron_nemo.parallel import launch
@@ -70,7 +72,7 @@ class Trainer:
         """Train to the last step, or until a signal asks to stop; the student then holds the weights of that update.
 
         "stopped" means that the state is saved and `run` of a new Trainer goes on from it. Raises SaveError under
-        `fail_on_save_error`, FloatingPointError when the gradients are no longer finite.
+        `fail_on_save_error`, FloatingPointError when losses or gradients are no longer finite.
         """
         try:
             return self._run()
@@ -132,6 +134,7 @@ class Trainer:
         )
         set_learning_rate(self.optimizer, lr, config.weight_decay)
         sums = self.step(batches)
+        self._check_finite(sums)
         _, grad_norm, _ = self.optimizer.step()
         if not math.isfinite(grad_norm):
             raise FloatingPointError(
@@ -141,6 +144,24 @@ class Trainer:
         self.iteration += 1
         self.meter.add(sums)
         return grad_norm, lr
+
+    def _check_finite(self, sums: Tensor) -> None:
+        """Raise on every rank, before parameters change, if a token of the global batch has no finite loss."""
+        count = sums[SUMS.index("nonfinite")].clone()
+        torch.distributed.all_reduce(count)
+        if count == 0:
+            return
+        found: list[list[str]] = [[] for _ in range(launch.world_size())]
+        mine = [
+            f"data-parallel rank {parallel_state.get_data_parallel_rank()}, {name}" for name in self.step.nonfinite()
+        ]
+        torch.distributed.all_gather_object(found, mine)
+        where = sorted({name for names in found for name in names})  # tensor-parallel ranks say the same
+        raise FloatingPointError(
+            f"update {self.iteration + 1}: the loss is not finite: {'; '.join(where[:4])}"
+            f"{f' and {len(where) - 4} more' if len(where) > 4 else ''}. Nothing of this update was applied: look at "
+            f"these samples, or lower train.lr and start again from the last checkpoint in {self.directory}"
+        )
 
     def _report(self, progress: Progress, grad_norm: float, lr: float) -> None:
         report = self.meter.report(self.iteration, lr, grad_norm)

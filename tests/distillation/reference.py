@@ -58,13 +58,15 @@ def expected_step(
     logits_weight: float = 1.0,
     ce_weight: float = 0.0,
     temperature: float = 1.0,
+    divergence: str = "forward_kl",
+    jsd_beta: float = 0.5,
 ) -> Expected:
-    """`L = sum_k w_k (ce_weight * CE_k + logits_weight * T^2 * KL(p_t || p_s)_k)`; its gradient over #{w_k != 0}."""
+    """`L = sum_k w_k (ce_weight * CE_k + logits_weight * T^2 * D(p_t, p_s)_k)`; its gradient over #{w_k != 0}."""
     student = LlamaForCausalLM.from_pretrained(student_dir, dtype=torch.float64, attn_implementation="eager")
     teacher = teacher_dir and LlamaForCausalLM.from_pretrained(
         teacher_dir, dtype=torch.float64, attn_implementation="eager"
     )
-    divergence = torch.zeros([], dtype=torch.float64)
+    divergence_sum = torch.zeros([], dtype=torch.float64)
     ce = torch.zeros([], dtype=torch.float64)
     for batch in microbatches:
         weights = batch["token_weights"].double()
@@ -74,18 +76,30 @@ def expected_step(
         if teacher:
             with torch.no_grad():
                 target = (teacher(batch["tokens"]).logits / temperature).log_softmax(-1)
-            kl = (target.exp() * (target - (logits / temperature).log_softmax(-1))).sum(-1)
-            divergence = divergence + temperature**2 * (weights * kl).sum()
+            apart = _divergence(target, (logits / temperature).log_softmax(-1), divergence, jsd_beta)
+            divergence_sum = divergence_sum + temperature**2 * (weights * apart).sum()
     tokens = sum(int((batch["token_weights"] != 0).sum()) for batch in microbatches)
-    ((logits_weight * divergence + ce_weight * ce) / tokens).backward()
+    ((logits_weight * divergence_sum + ce_weight * ce) / tokens).backward()
     return Expected(
-        logits=divergence.item(),
+        logits=divergence_sum.item(),
         ce=ce.item(),
         tokens=tokens,
         weight=sum(batch["token_weights"].double().sum().item() for batch in microbatches),
         gradients={
             name: parameter.grad for name, parameter in student.named_parameters() if parameter.grad is not None
         },
+    )
+
+
+def _divergence(teacher: Tensor, student: Tensor, name: str, beta: float) -> Tensor:
+    """Of log-probabilities, per token."""
+    if name == "forward_kl":
+        return (teacher.exp() * (teacher - student)).sum(-1)
+    if name == "reverse_kl":
+        return (student.exp() * (student - teacher)).sum(-1)
+    middle = (beta * teacher.exp() + (1 - beta) * student.exp()).log()
+    return beta * (teacher.exp() * (teacher - middle)).sum(-1) + (1 - beta) * (student.exp() * (student - middle)).sum(
+        -1
     )
 
 

@@ -137,7 +137,8 @@ def one_step(
 def check(outcomes: list, expected: Expected, pipeline: int, dp: int) -> None:
     reported = [sums for sums, _, _ in outcomes if any(sums)]
     assert len(reported) == len(outcomes) // pipeline, "the last stage reports, the others do not"
-    for logits, ce, tokens, weight in reported:
+    for logits, ce, tokens, weight, nonfinite in reported:
+        assert nonfinite == 0
         assert logits == pytest.approx(expected.logits, rel=1e-5)
         assert ce == pytest.approx(expected.ce, rel=1e-5)
         assert tokens == expected.tokens
@@ -164,6 +165,24 @@ def test_loss_and_gradients_of_a_step_match_the_fp64_formula(
         sizes,
         (models[student], models["teacher"]),
         DistillationObjective(**weights, chunk_bytes=4 * 2 * 5 * VOCAB),
+        expected,
+    )
+    check(outcomes, expected, sizes.pipeline_model_parallel_size, sizes.data_parallel_size(world_size))
+
+
+@pytest.mark.parametrize("weights", [{"divergence": "reverse_kl"}, {"divergence": "jsd", "jsd_beta": 0.3}], ids=str)
+def test_other_divergences_match_the_fp64_formula_too(models: dict[str, Path], weights: dict[str, Any]) -> None:
+    world_size, sizes = LAYOUTS["TP2 SP"]
+    weights = {**weights, "temperature": 2.0, "ce_weight": 0.3}
+    expected = expected_step(
+        models["student_hf"], models["teacher_hf"], random_microbatches(4, sequence_length=SEQUENCE), **weights
+    )
+    outcomes = run_distributed(
+        world_size,
+        one_step,
+        sizes,
+        (models["student"], models["teacher"]),
+        DistillationObjective(**weights),
         expected,
     )
     check(outcomes, expected, sizes.pipeline_model_parallel_size, sizes.data_parallel_size(world_size))

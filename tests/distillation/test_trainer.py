@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,13 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.distillation.state import SaveError
 from minitron_nemo.errors import UserError
 from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
-from tests.distillation.runs import Job, Result, assert_identical, run
+from tests.distillation.runs import Job, MadeUpSource, Result, assert_identical, run
 from tests.pool import run_distributed
 from tests.tiny import write_tiny_llama
 
@@ -290,3 +292,33 @@ def test_a_run_reports_itself_to_status_and_tensorboard(models: tuple[Path, Path
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [4, 6]
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([r.loss for r in first.reports])
+
+
+def poisoned(job: Job) -> tuple[str, dict]:
+    """What is raised when the embedding of one token is not a number, and status.json."""
+    try:
+        run(job)
+    except FloatingPointError as error:
+        return str(error), settled_status(job)
+    raise AssertionError("a loss that is not a number went by")
+
+
+@pytest.mark.parametrize("name", ["DP2", "PP2", "TP2 SP recompute"])
+def test_a_loss_that_is_not_finite_ends_the_run_on_every_rank_and_names_the_samples(
+    models: tuple[Path, Path], tmp_path: Path, name: str
+) -> None:
+    world_size, layout, config = RUNS[name]
+    token = 7
+    write_tiny_llama(tmp_path / "hf", num_layers=2, hidden_size=48, ffn_hidden_size=64, seed=1)
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    weights["model.embed_tokens.weight"][token] = float("nan")
+    save_file(weights, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    convert(tmp_path / "hf", tmp_path / "student", "megatron")
+    job = Job(tmp_path / "student", models[1], tmp_path / "run", layout, config)
+    outcomes = run_distributed(world_size, poisoned, job)
+    source = MadeUpSource()
+    for said, left in outcomes:
+        assert said == outcomes[0][0]
+        assert left["state"] == "failed" and "the loss is not finite" in left["reason"]
+        named = {int(sample) for sample in re.findall(r"samples (\d+)\)", said)}
+        assert named and all(token in source.sample(sample)["tokens"] for sample in named)
