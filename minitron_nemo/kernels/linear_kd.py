@@ -11,17 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron_nemo.kernels import dense
+from minitron_nemo.kernels import dense, sparse
 from minitron_nemo.kernels.backend import Backend, backend
 from minitron_nemo.kernels.delivery import DeliverGradients
 from minitron_nemo.kernels.objective import Objective
 from minitron_nemo.kernels.rows import agreement, merge
 from minitron_nemo.kernels.shard import Shard
+from minitron_nemo.kernels.sparse import SparseTeacher
 from minitron_nemo.kernels.sums import LossSums, TokenSums
 
 CHUNK_BYTES = 256 * 1024**2
@@ -117,6 +119,7 @@ def linear_kd_loss(
     tp_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
+    sparse_teacher: SparseTeacher | None = None,
 ) -> tuple[Tensor, LossSums]:
     """Weighted sums over tokens of divergence(student, teacher) and cross-entropy, from hidden states.
 
@@ -130,6 +133,8 @@ def linear_kd_loss(
     divergence: forward_kl, reverse_kl or jsd, with `jsd_beta`; formulas at `Objective`. Cross-entropy is at
         temperature 1.
     chunk_bytes: of fp32 logits of both models held at once.
+    sparse_teacher: of as many tokens as labels, whole on every rank, instead of teacher_hidden and teacher_weight;
+        anything where the token's weight is 0.
 
     Returns logits_weight * divergence + ce_weight * cross-entropy, a differentiable fp32 scalar, and LossSums; both
     the same on all ranks of `tp_group`. Gradients of student_hidden are summed over `tp_group`; the gradient of
@@ -137,9 +142,16 @@ def linear_kd_loss(
     are counted in `LossSums.nonfinite`: the sums and gradients are then unusable, and the caller must say so.
     Without gradients (no_grad, or nothing requires them) no gradient work is done.
 
-    Raises ValueError for shapes that do not fit, unknown divergences and temperatures that are not positive.
+    Raises ValueError for shapes that do not fit, two teachers, unknown divergences and temperatures that are not
+    positive.
     """
     objective = Objective(divergence, temperature, temperature_squared, jsd_beta, logits_weight, ce_weight)
+    if sparse_teacher is not None:
+        if teacher_hidden is not None or teacher_weight is not None:
+            raise ValueError("sparse_teacher: teacher_hidden and teacher_weight must be None with it")
+        if len(sparse_teacher) != len(labels):
+            raise ValueError(f"sparse_teacher: {len(sparse_teacher)} tokens, labels has {len(labels)}")
+        sparse_teacher = sparse_teacher.without(token_weights == 0)
     wants_grad = torch.is_grad_enabled()
     with torch.no_grad():
         projections = _project(
@@ -158,7 +170,9 @@ def linear_kd_loss(
             hidden_grad = torch.empty_like(projections.student_hidden, dtype=torch.float32)
         if wants_grad and student_weight.requires_grad:
             weight_grad = torch.zeros_like(student_weight, dtype=torch.float32)
-        total, sums = _accumulate(projections, objective, labels, token_weights, hidden_grad, weight_grad)
+        total, sums = _accumulate(
+            projections, sparse_teacher, objective, labels, token_weights, hidden_grad, weight_grad
+        )
         if hidden_grad is not None:
             hidden_grad = projections.shard.sum_hidden_grad(hidden_grad, sequence_parallel)
     if hidden_grad is None and weight_grad is None:
@@ -168,6 +182,7 @@ def linear_kd_loss(
 
 def _accumulate(
     projections: _Projections,
+    sparse_teacher: SparseTeacher | None,
     objective: Objective,
     labels: Tensor,
     token_weights: Tensor,
@@ -176,16 +191,18 @@ def _accumulate(
 ) -> tuple[Tensor, LossSums]:
     """Loss sums of all chunks; overwrites `hidden_grad` [tokens, h_s], adds to `weight_grad` [padded_vocab/tp, h_s]."""
     shard, kernels, products = projections.shard, projections.backend.rows, projections.backend.products
+    losses: Any = dense if sparse_teacher is None else sparse  # the same functions, for another kind of teacher
     sums = TokenSums(token_weights)
-    for tokens, student, teacher in projections.chunks():
-        rows = dense.loss_rows(student, teacher, labels[tokens], shard, objective, kernels)
+    for tokens, student, logits in projections.chunks():
+        teacher = logits if sparse_teacher is None else sparse_teacher[tokens]
+        rows = losses.loss_rows(student, teacher, labels[tokens], shard, objective, kernels)
         sums.add(tokens, rows)
         if hidden_grad is None and weight_grad is None:
             continue
-        dense.logit_gradients(student, teacher, labels[tokens], token_weights[tokens], rows, shard, objective, kernels)
+        losses.logit_gradients(student, teacher, labels[tokens], token_weights[tokens], rows, shard, objective, kernels)
         products.gradients(
             student,
-            teacher,
+            logits,
             projections.student_hidden[tokens],
             projections.student_weight,
             None if hidden_grad is None else hidden_grad[tokens],
