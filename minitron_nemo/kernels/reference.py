@@ -46,3 +46,22 @@ def reference_loss(
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+
+def reference_hidden_loss(
+    student_hidden: Tensor,  # [tokens, h_s]
+    projection: Tensor | None,  # [h_t, h_s]
+    teacher_hidden: Tensor,  # [tokens, h_t]
+    token_weights: Tensor,  # [tokens]
+    *,
+    kind: str = "cosine",
+) -> Tensor:
+    """Weighted sum over tokens of the intermediate-state loss, an fp64 scalar, differentiable by autograd."""
+    y, t = student_hidden.double(), teacher_hidden.double()
+    if projection is not None:
+        y = y @ projection.double().t()
+    if kind == "cosine":
+        per_token = 1 - (y * t).sum(1) / (y.norm(dim=1).clamp_min(1e-8) * t.norm(dim=1).clamp_min(1e-8))
+    else:
+        per_token = (y - t).square().mean(1)
+    return (token_weights.double() * per_token).sum()
