@@ -2,6 +2,7 @@
 
     python benchmarks/step.py [--layers 30] [--sequence-length 256] [--microbatches 2] [--precision bf16] [--repeat 5]
     torchrun --nproc-per-node 2 benchmarks/step.py --pipeline 2
+    python benchmarks/step.py --only-step      the step alone: its time and the peak memory of the process
 
 Models have the shape of SmolLM2-135M and of a student with two thirds of its FFN, with random weights. The bare parts
 go through the same Megatron calls and compute all logits: one product for the teacher; three for the student, whose
@@ -12,6 +13,7 @@ over the processes.
 from __future__ import annotations
 
 import argparse
+import resource
 import time
 from collections.abc import Callable
 from functools import partial
@@ -69,6 +71,8 @@ def main() -> None:
         "student forward + backward": partial(bare_step, student, batches, options.sequence_length),
         "distillation step": partial(step, batches),
     }
+    if options.only_step:
+        parts = {"distillation step": parts["distillation step"]}
     seconds = {name: [float("inf")] * 2 for name in parts}
     for turn in range(options.repeat + 1):
         for name, part in parts.items():
@@ -88,6 +92,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--pipeline", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--only-step", action="store_true", help="without the bare parts, whose logits fill memory")
     return parser.parse_args()
 
 
@@ -168,6 +173,9 @@ def table(seconds: dict[str, list[float]], options: argparse.Namespace, layout: 
     rows = [f"{tokens} tokens of {options.sequence_length}, {options.layers} layers, {options.precision}, {layout}"]
     rows += ["| part | CPU s | wall s | tokens / wall s |", "|---|---|---|---|"]
     rows += [f"| {name} | {cpu:.3f} | {wall:.3f} | {tokens / wall:,.0f} |" for name, (cpu, wall) in seconds.items()]
+    if options.only_step:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return "\n".join([*rows, f"peak memory of rank 0: {peak:,.0f} MiB"])
     forward, bare, whole = seconds.values()
     ratios = [whole[clock] / (forward[clock] + bare[clock]) for clock in (0, 1)]
     rows.append(
