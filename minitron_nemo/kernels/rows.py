@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minitron_nemo.kernels.objective import Objective
 
-# Columns of `statistics`, fp32. LABEL: s of the label. UNSCALED_SUM: sum of exp(T x). CROSS: the sum of
+# Columns of `statistics`. LABEL: s of the label. UNSCALED_SUM: sum of exp(T x). CROSS: the sum of
 # exp(y) (y - x) for forward KL, of exp(x) (x - y) for reverse KL, 0 for JSD. *_BEST: the vocabulary id of the largest
 # logit (exact in fp32 up to 2^24), where asked for.
 STUDENT_MAX, STUDENT_SUM, UNSCALED_SUM, LABEL, STUDENT_BEST, TEACHER_MAX, TEACHER_SUM, CROSS, TEACHER_BEST = range(9)
@@ -58,10 +58,10 @@ class RowKernels(Protocol):
         objective: Objective,
         first_row: int | None,  # of the vocabulary, on this shard: fills the *_BEST columns; None: they stay 0
     ) -> Tensor:
-        """fp32 [n, STUDENT_COLUMNS] without a teacher, [n, ALL_COLUMNS] with one."""
+        """fp32 or fp64 [n, STUDENT_COLUMNS] without a teacher, [n, ALL_COLUMNS] with one."""
 
     def mixture(self, student: Tensor, teacher: Tensor, rows: Rows, objective: Objective) -> Tensor:
-        """JSD's second pass: fp32 [n, 2], this shard's sums of p log(p / m) and q log(q / m)."""
+        """JSD's second pass: fp32 or fp64 [n, 2], this shard's sums of p log(p / m) and q log(q / m)."""
 
     def gradients(
         self,
