@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from minitron_nemo.kernels import linear_kd_loss, token_statistics
 from minitron_nemo.kernels.reference import reference_loss
+from tests.kernels.counting import Count
 from tests.kernels.inputs import VOCAB_SIZE, chunk_bytes, inputs, relative_error
 
 SETTINGS = [
@@ -190,38 +188,12 @@ def test_a_second_backward_is_refused() -> None:
         total.backward()
 
 
-class _Count(TorchDispatchMode):
-    """Matrix products run, and the peak bytes of storages that operations create."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.products = self.alive = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.products += func.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm")
-        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in before | self._known:
-                storage = tensor.untyped_storage()
-                self._known.add(storage._cdata)
-                self.alive += storage.nbytes()
-                self.peak = max(self.peak, self.alive)
-                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-        return result
-
-    def _freed(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.alive -= size
-
-
 def test_forward_only_does_no_gradient_work() -> None:
     tensors = inputs()
-    with torch.no_grad(), _Count() as no_grad:
+    with torch.no_grad(), Count() as no_grad:
         total, sums = linear_kd_loss(*tensors, vocab_size=VOCAB_SIZE)
     assert no_grad.products == 2 and not total.requires_grad
-    with _Count() as with_grad:
+    with Count() as with_grad:
         again, _ = linear_kd_loss(*tensors, vocab_size=VOCAB_SIZE)
     assert with_grad.products == 4 and again.requires_grad
     assert torch.equal(total, again)
@@ -233,7 +205,7 @@ def test_memory_is_two_chunk_buffers_and_the_gradients(dtype: torch.dtype) -> No
     vocab, width, tokens = 16384, 32, 512
     tensors = inputs(tokens=tokens, vocab=vocab, padded=vocab, width=width, teacher_width=width, dtype=dtype)
     chunk = 8 * 1024**2  # 64 of the 512 tokens
-    with _Count() as count:
+    with Count() as count:
         total, _ = linear_kd_loss(*tensors, vocab_size=vocab, chunk_bytes=chunk)
         total.backward()
     gradients = (4 + tensors[0].element_size()) * (tokens + vocab) * width  # fp32 as kept, then as delivered
