@@ -130,6 +130,7 @@ def _transformer_config(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        pipeline_model_parallel_layout=_uneven_stages(layout.layers_per_stage(architecture.num_layers)),
         context_parallel_size=layout.context_parallel_size,
         sequence_parallel=layout.sequence_parallel,
         # With two pipeline ranks, interleaving under the default flags pairs sends and receives wrongly and
@@ -150,6 +151,16 @@ def _transformer_config(
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
     )
+
+
+def _uneven_stages(layers: list[int]) -> list[list[str]] | None:
+    """Megatron's `pipeline_model_parallel_layout` of stages with these numbers of layers; None for equal ones."""
+    if len(set(layers)) == 1:
+        return None
+    stages = [["decoder"] * count for count in layers]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
 
 
 def _leave_undefined(weight: torch.Tensor) -> None:

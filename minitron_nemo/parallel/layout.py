@@ -45,6 +45,16 @@ class Layout:
         """Pieces the layers are cut into: pipeline ranks times virtual stages."""
         return self.pipeline_model_parallel_size * (self.virtual_pipeline_model_parallel_size or 1)
 
+    def layers_per_stage(self, num_layers: int) -> list[int]:
+        """Layers of every stage, in the order of the model; stage i is virtual stage i // pp of pipeline rank i % pp.
+
+        As even as possible. What is left over goes to the middle: the first stage also has the embedding, the last one
+        the output projection and the loss.
+        """
+        least, left_over = divmod(num_layers, self.stages)
+        first = (self.stages - left_over) // 2
+        return [least + (first <= stage < first + left_over) for stage in range(self.stages)]
+
     def __str__(self) -> str:
         text = f"tp={self.tensor_model_parallel_size} pp={self.pipeline_model_parallel_size}"
         if self.virtual_pipeline_model_parallel_size:
@@ -68,13 +78,12 @@ class Layout:
                     f"parallel.tensor_model_parallel_size: {tp} does not divide the model's {name} {size}; "
                     f"use one of {fitting}, or pipeline stages instead"
                 )
-        if architecture.num_layers % self.stages:
+        if architecture.num_layers < self.stages:
             virtual = self.virtual_pipeline_model_parallel_size
             key = "virtual_pipeline_model_parallel_size" if virtual else "pipeline_model_parallel_size"
-            fitting = [n for n in range(1, architecture.num_layers + 1) if architecture.num_layers % n == 0]
             raise UserError(
-                f"parallel.{key}: {architecture.num_layers} layers cannot be cut into {self.stages} equal stages; "
-                f"make pipeline times virtual stages one of {fitting}"
+                f"parallel.{key}: {architecture.num_layers} layers are too few for {self.stages} stages; "
+                f"make pipeline times virtual stages {architecture.num_layers} at most"
             )
 
     def check_batches(

@@ -30,6 +30,7 @@ LAYOUTS = {
     "TP2": (2, Layout(tensor_model_parallel_size=2)),
     "TP2 SP": (2, Layout(tensor_model_parallel_size=2, sequence_parallel=True)),
     "PP2": (2, Layout(pipeline_model_parallel_size=2)),
+    "PP3 uneven": (3, Layout(pipeline_model_parallel_size=3)),
     "PP2 VPP2": (2, Layout(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)),
     "DP2": (2, Layout()),
     "TP2 PP2": (4, Layout(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),

@@ -28,6 +28,7 @@ LAYOUTS = {
     "pp2": (2, Layout(pipeline_model_parallel_size=2)),
     "tp2-pp2": (4, Layout(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
     "tp2-sp": (2, Layout(tensor_model_parallel_size=2, sequence_parallel=True)),
+    "pp3-uneven": (3, Layout(pipeline_model_parallel_size=3)),
     "pp2-vpp2": (2, Layout(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)),
 }
 

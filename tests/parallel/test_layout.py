@@ -53,14 +53,14 @@ def test_a_layout_that_fits_is_accepted(layout: Layout, world_size: int) -> None
             r"parallel.tensor_model_parallel_size: 9 .* num_query_groups 3; use one of \[1, 3\]",
         ),
         (
-            Layout(pipeline_model_parallel_size=4),
-            4,
-            r"parallel.pipeline_model_parallel_size: 30 layers cannot be cut into 4 equal stages",
+            Layout(pipeline_model_parallel_size=31),
+            31,
+            r"parallel.pipeline_model_parallel_size: 30 layers are too few for 31 stages",
         ),
         (
-            Layout(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=4),
+            Layout(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=16),
             2,
-            r"parallel.virtual_pipeline_model_parallel_size: 30 layers cannot be cut into 8 equal stages",
+            r"parallel.virtual_pipeline_model_parallel_size: 30 layers are too few for 32 stages",
         ),
         (
             Layout(virtual_pipeline_model_parallel_size=2),
@@ -108,3 +108,14 @@ def _remade(layouts: list[Layout]) -> list[tuple[int, int, int]]:
 def test_groups_are_remade_when_the_layout_changes_within_a_job() -> None:
     layouts = [Layout(tensor_model_parallel_size=2), Layout(), Layout(), Layout(pipeline_model_parallel_size=2)]
     assert run_distributed(2, _remade, layouts)[0] == [(2, 1, 1), (1, 1, 2), (1, 1, 2), (1, 2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "virtual", "layers"),
+    [(2, None, [15, 15]), (4, None, [7, 8, 8, 7]), (2, 4, [3, 4, 4, 4, 4, 4, 4, 3]), (7, None, [4, 4, 5, 5, 4, 4, 4])],
+)
+def test_layers_that_are_left_over_go_to_the_middle_stages(
+    pipeline: int, virtual: int | None, layers: list[int]
+) -> None:
+    layout = Layout(pipeline_model_parallel_size=pipeline, virtual_pipeline_model_parallel_size=virtual)
+    assert layout.layers_per_stage(30) == layers
