@@ -51,11 +51,16 @@ class TinyModel:
 
 
 def architecture(
-    *, tied: bool = False, rope_scaling: Any = None, kv_channels: int = 8, num_query_groups: int = 4
+    *,
+    tied: bool = False,
+    rope_scaling: Any = None,
+    kv_channels: int = 8,
+    num_query_groups: int = 4,
+    num_layers: int = 4,
 ) -> Architecture:
     """The architecture that `write_tiny_llama` writes."""
     return Architecture(
-        num_layers=4,
+        num_layers=num_layers,
         hidden_size=64,
         ffn_hidden_size=96,
         num_attention_heads=8,

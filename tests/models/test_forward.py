@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,6 +80,16 @@ def test_logits_equal_hugging_face(tiny_models: dict[str, TinyModel], shape: str
     actual = torch.cat(last_stage, dim=-1)[..., : tiny.architecture.vocab_size]
     assert expected.std() > 0.1
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+
+
+def test_virtual_stages_of_unequal_depth_equal_hugging_face(tmp_path: Path) -> None:
+    tiny = TinyModel(tmp_path, num_layers=6)
+    with torch.no_grad():
+        expected = huggingface_model(tiny.huggingface, torch.float32)(tokens()[:, :-1]).logits
+    world_size, layout = LAYOUTS["pp2-vpp2"]
+    assert layout.layers_per_stage(6) == [1, 2, 2, 1]
+    actual = torch.cat(run_distributed(world_size, _logits, tiny, layout, 4)[-1])
+    torch.testing.assert_close(actual[..., : tiny.architecture.vocab_size], expected, atol=1e-4, rtol=0)
 
 
 def test_an_interleaved_schedule_takes_any_number_of_microbatches(tiny_models: dict[str, TinyModel]) -> None:
