@@ -120,6 +120,8 @@ class TrainConfig:
     lr: float = 1e-4
     min_lr: float = 1e-5
     warmup_steps: int = 40
+    lr_decay_style: str = "cosine"  # cosine | linear | WSD (constant, then linear)
+    lr_wsd_decay_steps: int = 0  # of WSD: the updates at the end over which the rate falls
     weight_decay: float = 0.1
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95

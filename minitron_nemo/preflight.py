@@ -15,7 +15,8 @@ from minitron_nemo.arch.huggingface import hf_warnings
 from minitron_nemo.checkpoint.source import open_source
 from minitron_nemo.config import Recipe
 from minitron_nemo.data.pypi import cached
-from minitron_nemo.distillation.schedule import check_schedule
+from minitron_nemo.distillation.schedule import Schedule
+from minitron_nemo.distillation.train import correction_config
 from minitron_nemo.errors import UserError
 from minitron_nemo.kernels.objective import DIVERGENCES
 from minitron_nemo.parallel.layout import Layout
@@ -119,17 +120,11 @@ def preflight(recipe: Recipe, world_size: int | None = None) -> Preflight:
     layout = Layout.from_config(recipe.parallel)
     for architecture in (teacher, student):
         layout.check(architecture, world_size)
-    train, correction = recipe.train, recipe.teacher.correction
+    train = recipe.train
     layout.check_batches(train.global_batch_size, train.micro_batch_size, recipe.data.sequence_length, world_size)
-    check_schedule("train", peak=train.lr, floor=train.min_lr, warmup_steps=train.warmup_steps, steps=train.steps)
-    if correction.steps:
-        check_schedule(
-            "teacher.correction",
-            peak=correction.lr,
-            floor=correction.min_lr,
-            warmup_steps=correction.warmup_steps,
-            steps=correction.steps,
-        )
+    Schedule.from_config(train).check("train")
+    if recipe.teacher.correction.steps:
+        Schedule.from_config(correction_config(recipe)).check("teacher.correction")
     if recipe.data.sequence_length > teacher.max_position_embeddings:
         raise UserError(
             f"data.sequence_length {recipe.data.sequence_length} is longer than the model's "

@@ -14,7 +14,7 @@ from minitron_nemo.data.dataset import open_train
 from minitron_nemo.data.sampler import Sampler
 from minitron_nemo.distillation.objective import DistillationObjective
 from minitron_nemo.distillation.optimizer import ddp_config, params_dtype
-from minitron_nemo.distillation.schedule import check_schedule
+from minitron_nemo.distillation.schedule import Schedule
 from minitron_nemo.distillation.teacher import ColocatedTeacher
 from minitron_nemo.distillation.trainer import Outcome, Trainer
 from minitron_nemo.errors import UserError
@@ -59,13 +59,7 @@ def train(
     correcting = teacher_dir is None
     config = correction_config(recipe) if correcting else recipe.train
     data = replace(recipe.data, seed=recipe.teacher.correction.seed) if correcting else recipe.data
-    check_schedule(
-        "teacher.correction" if correcting else "train",
-        peak=config.lr,
-        floor=config.min_lr,
-        warmup_steps=config.warmup_steps,
-        steps=config.steps,
-    )
+    Schedule.from_config(config).check("teacher.correction" if correcting else "train")
     layout = Layout.from_config(recipe.parallel)
     layout.check_batches(config.global_batch_size, config.micro_batch_size, data.sequence_length, launch.world_size())
     launch.initialize(layout, config.seed)

@@ -17,7 +17,7 @@ from minitron_nemo.distillation.objective import DistillationObjective
 from minitron_nemo.distillation.optimizer import build_optimizer, set_learning_rate
 from minitron_nemo.distillation.progress import Progress
 from minitron_nemo.distillation.report import Meter, Report
-from minitron_nemo.distillation.schedule import learning_rate
+from minitron_nemo.distillation.schedule import Schedule
 from minitron_nemo.distillation.signals import StopRequest
 from minitron_nemo.distillation.state import SaveError, TrainingState
 from minitron_nemo.distillation.status import State, write_status
@@ -55,6 +55,7 @@ class Trainer:
         self.directory = directory
         self.run_dir = run_dir
         self.name = name
+        self.schedule = Schedule.from_config(config)
         self.optimizer = build_optimizer(config, student)
         self.step = Step(
             student,
@@ -125,13 +126,7 @@ class Trainer:
             parallel_state.get_data_parallel_world_size(),
             config.micro_batch_size,
         )
-        lr = learning_rate(
-            self.iteration + 1,
-            peak=config.lr,
-            floor=config.min_lr,
-            warmup_steps=config.warmup_steps,
-            steps=config.steps,
-        )
+        lr = self.schedule.learning_rate(self.iteration + 1)
         set_learning_rate(self.optimizer, lr, config.weight_decay)
         sums = self.step(batches)
         self._check_finite(sums)
