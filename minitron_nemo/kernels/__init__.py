@@ -3,6 +3,8 @@
 from minitron_nemo.kernels.attach import attach_loss
 from minitron_nemo.kernels.hidden import HiddenSums, linear_hidden_loss
 from minitron_nemo.kernels.linear_kd import linear_kd_loss, token_statistics
+from minitron_nemo.kernels.logits_kd import logits_kd_loss
+from minitron_nemo.kernels.resharding import reshard_rows
 from minitron_nemo.kernels.sparse import SparseTeacher
 from minitron_nemo.kernels.sums import LossSums
 
@@ -13,5 +15,7 @@ __all__ = [
     "attach_loss",
     "linear_hidden_loss",
     "linear_kd_loss",
+    "logits_kd_loss",
+    "reshard_rows",
     "token_statistics",
 ]

@@ -23,7 +23,8 @@ OVERRIDE = "MINITRON_KERNELS"
 class Backend:
     rows: RowKernels
     products: Products
-    # Whether `rows` takes 16-bit logits as they are; otherwise callers copy them into fp32 buffers first.
+    # Whether `rows` takes logits of any dtype, -inf among them, and overwrites nothing before `gradients` and then only
+    # the student's; otherwise callers that hold logits copy them into fp32 buffers first.
     any_dtype: bool
 
 

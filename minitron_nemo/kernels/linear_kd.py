@@ -24,7 +24,7 @@ from minitron_nemo.kernels.objective import Objective
 from minitron_nemo.kernels.rows import agreement, merge
 from minitron_nemo.kernels.shard import Shard
 from minitron_nemo.kernels.sparse import SparseTeacher
-from minitron_nemo.kernels.sums import LossSums, TokenSums
+from minitron_nemo.kernels.sums import LossSums, TokenSums, check_tokens
 
 CHUNK_BYTES = 256 * 1024**2
 
@@ -85,9 +85,15 @@ def _project(
     if sequence_parallel:
         student_hidden = shard.gather(student_hidden)
         teacher_hidden = None if teacher_hidden is None else shard.gather(teacher_hidden)
-    for name, states in (("student_hidden", student_hidden), ("teacher_hidden", teacher_hidden)):
-        if states is not None and states.shape[0] != tokens:
-            raise ValueError(f"{name}: {states.shape[0]} tokens, labels has {tokens}")
+    for name, states, weight in (
+        ("student_hidden", student_hidden, student_weight),
+        ("teacher_hidden", teacher_hidden, teacher_weight),
+    ):
+        if states is not None and weight is not None and states.shape != (tokens, weight.shape[1]):
+            raise ValueError(
+                f"{name}: {tuple(states.shape)}, must be {(tokens, weight.shape[1])}: as many tokens as labels, as "
+                "wide as its output weight"
+            )
     # Rows of the padded weight, equal on all ranks, so that every rank cuts the same chunks.
     token_bytes = 4 * student_weight.shape[0] * (1 if teacher_hidden is None else 2)
     return _Projections(
@@ -146,6 +152,7 @@ def linear_kd_loss(
     positive.
     """
     objective = Objective(divergence, temperature, temperature_squared, jsd_beta, logits_weight, ce_weight)
+    check_tokens(labels, token_weights)
     if sparse_teacher is not None:
         if teacher_hidden is not None or teacher_weight is not None:
             raise ValueError("sparse_teacher: teacher_hidden and teacher_weight must be None with it")
@@ -228,6 +235,7 @@ def token_statistics(
     Inputs as for `linear_kd_loss`; the results, [tokens] each, are the same on all ranks of `tp_group`.
     """
     objective = Objective()
+    check_tokens(labels)
     ce, divergence = labels.new_zeros(2, len(labels), dtype=torch.float64)
     agree = torch.zeros_like(labels, dtype=torch.bool)
     with torch.no_grad():

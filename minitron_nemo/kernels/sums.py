@@ -22,6 +22,17 @@ class LossSums:
     nonfinite: Tensor  # int64: tokens whose loss is not finite; with any, sums and gradients are unusable
 
 
+def check_tokens(labels: Tensor, token_weights: Tensor | None = None) -> None:
+    """ValueError unless labels are int64 [tokens] and token_weights, where given, fp32 [tokens]."""
+    if labels.dim() != 1 or labels.dtype != torch.int64:
+        raise ValueError(f"labels: {labels.dtype} {tuple(labels.shape)}, must be int64 [tokens]")
+    if token_weights is not None and (token_weights.shape != labels.shape or token_weights.dtype != torch.float32):
+        raise ValueError(
+            f"token_weights: {token_weights.dtype} {tuple(token_weights.shape)}, must be float32 [{len(labels)}] as "
+            "labels has it"
+        )
+
+
 class TokenSums:
     """Accumulates the sums of chunks of tokens, in fp64."""
 
