@@ -93,15 +93,15 @@ class SparseTeacher:
 
 @dataclass(frozen=True, kw_only=True)
 class SparseRows(Rows):
-    """`Rows` of the student, and what the teacher adds to the gradient of its logits, s = logits / T; fp64.
+    """`Rows` whose softmaxes are of what the buffer holds, all of the vocabulary or the rest of it; s = logits / T.
 
-    In the bucket form `student_scale` is of the rest alone (exp(x) * student_scale sums to 1 outside the entries),
-    while `unscaled_scale` is of the whole vocabulary.
+    fp64. Where the buffer holds nothing, both scales are 0.
     """
 
-    softmax_gradients: Tensor  # [n]: d divergence / d s is this * exp(x) * student_scale, and
+    softmax_gradients: Tensor  # [n]: d divergence / d s is this times the softmax, and
     entry_gradients: Tensor  # [n, k]: this is added at the entries
-    entry_probs: Tensor  # [n, k]: student at temperature 1, where the buffer does not have the entries; 0 elsewhere
+    softmax_share: Tensor  # [n]: how much of the student's mass at temperature 1 the buffer holds, and
+    entry_probs: Tensor  # [n, k]: what it does not
 
 
 def loss_rows(
@@ -114,7 +114,7 @@ def loss_rows(
 ) -> SparseRows:
     """Loss per row of fp32 [n, shard.rows] logits against the teacher's n tokens; labels: vocabulary ids, int64 [n].
 
-    One all-gather of k + 6 floats per row over the group, for every divergence. Overwrites `student` as `RowKernels`
+    One all-gather of k + 6 numbers per row over the group, for every divergence. Overwrites `student` as `RowKernels`
     does. Raises ValueError for another number of tokens, and for reverse KL and JSD in the sampled form.
     """
     if not len(student) == len(teacher) == len(labels):
@@ -124,7 +124,7 @@ def loss_rows(
             f"divergence {objective.divergence!r}: not linear in the teacher's probabilities, so biased with sampled "
             "ones; use forward_kl, or give tail_log_probs"
         )
-    held, local = shard.owned(torch.cat([labels.unsqueeze(1), teacher.token_ids], 1))
+    held, local = shard.owned(_labels_and_entries(labels, teacher))
     if student.shape[1]:
         picked = student.gather(1, local).masked_fill_(~held, ABSENT)
     else:
@@ -133,7 +133,7 @@ def loss_rows(
     if teacher.weights is None and student.shape[1]:
         hidden = torch.where(held[:, 1:] & used, _hidden_logit(objective), float("inf")).to(student.dtype)
         student.scatter_reduce_(1, local[:, 1:], hidden, "amin")  # the minimum with inf leaves an entry alone
-    statistics = kernels.statistics(student, None, torch.full_like(labels, -1), objective, None)
+    statistics = kernels.statistics(student, None, _nowhere(labels), objective, None)
     shards = shard.gather_statistics(torch.cat([statistics, picked], 1))
     label, entries = shards[:, :, STUDENT_COLUMNS:].amax(0).double().tensor_split([1], dim=1)
     # An id that no shard holds, where it counts, makes the loss infinite or NaN instead of wrong.
@@ -164,17 +164,28 @@ def logit_gradients(
     kernels.gradients(
         student,
         None,
-        labels - shard.first_row,
+        _nowhere(labels),
         divergence_weights * rows.softmax_gradients,
-        ce_weights,
+        ce_weights * rows.softmax_share,
         rows,
         objective,
     )
     if student.shape[1] == 0:
         return
     at_entries = divergence_weights.unsqueeze(1) * rows.entry_gradients + ce_weights.unsqueeze(1) * rows.entry_probs
-    held, local = shard.owned(teacher.token_ids)
-    student.scatter_add_(1, local, at_entries.masked_fill(~held, 0.0).to(student.dtype))
+    held, local = shard.owned(_labels_and_entries(labels, teacher))
+    added = torch.cat([-ce_weights.unsqueeze(1), at_entries], 1).masked_fill(~held, 0.0)
+    student.scatter_add_(1, local, added.to(student.dtype))
+
+
+def _labels_and_entries(labels: Tensor, teacher: SparseTeacher) -> Tensor:
+    """Vocabulary ids [n, 1 + k]."""
+    return torch.cat([labels.unsqueeze(1), teacher.token_ids], 1)
+
+
+def _nowhere(labels: Tensor) -> Tensor:
+    """Labels that are on no shard: a label may be an entry, which is not in the buffer that `RowKernels` sees."""
+    return torch.full_like(labels, -1)
 
 
 def _bucket_rows(
@@ -195,9 +206,10 @@ def _bucket_rows(
         divergence=divergence,
         student_max=rows.student_max,
         student_scale=rows.student_scale.masked_fill(nothing_left, 0.0),
-        unscaled_scale=rows.unscaled_scale.masked_fill(nothing_left, 0.0) * unscaled_probs[:, -1],
+        unscaled_scale=rows.unscaled_scale.masked_fill(nothing_left, 0.0),
         softmax_gradients=gradients[:, -1],
         entry_gradients=gradients[:, :-1],
+        softmax_share=unscaled_probs[:, -1],
         entry_probs=unscaled_probs[:, :-1],
     )
 
@@ -218,6 +230,7 @@ def _sampled_rows(
         unscaled_scale=rows.unscaled_scale,
         softmax_gradients=weights.sum(1),
         entry_gradients=-weights,
+        softmax_share=torch.ones_like(log_sum),
         entry_probs=torch.zeros_like(weights),
     )
 
