@@ -36,7 +36,7 @@ _LEAST_LOG = -100.0  # of probability ratios: exp of it is far below fp32's reso
 def statistics(
     student: Tensor, teacher: Tensor | None, labels: Tensor, objective: Objective, first_row: int | None
 ) -> Tensor:
-    """See `RowKernels`. Buffers must be fp32 and finite."""
+    """See `RowKernels`; fp64. Buffers must be fp32 and finite."""
     rows, columns = student.shape
     result = student.new_zeros(rows, STUDENT_COLUMNS if teacher is None else ALL_COLUMNS, dtype=torch.float64)
     if columns == 0:
@@ -44,57 +44,70 @@ def statistics(
         if teacher is not None:
             result[:, TEACHER_MAX] = ABSENT
         return result
-    for block, scratch in _blocks(student):
-        x, out = student[block], result[block]
-        _scale(x, 1.0 / objective.temperature)
-        owned = (labels[block] >= 0) & (labels[block] < columns)
-        label_logits = x.gather(1, torch.where(owned, labels[block], 0).unsqueeze(1)).squeeze(1)
-        out[:, LABEL] = torch.where(owned, label_logits, ABSENT)
-        _subtract_maximum(x, out, STUDENT_MAX, STUDENT_BEST, first_row)
-        if objective.temperature != 1.0:
-            out[:, UNSCALED_SUM] = _sum(torch.mul(x, objective.temperature, out=scratch).exp_())
+    temperature = objective.temperature
+    held, row = _held(labels, columns)
+    result[:, LABEL] = torch.where(held, student.gather(1, row).double() / temperature, ABSENT).squeeze(1)
+    if first_row is not None:
+        result[:, STUDENT_BEST] = student.argmax(1) + first_row
         if teacher is not None:
-            y = teacher[block]
-            _scale(y, 1.0 / objective.temperature)
-            _subtract_maximum(y, out, TEACHER_MAX, TEACHER_BEST, first_row)
-        if teacher is None:
-            x.exp_()
-        elif objective.divergence == "reverse_kl":
-            out[:, TEACHER_SUM] = _sum(torch.exp(y, out=scratch))
-            torch.sub(x, y, out=y)
-            x.exp_()
-            out[:, CROSS] = _sum(torch.mul(x, y, out=scratch))
+            result[:, TEACHER_BEST] = teacher.argmax(1) + first_row
+    student_max, teacher_max = student.new_empty(2, rows, 1)
+    student_sums, unscaled_sums, teacher_sums, cross_sums = _part_sums(student, 4)
+    for block, scratch in _blocks(student):
+        x = _centre(student[block], temperature, student_max[block])
+        if temperature != 1.0:
+            _sum(torch.mul(x, temperature, out=scratch).exp_(), unscaled_sums[block])
+        if teacher is not None:
+            y = _centre(teacher[block], temperature, teacher_max[block])
+            _compare(x, y, scratch, objective.divergence, teacher_sums[block], cross_sums[block])
         else:
-            if objective.divergence == "forward_kl":
-                difference = torch.sub(y, x, out=scratch)
-            out[:, TEACHER_SUM] = _sum(y.exp_())
-            if objective.divergence == "forward_kl":
-                out[:, CROSS] = _sum(difference.mul_(y))
             x.exp_()
-        out[:, STUDENT_SUM] = _sum(x)
-        if objective.temperature == 1.0:
-            out[:, UNSCALED_SUM] = out[:, STUDENT_SUM]
+        _sum(x, student_sums[block])
+    result[:, STUDENT_MAX] = student_max.squeeze(1)
+    result[:, STUDENT_SUM] = student_sums.double().sum(1)
+    result[:, UNSCALED_SUM] = result[:, STUDENT_SUM] if temperature == 1.0 else unscaled_sums.double().sum(1)
+    if teacher is not None:
+        result[:, TEACHER_MAX] = teacher_max.squeeze(1)
+        result[:, TEACHER_SUM] = teacher_sums.double().sum(1)
+        if objective.divergence != "jsd":
+            result[:, CROSS] = cross_sums.double().sum(1)
     return result
+
+
+def _compare(x: Tensor, y: Tensor, scratch: Tensor, divergence: str, teacher_sums: Tensor, cross_sums: Tensor) -> None:
+    """Leave in x and y what the later passes need of them, and the sums of exp(y) and of the divergence."""
+    if divergence == "reverse_kl":
+        _sum(torch.exp(y, out=scratch), teacher_sums)
+        torch.sub(x, y, out=y)
+        _sum(torch.mul(x.exp_(), y, out=scratch), cross_sums)
+        return
+    if divergence == "forward_kl":
+        torch.sub(y, x, out=scratch)
+    _sum(y.exp_(), teacher_sums)
+    if divergence == "forward_kl":
+        _sum(scratch.mul_(y), cross_sums)
+    x.exp_()
 
 
 def mixture(student: Tensor, teacher: Tensor, rows: Rows, objective: Objective) -> Tensor:
-    """See `RowKernels`. log(q / m) = log1p(beta (q - p) / m), which stays exact as q nears p."""
+    """See `RowKernels`; fp64. log(q / m) = log1p(beta (q - p) / m), which stays exact as q nears p."""
     assert rows.teacher_scale is not None
-    result = student.new_zeros(student.shape[0], 2, dtype=torch.float64)
     if student.shape[1] == 0:
-        return result
+        return student.new_zeros(student.shape[0], 2, dtype=torch.float64)
     beta = objective.jsd_beta
+    student_scale, teacher_scale = _column(rows.student_scale), _column(rows.teacher_scale)
+    teacher_sums, student_sums = _part_sums(student, 2)
     second, third = (torch.empty_like(student[: _rows_per_block(student)]) for _ in range(2))
     for block, scratch in _blocks(student):
-        q = torch.mul(student[block], _column(rows.student_scale[block]), out=scratch)
-        p = teacher[block].mul_(_column(rows.teacher_scale[block]))
+        q = torch.mul(student[block], student_scale[block], out=scratch)
+        p = teacher[block].mul_(teacher_scale[block])
         m = torch.lerp(q, p, beta, out=second[: len(q)]).clamp_min_(torch.finfo(torch.float32).tiny)
         ratio = torch.sub(q, p, out=third[: len(q)]).div_(m)
         log_p_over_m = torch.mul(ratio, beta - 1, out=m).log1p_().clamp_min_(_LEAST_LOG)
-        result[block, 0] = _sum(log_p_over_m.mul_(p))
+        _sum(log_p_over_m.mul_(p), teacher_sums[block])
         log_q_over_m = torch.mul(ratio, beta, out=p).log1p_().clamp_min_(_LEAST_LOG)
-        result[block, 1] = _sum(q.mul_(log_q_over_m))
-    return result
+        _sum(q.mul_(log_q_over_m), student_sums[block])
+    return torch.stack([teacher_sums.double().sum(1), student_sums.double().sum(1)], 1)
 
 
 def gradients(
@@ -110,29 +123,35 @@ def gradients(
     columns = student.shape[1]
     if columns == 0:
         return
-    for block, scratch in _blocks(student):
-        x = student[block]
-        ce_factor = _column(ce_weights[block] * rows.unscaled_scale[block])
-        # At temperature 1 the cross-entropy's softmax is the divergence's, and rides along.
-        unscaled = None
-        if objective.ce_weight and objective.temperature != 1.0:
-            unscaled = torch.pow(x, objective.temperature, out=scratch)
-        factor = _column(divergence_weights[block] * rows.student_scale[block])
-        softmax_factor = ce_factor if unscaled is None else torch.zeros_like(ce_factor)
-        if teacher is None:
-            x.mul_(factor + softmax_factor)
-        elif objective.divergence == "forward_kl":
+    # At temperature 1 the cross-entropy's softmax is the divergence's, and rides along.
+    unscaled = objective.ce_weight != 0 and objective.temperature != 1.0
+    ce_factor = _column(ce_weights * rows.unscaled_scale)
+    factor = _column(divergence_weights * rows.student_scale)
+    softmax_factor = torch.zeros_like(factor) if unscaled else ce_factor
+    if teacher is None or objective.divergence == "forward_kl":
+        factor += softmax_factor
+    if teacher is not None:
+        if objective.divergence == "forward_kl":
             assert rows.teacher_scale is not None
-            x.mul_(factor + softmax_factor)
-            x.addcmul_(teacher[block], _column(-divergence_weights[block] * rows.teacher_scale[block]))
+            teacher_factor = _column(-divergence_weights * rows.teacher_scale)
         else:
             mean, share = _log_ratio_mean(rows, objective)
-            x.mul_(teacher[block].sub_(_column(mean[block])).mul_(factor * share).add_(softmax_factor))
-        if unscaled is not None:
-            x.addcmul_(unscaled, ce_factor)
-        owned = (labels[block] >= 0) & (labels[block] < columns)
-        at_label = torch.where(owned, -ce_weights[block], 0.0).float().unsqueeze(1)
-        x.scatter_add_(1, torch.where(owned, labels[block], 0).unsqueeze(1), at_label)
+            mean, factor = _column(mean), factor * share
+    for block, scratch in _blocks(student):
+        x = student[block]
+        if unscaled:
+            torch.pow(x, objective.temperature, out=scratch)
+        if teacher is None:
+            x.mul_(factor[block])
+        elif objective.divergence == "forward_kl":
+            x.mul_(factor[block]).addcmul_(teacher[block], teacher_factor[block])
+        else:
+            x.mul_(teacher[block].sub_(mean[block]).mul_(factor[block]).add_(softmax_factor[block]))
+        if unscaled:
+            x.addcmul_(scratch, ce_factor[block])
+    if objective.ce_weight:
+        held, row = _held(labels, columns)
+        student.scatter_add_(1, row, torch.where(held, _column(-ce_weights), 0.0))
 
 
 def _log_ratio_mean(rows: Rows, objective: Objective) -> tuple[Tensor, float]:
@@ -157,24 +176,32 @@ def _blocks(buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield block, scratch[: block.stop - start]
 
 
-def _sum(values: Tensor) -> Tensor:
-    """Row sums, fp64, of fp32 sums over parts of the row: a small divergence is a difference of such sums."""
-    even = values.shape[1] // _PARTS * _PARTS
-    total = values[:, :even].unflatten(1, (_PARTS, -1)).sum(2).sum(1, dtype=torch.float64)
-    return total if even == values.shape[1] else total + values[:, even:].sum(1)
+def _held(labels: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Which labels lie in [0, columns), and the label, 0 where it does not; [n, 1] each."""
+    held = ((labels >= 0) & (labels < columns)).unsqueeze(1)
+    return held, torch.where(held, labels.unsqueeze(1), 0)
 
 
-def _scale(logits: Tensor, factor: float) -> None:
-    if factor != 1.0:
-        logits.mul_(factor)
+def _centre(logits: Tensor, temperature: float, maximum: Tensor) -> Tensor:
+    """Divide by the temperature and subtract each row's maximum, which is left in `maximum`; in place."""
+    if temperature != 1.0:
+        logits.mul_(1.0 / temperature)
+    torch.amax(logits, 1, keepdim=True, out=maximum)
+    return logits.sub_(maximum)
+
+
+def _part_sums(buffer: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Room for `count` fp32 sums of each row, part by part: a small divergence is a difference of their fp64 sums."""
+    return buffer.new_zeros(count, buffer.shape[0], _PARTS + 1).unbind()
+
+
+def _sum(values: Tensor, out: Tensor) -> None:
+    """Sums of [n, v] over `_PARTS` equal parts of each row and what is left over, into [n, _PARTS + 1]."""
+    width = values.shape[1] // _PARTS
+    torch.sum(values[:, : width * _PARTS].view(len(values), _PARTS, width), 2, out=out[:, :_PARTS])
+    if values.shape[1] > width * _PARTS:
+        torch.sum(values[:, width * _PARTS :], 1, out=out[:, _PARTS])
 
 
 def _column(values: Tensor) -> Tensor:
     return values.float().unsqueeze(1)
-
-
-def _subtract_maximum(logits: Tensor, out: Tensor, maximum: int, best: int, first_row: int | None) -> None:
-    out[:, maximum] = logits.amax(1)
-    if first_row is not None:
-        out[:, best] = logits.argmax(1) + first_row
-    logits.sub_(_column(out[:, maximum]))
