@@ -60,12 +60,12 @@ class PruneConfig:
 
 @dataclass
 class TextSource:
-    """Text: a file, a directory or a glob of .txt, .md, .rst and .jsonl, or pypi:NAME==VERSION (its documentation)."""
+    """Text: files, directories or globs of .txt, .md, .rst, .jsonl and .parquet, or pypi:NAME==VERSION (its docs)."""
 
     path: str = MISSING
     weight: float | None = None  # share of the blend; None for all sources: in proportion to tokens
     sha256: str | None = None  # of the archive, for pypi: sources
-    text_key: str = "text"  # of jsonl records
+    text_key: str = "text"  # of jsonl records, column of parquet files
 
 
 @dataclass

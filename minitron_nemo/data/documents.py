@@ -5,6 +5,7 @@
 | .txt | the file, as it is |
 | .md, .rst | the file's prose (prose.py) |
 | .jsonl | one line's `text_key`, as it is |
+| .parquet | one row's column `text_key`, as it is |
 | pypi:NAME==VERSION | the prose of one file under the archive's doc, docs or documentation folder |
 
 In a package .txt is read as reStructuredText, which is what the documentation of Python packages is written in.
@@ -20,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from minitron_nemo.config import TextSource
-from minitron_nemo.data import pypi
+from minitron_nemo.data import parquet, pypi
 from minitron_nemo.data.prose import markdown_to_prose, rst_to_prose
 from minitron_nemo.errors import UserError
 
-SUFFIXES = (".jsonl", ".md", ".rst", ".txt")
+SUFFIXES = (".jsonl", ".md", ".parquet", ".rst", ".txt")
 _DOCUMENTATION = ("doc", "docs", "documentation")
 
 
@@ -64,12 +65,13 @@ def stamp(source: TextSource) -> str:
 def read_documents(source: TextSource) -> tuple[int, Iterator[Document]]:
     """Bytes to be read (for progress), and the documents; those without text are left out.
 
-    Raises UserError naming the file (and line) that is not there, not UTF-8, not JSON or without `text_key`.
+    Raises UserError naming the file (and line) that is not there, not UTF-8, not JSON, not parquet or without
+    `text_key`.
     """
     if not source.path.startswith("pypi:"):
         files = _files(source.path)
         documents = (document for file in files for document in _file_documents(file, source.text_key))
-        return sum(file.stat().st_size for file in files), documents
+        return sum(_size(file, source.text_key) for file in files), documents
     if pypi.parse(source.path).inner is not None:
         raise UserError(f"{source.path}: a text source is a whole package: pypi:NAME==VERSION")
     # In the order of their names: an archive's own order is up to who built it.
@@ -92,9 +94,17 @@ def _files(path: str) -> list[Path]:
     return files
 
 
+def _size(file: Path, text_key: str) -> int:
+    return parquet.text_bytes(file, text_key) if file.suffix == ".parquet" else file.stat().st_size
+
+
 def _file_documents(file: Path, text_key: str) -> Iterator[Document]:
     if file.suffix == ".jsonl":
         yield from _json_documents(file, text_key)
+        return
+    if file.suffix == ".parquet":
+        for text in parquet.read_texts(file, text_key):
+            yield from _document(text, len(text.encode()))
         return
     content = file.read_bytes()
     text = _decode(content, str(file))

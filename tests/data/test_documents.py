@@ -6,7 +6,9 @@ import os
 import tarfile
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from minitron_nemo.config import TextSource
 from minitron_nemo.data import pypi
@@ -166,3 +168,37 @@ def test_the_stamp_changes_with_the_files_and_needs_no_pinned_archive(tmp_path: 
     assert stamp(TextSource("pypi:not-fetched==1", sha256="0" * 64)) != stamp(
         TextSource("pypi:not-fetched==1", sha256="1" * 64)
     )
+
+
+def _write_parquet(file: Path, **columns: list) -> Path:
+    parquet.write_table(pyarrow.table(columns), file, row_group_size=2)
+    return file
+
+
+def test_parquet_gives_a_document_a_row_in_order_and_leaves_out_rows_without_text(tmp_path: Path) -> None:
+    texts = ["first", None, "  second \n", "", "third: \u00e4\u00f6\u00fc"]
+    file = _write_parquet(tmp_path / "texts.parquet", meta=[{"a": 1, "b": 2}] * 5, content=texts)
+    size, documents = read_documents(TextSource(path=str(file), text_key="content"))
+    assert [document.text for document in documents] == ["first", "second", "third: \u00e4\u00f6\u00fc"]
+    assert size > 0
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"content": ["a"]}, r"texts.parquet: no column 'text' among content; set text_key"),
+        ({"text": [1]}, r"texts.parquet: column 'text' holds int64, not strings"),
+        (None, r"texts.parquet: not readable as parquet"),
+    ],
+)
+def test_parquet_without_the_text_is_refused_in_one_line(
+    tmp_path: Path, columns: dict[str, list] | None, message: str
+) -> None:
+    file = tmp_path / "texts.parquet"
+    if columns is None:
+        file.write_text("PAR1, or so it says")
+    else:
+        _write_parquet(file, **columns)
+    with pytest.raises(UserError, match=message) as caught:
+        list(read_documents(TextSource(path=str(file)))[1])
+    assert "\n" not in str(caught.value)
