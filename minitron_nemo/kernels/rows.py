@@ -27,7 +27,7 @@ STUDENT_COLUMNS, ALL_COLUMNS = 5, 9
 # LABEL of a shard without the label, maxima of a shard without any row: finite, so that 0 * x stays 0.
 ABSENT = torch.finfo(torch.float32).min
 # A row whose largest logit over all shards is below this holds nothing: its softmax is undefined, NaN.
-_NOTHING = -1e30
+NOTHING = -1e30
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def agreement(shards: Tensor) -> Tensor:
 def _log_sum_exp_parts(shards: Tensor, maximum: int, total: int) -> tuple[Tensor, Tensor, Tensor]:
     """Global maximum [n], the factor from each shard's exponentials to the global ones [shards, n], global sum [n]."""
     highest = shards[:, :, maximum].amax(0)
-    highest = highest.masked_fill(highest < _NOTHING, float("nan"))
+    highest = highest.masked_fill(highest < NOTHING, float("nan"))
     rescale = (shards[:, :, maximum] - highest).exp()
     return highest, rescale, (rescale * shards[:, :, total]).sum(0)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from minitron_nemo.kernels.objective import Objective
 from minitron_nemo.kernels.rows import (
     ABSENT,
+    NOTHING,
     STUDENT_COLUMNS,
     STUDENT_MAX,
     STUDENT_SUM,
@@ -32,7 +33,7 @@ from minitron_nemo.kernels.rows import (
 )
 from minitron_nemo.kernels.shard import Shard
 
-_HIDDEN = -1e38  # a logit far below all others, finite also after its division by the temperature
+_HIDDEN = -1e38  # a logit below `NOTHING` that stays finite, times the temperature where that is below 1
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,8 @@ def loss_rows(
         picked = student.new_full(local.shape, ABSENT)
     used = teacher.log_probs != -float("inf")
     if teacher.weights is None and student.shape[1]:
-        hidden = torch.where(held[:, 1:] & used, _hidden_logit(objective), float("inf")).to(student.dtype)
+        hidden_logit = _HIDDEN * min(1.0, objective.temperature)
+        hidden = torch.where(held[:, 1:] & used, hidden_logit, float("inf")).to(student.dtype)
         student.scatter_reduce_(1, local[:, 1:], hidden, "amin")  # the minimum with inf leaves an entry alone
     statistics = kernels.statistics(student, None, _nowhere(labels), objective, None)
     shards = shard.gather_statistics(torch.cat([statistics, picked], 1))
@@ -194,7 +196,7 @@ def _bucket_rows(
     """From the rest's statistics of all shards and the logits of labels [n] and entries [n, k], fp64."""
     assert teacher.tail_log_probs is not None
     rest, unscaled_rest = _log_sums(shards, objective)
-    nothing_left = shards[:, :, STUDENT_MAX].amax(0) <= 0.5 * _hidden_logit(objective) / objective.temperature
+    nothing_left = shards[:, :, STUDENT_MAX].amax(0) < NOTHING
     rest, unscaled_rest = (values.masked_fill(nothing_left, -float("inf")) for values in (rest, unscaled_rest))
     log_q = torch.cat([entries / objective.temperature, rest.unsqueeze(1)], 1).log_softmax(1)
     log_p = torch.cat([teacher.log_probs, teacher.tail_log_probs.unsqueeze(1)], 1).double()
@@ -272,7 +274,3 @@ def _repeated(ids: Tensor, used: Tensor) -> Tensor:
     unlike = torch.arange(-ids.shape[1], 0, device=ids.device)
     ordered = torch.where(used, ids, unlike).sort(1).values
     return (ordered[:, 1:] == ordered[:, :-1]).any(1)
-
-
-def _hidden_logit(objective: Objective) -> float:
-    return _HIDDEN * min(1.0, objective.temperature)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minitron_nemo.kernels import LossSums, SparseTeacher, linear_kd_loss, shard, sparse, torch_rows
+from minitron_nemo.kernels import LossSums, SparseTeacher, linear_kd_loss, logits_kd_loss, shard, sparse, torch_rows
 from minitron_nemo.kernels.objective import Objective
 from minitron_nemo.kernels.reference import reference_loss
 from tests.kernels.inputs import VOCAB_SIZE, Tensors, chunk_bytes, inputs, relative_error
@@ -168,6 +168,26 @@ def test_a_student_without_tail_mass_is_infinitely_far_only_by_forward_kl(diverg
     by_hidden, by_weight = torch.autograd.grad(total, tensors[:2])
     assert relative_error(by_hidden, by_logits @ weight[:VOCAB_SIZE]) < 1e-5
     assert relative_error(by_weight[:VOCAB_SIZE], by_logits.t() @ student) < 1e-5
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_logits_masked_down_to_the_entries_leave_an_empty_tail(divergence: str, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(4)
+    logits, target = (torch.randn(4, 30, generator=generator) for _ in range(2))
+    logits[:, 5:], target[:, 5:] = -INF, -INF
+    ids = torch.arange(5).repeat(4, 1)
+    teacher = bucket((target.double() / temperature).log_softmax(1), ids, torch.ones_like(ids, dtype=torch.bool))
+    labels, weights = torch.tensor([0, 1, 2, 3]), torch.tensor([1.0, 0.5, 0.0, 1.0])
+    options: dict[str, Any] = {"divergence": divergence, "temperature": temperature, "ce_weight": 0.7}
+    exact = logits.double().requires_grad_()
+    expected, _, _ = formula(exact[:, :5], teacher, labels, weights, **options)
+    logits.requires_grad_()
+    total, sums = logits_kd_loss(logits, None, labels, weights, vocab_size=30, sparse_teacher=teacher, **options)
+    assert sums.nonfinite.item() == 0
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6)
+    ours, theirs = torch.autograd.grad(total, logits)[0], torch.autograd.grad(expected, exact)[0]
+    assert relative_error(ours, theirs) < 1e-5 and ours[:, 5:].abs().max() == 0
 
 
 # Sampled form.
