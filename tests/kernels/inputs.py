@@ -1,12 +1,29 @@
-"""Random inputs of the fused loss: masked and fractionally weighted tokens, a padded vocabulary, two widths."""
+"""Random inputs of the losses, and what they are computed with: every divergence, temperature and weighting."""
 
 from __future__ import annotations
+
+import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
 
 VOCAB_SIZE = 259
 PADDED_VOCAB_SIZE = 272
+
+DIVERGENCES: list[dict[str, Any]] = [
+    {"divergence": "forward_kl"},
+    {"divergence": "reverse_kl"},
+    *({"divergence": "jsd", "jsd_beta": beta} for beta in (0.1, 0.5, 0.9)),
+]
+SETTINGS: list[dict[str, Any]] = [
+    *(
+        {**divergence, "temperature": temperature, "ce_weight": ce_weight}
+        for divergence, temperature, ce_weight in itertools.product(DIVERGENCES, (0.5, 1.0, 2.0, 4.0), (0.0, 0.7))
+    ),
+    {"temperature": 2.0, "temperature_squared": False, "logits_weight": 0.3},
+    {"logits_weight": 0.0, "ce_weight": 1.0},
+]
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -21,7 +38,10 @@ def inputs(
     scale: float = 1.0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensors:
-    """Student hidden, student weight (both requiring gradients), teacher hidden and weight, labels, token weights."""
+    """Student hidden, student weight (both requiring gradients), teacher hidden and weight, labels, token weights.
+
+    Every third token of four has no weight, every fourth half of one.
+    """
     generator = torch.Generator().manual_seed(7)
 
     def normal(rows: int, columns: int, factor: float) -> Tensor:

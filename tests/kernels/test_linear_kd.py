@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from typing import Any
 
 import pytest
@@ -12,18 +12,7 @@ from torch import Tensor
 from minitron_nemo.kernels import linear_kd_loss, token_statistics
 from minitron_nemo.kernels.reference import reference_loss
 from tests.kernels.counting import Count
-from tests.kernels.inputs import VOCAB_SIZE, chunk_bytes, inputs, relative_error
-
-SETTINGS = [
-    *(
-        {"divergence": divergence, "temperature": temperature, "ce_weight": ce_weight}
-        for divergence, temperature, ce_weight in itertools.product(
-            ("forward_kl", "reverse_kl", "jsd"), (0.5, 1.0, 3.0), (0.0, 0.7)
-        )
-    ),
-    {"temperature": 2.0, "temperature_squared": False, "logits_weight": 0.3},
-    {"logits_weight": 0.0, "ce_weight": 1.0},
-]
+from tests.kernels.inputs import DIVERGENCES, SETTINGS, VOCAB_SIZE, chunk_bytes, inputs, relative_error
 
 
 def _gradients(loss: Tensor, *tensors: Tensor) -> list[Tensor]:
@@ -38,9 +27,9 @@ def test_loss_and_gradients_match_the_fp64_formula(settings: dict[str, Any], tok
     total, sums = linear_kd_loss(*tensors, vocab_size=VOCAB_SIZE, chunk_bytes=chunk, **settings)
     expected, divergence, ce = reference_loss(*tensors, vocab_size=VOCAB_SIZE, **settings)
     assert total.dtype == sums.logits.dtype == sums.ce.dtype == torch.float32
-    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert sums.logits.item() == pytest.approx(divergence.item(), rel=1e-5)
-    assert sums.ce.item() == pytest.approx(ce.item(), rel=1e-5)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert sums.logits.item() == pytest.approx(divergence.item(), rel=1e-6)
+    assert sums.ce.item() == pytest.approx(ce.item(), rel=1e-6)
     ours, theirs = _gradients(total, *tensors[:2]), _gradients(expected, *tensors[:2])
     for mine, reference in zip(ours, theirs, strict=True):
         assert relative_error(mine, reference) < 1e-5
@@ -52,7 +41,7 @@ def test_cross_entropy_alone_needs_no_teacher(temperature: float) -> None:
     settings: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "ce_weight": 1.5, "temperature": temperature}
     total, sums = linear_kd_loss(student, weight, None, None, labels, weights, **settings)
     expected, _, _ = reference_loss(student, weight, None, None, labels, weights, **settings)
-    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6)
     assert sums.logits.item() == 0
     for mine, reference in zip(_gradients(total, student, weight), _gradients(expected, student, weight), strict=True):
         assert relative_error(mine, reference) < 1e-5
@@ -76,20 +65,11 @@ def test_tokens_without_weight_are_left_out_whatever_their_label() -> None:
         vocab_size=VOCAB_SIZE,
         ce_weight=1.0,
     )
-    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6)
     assert sums.tokens.dtype == torch.int64 and sums.tokens.item() == kept.sum().item()
     assert sums.weight.item() == pytest.approx(weights.sum().item())
     hidden_grad = _gradients(total, student)[0]
     assert hidden_grad[~kept].abs().max() == 0 and torch.isfinite(hidden_grad).all()
-
-
-def test_a_counted_label_outside_the_vocabulary_is_not_silently_averaged_in() -> None:
-    student, weight, teacher, teacher_weight, labels, weights = inputs()
-    labels[3], weights[3] = VOCAB_SIZE, 1.0  # a padding row exists there
-    total, _ = linear_kd_loss(
-        student, weight, teacher, teacher_weight, labels, weights, vocab_size=VOCAB_SIZE, ce_weight=1.0
-    )
-    assert total.item() > 1e30
 
 
 def test_padding_rows_take_no_part_even_when_they_hold_huge_values() -> None:
@@ -101,38 +81,63 @@ def test_padding_rows_take_no_part_even_when_they_hold_huge_values() -> None:
     student, weight, teacher, teacher_weight, labels, weights = tensors
     cut = (student, weight[:VOCAB_SIZE], teacher, teacher_weight[:VOCAB_SIZE], labels, weights)
     expected, _, _ = reference_loss(*cut, vocab_size=VOCAB_SIZE, ce_weight=0.5)
-    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6)
     assert _gradients(total, weight)[0][VOCAB_SIZE:].abs().max() == 0
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
-def test_extreme_logits_give_finite_losses_and_gradients(divergence: str) -> None:
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_extreme_logits_give_finite_losses_and_gradients(divergence: dict[str, Any]) -> None:
     tensors = inputs(scale=300.0)  # probabilities underflow to 0 in fp32 on both sides
-    total, _ = linear_kd_loss(*tensors, vocab_size=VOCAB_SIZE, divergence=divergence, ce_weight=1.0)
-    expected, _, _ = reference_loss(*tensors, vocab_size=VOCAB_SIZE, divergence=divergence, ce_weight=1.0)
-    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    total, sums = linear_kd_loss(*tensors, vocab_size=VOCAB_SIZE, ce_weight=1.0, **divergence)
+    expected, _, _ = reference_loss(*tensors, vocab_size=VOCAB_SIZE, ce_weight=1.0, **divergence)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6) and sums.nonfinite.item() == 0
     for mine, reference in zip(_gradients(total, *tensors[:2]), _gradients(expected, *tensors[:2]), strict=True):
         assert relative_error(mine, reference) < 1e-3  # the logits themselves are of size 1e4
 
 
 @pytest.mark.parametrize("closeness", [1.0, 0.1, 0.03])
-def test_bf16_gradients_stay_right_as_the_student_nears_the_teacher(closeness: float) -> None:
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("ce_weight", [0.0, 0.7])
+def test_bf16_gradients_stay_right_as_the_student_nears_the_teacher(
+    closeness: float, divergence: dict[str, Any], ce_weight: float
+) -> None:
     """Logits rounded to bf16 would lose up to 22% of the gradient here."""
-    student, weight, teacher, teacher_weight, labels, weights = inputs(width=128, teacher_width=128)
+    student, weight, teacher, teacher_weight, labels, weights = inputs(tokens=64, width=128, teacher_width=128)
     with torch.no_grad():
         student.copy_(teacher + closeness * student)
         weight.copy_(teacher_weight + closeness * 0.1 * weight)
     rounded = [tensor.detach().bfloat16() for tensor in (student, weight, teacher, teacher_weight)]
-    rounded[0].requires_grad_(), rounded[1].requires_grad_()
-    total, _ = linear_kd_loss(*rounded, labels, weights, vocab_size=VOCAB_SIZE)
-    expected, _, _ = reference_loss(*rounded, labels, weights, vocab_size=VOCAB_SIZE)
-    assert total.item() == pytest.approx(expected.item(), rel=1e-4)
-    ours = _gradients(total, *rounded[:2])
-    exact_inputs = [tensor.detach().double().requires_grad_() for tensor in rounded[:2]]
-    exact, _, _ = reference_loss(*exact_inputs, *rounded[2:], labels, weights, vocab_size=VOCAB_SIZE)
-    for mine, reference in zip(ours, _gradients(exact, *exact_inputs), strict=True):
-        assert mine.dtype == torch.bfloat16
-        assert relative_error(mine, reference) < 0.01
+    hidden, output = rounded[0].requires_grad_(), rounded[1].requires_grad_()
+    output.main_grad = torch.zeros(output.shape)  # type: ignore[attr-defined]
+    settings: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "ce_weight": ce_weight, **divergence}
+    total, _ = linear_kd_loss(*rounded, labels, weights, **settings)
+    total.backward()
+    exact = [tensor.detach().double().requires_grad_() for tensor in rounded[:2]]
+    expected, _, _ = reference_loss(*exact, *rounded[2:], labels, weights, **settings)
+    hidden_grad, weight_grad = _gradients(expected, *exact)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)  # divergences down to 1e-4 per token
+    assert relative_error(output.main_grad, weight_grad) < 0.002  # type: ignore[attr-defined]
+    assert hidden.grad is not None and hidden.grad.dtype == torch.bfloat16
+    rounding = relative_error(hidden_grad.bfloat16(), hidden_grad)  # 0.17%: of the best gradient bf16 can hold
+    assert relative_error(hidden.grad, hidden_grad) < math.hypot(0.002, rounding)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_gradients_are_the_slopes_of_the_loss_itself(settings: dict[str, Any]) -> None:
+    """In place of torch.autograd.gradcheck, which wants fp64 losses and several backward passes through one graph: here
+    the arithmetic is fp32, gradients are made in the forward pass and given away by the first backward pass."""
+    tensors = inputs()
+    total, _ = linear_kd_loss(*tensors, vocab_size=VOCAB_SIZE, **settings)
+    step = 1e-2
+    for index, gradient in enumerate(_gradients(total, *tensors[:2])):
+        direction = gradient / gradient.norm()
+        ends = []
+        for sign in (1, -1):
+            moved = list(tensors)
+            moved[index] = tensors[index].detach() + sign * step * direction
+            ends.append(linear_kd_loss(*moved, vocab_size=VOCAB_SIZE, **settings)[0])
+        slope = (ends[0] - ends[1]) / (2 * step)
+        assert slope.item() == pytest.approx(gradient.norm().item(), rel=2e-3)
 
 
 def test_the_teacher_may_have_another_dtype_width_and_padding() -> None:
@@ -144,7 +149,7 @@ def test_the_teacher_may_have_another_dtype_width_and_padding() -> None:
     ):
         total, _ = linear_kd_loss(student, weight, hidden, output, labels, weights, vocab_size=VOCAB_SIZE)
         expected, _, _ = reference_loss(student, weight, hidden, output, labels, weights, vocab_size=VOCAB_SIZE)
-        assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert total.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_the_upstream_scalar_scales_every_gradient_exactly() -> None:
@@ -170,7 +175,7 @@ def test_weight_gradients_accumulate_in_fp32_main_grad() -> None:
     assert weight.grad is not None and weight.grad.abs().max() == 0
     assert weight.main_grad.dtype == torch.float32  # type: ignore[attr-defined]
     assert exact[1].grad is not None
-    assert relative_error(weight.main_grad - 2.0, 1.5 * exact[1].grad) < 0.01  # type: ignore[attr-defined]
+    assert relative_error(weight.main_grad - 2.0, 1.5 * exact[1].grad) < 0.002  # type: ignore[attr-defined]
 
 
 def test_only_the_gradients_that_are_wanted_are_returned() -> None:
@@ -208,9 +213,10 @@ def test_memory_is_two_chunk_buffers_and_the_gradients(dtype: torch.dtype) -> No
     with Count() as count:
         total, _ = linear_kd_loss(*tensors, vocab_size=vocab, chunk_bytes=chunk)
         total.backward()
-    gradients = (4 + tensors[0].element_size()) * (tokens + vocab) * width  # fp32 as kept, then as delivered
-    small = 4 * 1024**2  # a block of rows, a block of the weight in fp32, the numbers per token
-    assert count.peak <= chunk + gradients + small
+    kept = 4 * (tokens + vocab) * width
+    delivered = 0 if dtype == torch.float32 else 2 * (tokens + vocab) * width  # fp32: the same tensors
+    small = 4 * 1024**2  # of 16 MiB promised: blocks of rows, blocks of the weight in fp32, numbers per token
+    assert count.peak <= chunk + kept + delivered + small
     assert count.peak < 4 * tokens * vocab  # less than even one model's logits
 
 
@@ -231,23 +237,10 @@ def test_token_statistics_match_the_fp64_formula() -> None:
     logits = (student.double() @ weight.double().t())[:, :VOCAB_SIZE]
     teacher_logits = (teacher.double() @ teacher_weight.double().t())[:, :VOCAB_SIZE]
     log_p, log_q = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
-    torch.testing.assert_close(ce, -log_p.gather(1, labels[:, None])[:, 0], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(kl, (log_q.exp() * (log_q - log_p)).sum(-1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ce, -log_p.gather(1, labels[:, None])[:, 0], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(kl, (log_q.exp() * (log_q - log_p)).sum(-1), rtol=1e-6, atol=1e-7)
     expected = logits.argmax(-1) == teacher_logits.argmax(-1)
     assert torch.equal(agree, expected) and expected.any() and not expected.all()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"divergence": "js"}, "divergence"),
-        ({"temperature": 0.0}, "temperature"),
-        ({"vocab_size": 1000}, "vocab_size"),
-    ],
-)
-def test_arguments_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        linear_kd_loss(*inputs(), **{"vocab_size": VOCAB_SIZE, **change})
 
 
 @pytest.mark.gpu
@@ -257,6 +250,6 @@ def test_the_gpu_agrees_with_the_cpu(dtype: torch.dtype) -> None:
     there = [tensor.detach().cuda().requires_grad_(tensor.requires_grad) for tensor in here]
     total, _ = linear_kd_loss(*here, vocab_size=VOCAB_SIZE, ce_weight=0.5)
     on_gpu, _ = linear_kd_loss(*there, vocab_size=VOCAB_SIZE, ce_weight=0.5)  # type: ignore[arg-type]
-    assert on_gpu.item() == pytest.approx(total.item(), rel=1e-5)
+    assert on_gpu.item() == pytest.approx(total.item(), rel=1e-6)
     for mine, reference in zip(_gradients(on_gpu, *there[:2]), _gradients(total, *here[:2]), strict=True):
         assert relative_error(mine.cpu(), reference) < (1e-5 if dtype == torch.float32 else 0.01)
