@@ -82,15 +82,15 @@ def statistics_kernel(
     _store_label(out + _LABEL, student, tl.load(labels + row), columns, inverse_temperature)
     x, factor, total = _store_joined(out + _STUDENT_MAX, out + _STUDENT_SUM, student_max, student_sum)
     if UNSCALED:
-        total = tl.sum(unscaled_sum * tl.exp(x * temperature))
+        total = _sum(unscaled_sum * tl.exp(x * temperature))
     tl.store(out + _UNSCALED_SUM, total)
     _store_best(out + _STUDENT_BEST, student_best, x, first_row, BEST)
     if DIVERGENCE != "none":
         y, teacher_factor, _ = _store_joined(out + _TEACHER_MAX, out + _TEACHER_SUM, teacher_max, teacher_sum)
         if DIVERGENCE == "forward_kl":
-            tl.store(out + _CROSS, tl.sum(_shift_cross(cross, teacher_sum, teacher_factor, y - x)))
+            tl.store(out + _CROSS, _sum(_shift_cross(cross, teacher_sum, teacher_factor, y - x)))
         if DIVERGENCE == "reverse_kl":
-            tl.store(out + _CROSS, tl.sum(_shift_cross(cross, student_sum, factor, x - y)))
+            tl.store(out + _CROSS, _sum(_shift_cross(cross, student_sum, factor, x - y)))
         _store_best(out + _TEACHER_BEST, teacher_best, y, first_row, BEST)
 
 
@@ -107,7 +107,7 @@ def _store_joined(out_maximum, out_sum, maximum, total):
     highest = tl.max(maximum)
     difference = maximum - highest
     factor = tl.exp(difference)
-    joined = tl.sum(total * factor)
+    joined = _sum(total * factor)
     tl.store(out_maximum, highest)
     tl.store(out_sum, joined)
     return difference, factor, joined
@@ -117,7 +117,7 @@ def _store_joined(out_maximum, out_sum, maximum, total):
 def _store_best(out, ids, difference, first_row, BEST: tl.constexpr):
     """The lowest id among lanes whose maximum is the row's."""
     if BEST:
-        tl.store(out, (first_row + tl.min(tl.where(difference == 0.0, ids, 2147483647))).to(tl.float32))
+        tl.store(out, first_row + tl.min(tl.where(difference == 0.0, ids, 2147483647)))
 
 
 @triton.jit
@@ -153,8 +153,8 @@ def mixture_kernel(
             inverse = _inverse_mixture(q, p, beta)
             teacher_kl += p * _log_over_mixture(p, (1.0 - beta) * (p - q), inverse)
             student_kl += q * _log_over_mixture(q, beta * (q - p), inverse)
-    tl.store(out + row * 2, tl.sum(teacher_kl))
-    tl.store(out + row * 2 + 1, tl.sum(student_kl))
+    tl.store(out + row * 2, _sum(teacher_kl))
+    tl.store(out + row * 2 + 1, _sum(student_kl))
 
 
 @triton.jit
@@ -162,7 +162,8 @@ def gradients_kernel(
     student,
     teacher,
     labels,
-    scalars,  # fp32 [n, 5], with a teacher [n, 8]
+    scalars,  # fp32 [n, 5]: student_max, student_scale, unscaled_scale and the two weights; with a teacher [n, 8]:
+    # also teacher_max, teacher_scale and the mean of the log ratio
     student_stride,
     teacher_stride,
     columns,
@@ -213,8 +214,8 @@ def _gradient_block(
     BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """d divergence / d s is q - p (forward KL; q alone without a teacher), q * (x - y - mean of that under q)
-    (reverse KL), q * (log(q / m) - mean of that under q) (JSD, whose weight holds 1 - beta)."""
+    """d divergence / d s is, for forward KL, q - p (without a teacher q); for reverse KL and JSD
+    q * (log ratio - its mean under q), of q / p as x - y and of q / m; JSD's weight holds 1 - beta."""
     offsets = start + tl.arange(0, BLOCK)
     x = _load(student, offsets, columns, MASKED) * inverse_temperature - tl.load(scalars)
     e = tl.exp(x)
@@ -231,10 +232,9 @@ def _gradient_block(
             else:
                 log_ratio = _log_over_mixture(q, beta * (q - p), _inverse_mixture(q, p, beta))
                 divergence = q * (log_ratio - tl.load(scalars + 7))
-    softmax = q
     if UNSCALED:
-        softmax = tl.exp(x * temperature) * tl.load(scalars + 2)
-    softmax -= tl.where(offsets == label, 1.0, 0.0)
+        e = tl.exp(x * temperature)
+    softmax = e * tl.load(scalars + 2) - tl.where(offsets == label, 1.0, 0.0)
     gradient = (divergence * tl.load(scalars + 3) + softmax * tl.load(scalars + 4)).to(student.dtype.element_ty)
     if MASKED:
         tl.store(student + offsets, gradient, mask=offsets < columns)
@@ -249,6 +249,12 @@ def _load(logits, offsets, columns, MASKED: tl.constexpr):
     else:
         values = tl.load(logits + offsets)
     return values.to(tl.float32)
+
+
+@triton.jit
+def _sum(lanes):
+    """In fp64: a small divergence is a difference of such sums. A lane's own share is a short sum."""
+    return tl.sum(lanes.to(tl.float64))
 
 
 @triton.jit

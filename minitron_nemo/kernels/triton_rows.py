@@ -1,7 +1,8 @@
 """`RowKernels` in Triton: for CUDA, and under its interpreter (TRITON_INTERPRET=1) for tensors on the CPU.
 
 Passes read the raw logits, fp32, bf16 or fp16, and compute exponentials anew: one pass for statistics, one for JSD's
-mixture, one for gradients, which overwrites the student's logits. The teacher's are never written. Arithmetic is fp32.
+mixture, one for gradients, which overwrites the student's logits. The teacher's are never written. Arithmetic is fp32,
+but for the last step of sums over a row.
 
 A logit of -inf is an entry that does not exist: with p = 0 or q = 0 it contributes 0. Running maxima start at ABSENT,
 which is finite, so that whatever has no finite logit ends with maximum ABSENT and sum 0, not NaN. Logits of +inf or NaN
@@ -19,9 +20,10 @@ from minitron_nemo.kernels.objective import Objective
 from minitron_nemo.kernels.rows import Rows
 from minitron_nemo.kernels.triton_kernels import gradients_kernel, mixture_kernel, statistics_kernel
 
-# Entries of a row that a program of 8 warps holds at once. In `statistics` every entry of the block is a lane with
-# maxima and sums of its own, so that its loop has no barrier; at 4096 those spill.
-BLOCK, STATISTICS_BLOCK = 4096, 2048
+# Entries that a program of 8 warps holds at once. Where it goes along a whole row, every entry of the block is a lane
+# with maxima and sums of its own, so that the loop has no barrier; with 4096 lanes some variants of `statistics` take
+# up to 198 registers a thread, with 2048 at most 120.
+BLOCK, ROW_BLOCK = 4096, 2048
 # Explicit, because Triton's default changes with its version.
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 
@@ -29,9 +31,9 @@ OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 def statistics(
     student: Tensor, teacher: Tensor | None, labels: Tensor, objective: Objective, first_row: int | None
 ) -> Tensor:
-    """See `RowKernels`. One read of both models' logits. ValueError if a row's logits are not adjacent in memory."""
+    """See `RowKernels`; fp64. One read of both models' logits. ValueError if a row's logits are not adjacent in memory."""
     columns = layout.STUDENT_COLUMNS if teacher is None else layout.ALL_COLUMNS
-    out = student.new_zeros(student.shape[0], columns, dtype=torch.float32)
+    out = student.new_zeros(student.shape[0], columns, dtype=torch.float64)
     if out.numel() == 0:
         return out
     with torch.cuda.device_of(student):
@@ -49,17 +51,17 @@ def statistics(
             DIVERGENCE=_divergence(teacher, objective),
             UNSCALED=objective.temperature != 1.0,
             BEST=first_row is not None,
-            BLOCK=STATISTICS_BLOCK,
+            BLOCK=ROW_BLOCK,
             **OPTIONS,
         )
     return out
 
 
 def mixture(student: Tensor, teacher: Tensor, rows: Rows, objective: Objective) -> Tensor:
-    """See `RowKernels`. One read of both models' logits."""
+    """See `RowKernels`; fp64. One read of both models' logits."""
     assert rows.teacher_max is not None and rows.teacher_scale is not None
     scalars = torch.stack([rows.student_max, rows.student_scale, rows.teacher_max, rows.teacher_scale], 1).float()
-    out = student.new_zeros(student.shape[0], 2, dtype=torch.float32)
+    out = student.new_zeros(student.shape[0], 2, dtype=torch.float64)
     if student.numel() == 0:
         return out
     with torch.cuda.device_of(student):
@@ -73,7 +75,7 @@ def mixture(student: Tensor, teacher: Tensor, rows: Rows, objective: Objective) 
             student.shape[1],
             1.0 / objective.temperature,
             objective.jsd_beta,
-            BLOCK=BLOCK,
+            BLOCK=ROW_BLOCK,
             **OPTIONS,
         )
     return out
