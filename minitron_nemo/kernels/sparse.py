@@ -6,9 +6,9 @@ are then those of the rest: its mass is a sum, never 1 minus the others. A distr
 enough for fp64 on every rank; r, the divergence's gradient on it, gives that of the logits: r_c at entry c, and
 r_rest * softmax over the rest.
 
-Sampled form: entries with importance weights w_i such that sum_i w_i f(i) has the mean sum_i p_i f(i), for example
-draws from p or, for the most likely ones, w_i = p_i and draws from the rest (2503.16870). Forward KL is
-linear in p, so it and its gradient are unbiased; reverse KL and JSD are not linear, and are refused.
+Sampled form: entries with importance weights w_i such that sum_i w_i f(i) has the mean sum_i p_i f(i): m draws from p
+at w_i = 1 / m, or the most likely entries at w_i = p_i and m draws from the rest at its mass / m (2503.16870). Forward
+KL is linear in p, so it and its gradient are unbiased; reverse KL and JSD are not linear, and are refused.
 """
 
 from __future__ import annotations

@@ -366,3 +366,20 @@ def test_every_shape_matches_the_fp64_formula(data: st.DataObject) -> None:
     assert (weights * rows.ce).sum().item() == pytest.approx(ce.item(), rel=1e-6, abs=1e-6)
     expected = torch.autograd.grad(total, exact)[0]
     assert (gradients - expected).norm() <= 1e-5 * expected.norm() + 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", SETTINGS, ids=str)
+def test_the_gpu_matches_the_fp64_formula(options: dict[str, Any]) -> None:
+    here = inputs()
+    teacher = top(here, options["temperature"])
+    expected, _, _ = projected_formula(here, teacher, **options)
+    there = [tensor.detach().cuda().requires_grad_(tensor.requires_grad) for tensor in here]
+    assert teacher.tail_log_probs is not None
+    on_gpu = SparseTeacher(teacher.token_ids.cuda(), teacher.log_probs.cuda(), teacher.tail_log_probs.cuda())
+    total, sums = sparse_loss(tuple(there), on_gpu, **options)
+    assert sums.nonfinite.item() == 0
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    gradients = [torch.autograd.grad(loss, tensors[:2]) for loss, tensors in ((total, there), (expected, here))]
+    for mine, reference in zip(*gradients, strict=True):
+        assert relative_error(mine.cpu(), reference) < 1e-5
