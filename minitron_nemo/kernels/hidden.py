@@ -47,7 +47,8 @@ def linear_hidden_loss(
 
     cosine: 1 - <y, t> / (max(|y|, eps) max(|t|, eps)), eps = 1e-8 as in torch.nn.functional.cosine_similarity. A zero
         state has cosine 0 to everything, and the gradient that the formula says: at y = 0 its length is weight / eps.
-    mse: mean over the channels of (y - t)^2.
+    mse: mean over the channels of (y - t)^2, as in Model-Optimizer's MSELoss (which summed them at first).
+    The map has no bias: the paper says a linear transformation.
 
     student_hidden: [tokens, h_s]; teacher_hidden: [tokens, h_t], takes no gradient; any float dtypes. With
         `sequence_parallel` [tokens/tp, h]: rank r of `tp_group` holds the r-th run of tokens. Without it all ranks
@@ -62,7 +63,7 @@ def linear_hidden_loss(
     must be marked `sequence_parallel = True` for Megatron to sum it over the group. Both are held in fp32 until
     backward. Without gradients (no_grad, or nothing requires them) no gradient work is done.
 
-    Raises ValueError for an unknown kind and for shapes that do not fit.
+    Raises ValueError for an unknown kind and for shapes or dtypes that do not fit.
     """
     if kind not in _DISTANCES:
         raise ValueError(f"kind {kind!r}: expected one of {', '.join(_DISTANCES)}")
@@ -101,17 +102,21 @@ def linear_hidden_loss(
 def _own_tokens(
     student: Tensor, projection: Tensor | None, teacher: Tensor, token_weights: Tensor, group: dist.ProcessGroup | None
 ) -> slice:
-    """Where in `token_weights` this rank's tokens are. Raises ValueError for shapes that do not fit."""
+    """Where in `token_weights` this rank's tokens are. Raises ValueError for what does not fit."""
+    for name, states in (("student_hidden", student), ("teacher_hidden", teacher)):
+        if states.dim() != 2:
+            raise ValueError(f"{name}: shape {list(states.shape)}, must be [tokens, h]; flatten sequence and batch")
     count, width = student.shape
     if teacher.shape[0] != count:
-        raise ValueError(f"teacher_hidden: {teacher.shape[0]} tokens, student_hidden has {count}")
+        raise ValueError(f"teacher_hidden: {teacher.shape[0]} tokens, must be as many as student_hidden's {count}")
     size, rank = (1, 0) if group is None else (group.size(), group.rank())
-    if len(token_weights) != count * size:
-        raise ValueError(f"token_weights: {len(token_weights)} tokens, {size} rank(s) hold {count * size} states")
+    if token_weights.shape != (count * size,) or token_weights.dtype != torch.float32:
+        found = f"{token_weights.dtype} {list(token_weights.shape)}"
+        raise ValueError(f"token_weights: {found}, must be float32 [{count * size}], of all tokens of {size} rank(s)")
     if projection is None and teacher.shape[1] != width:
-        raise ValueError(f"projection: needed from the student's width {width} to the teacher's {teacher.shape[1]}")
+        raise ValueError(f"projection: None, must be [{teacher.shape[1]}, {width}] as the widths differ")
     if projection is not None and projection.shape != (teacher.shape[1], width):
-        raise ValueError(f"projection: shape {list(projection.shape)}, expected {[teacher.shape[1], width]}")
+        raise ValueError(f"projection: shape {list(projection.shape)}, must be {[teacher.shape[1], width]}")
     return slice(rank * count, (rank + 1) * count)
 
 
@@ -134,13 +139,13 @@ def _accumulate(
     products = backend(student_hidden.device).products
     count, width = teacher_hidden.shape
     size = min(count, max(1, chunk_bytes // (8 * width)))
-    y_buffer, t_buffer = weights.new_empty(2, size, width, dtype=torch.float32)
+    y_buffer, t_buffer = weights.new_empty(2, size, width)
     wants_grad = hidden_grad is not None or projection_grad is not None
     partial = weights.new_zeros(2, dtype=torch.float64)
     for start in range(0, count, max(1, size)):
         tokens = slice(start, min(start + size, count))
         y, t = y_buffer[: tokens.stop - start], t_buffer[: tokens.stop - start]
-        weight = weights[tokens].float().unsqueeze(1)  # [n, 1]
+        weight = weights[tokens].unsqueeze(1)  # [n, 1]
         # Zero states in place of those without weight: 0 times theirs could be NaN.
         dropped = weight == 0
         x = student_hidden[tokens].masked_fill(dropped, 0)

@@ -35,7 +35,7 @@ def hidden_inputs(
         with torch.no_grad():
             mapped = student.float() if projection is None else student.float() @ projection.float().t()
             teacher = mapped + distance * teacher
-    weights = torch.tensor([1.0, 1.0, 0.0, 0.5]).repeat(-(-tokens // 4))[:tokens]
+    weights = torch.tensor([1.0, 1.0, 0.0, 0.5, 0.3]).repeat(-(-tokens // 5))[:tokens]
     return student, projection, teacher.to(dtype), weights
 
 
