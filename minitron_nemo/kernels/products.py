@@ -57,7 +57,7 @@ def _weight_blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     if weight.dtype == torch.float32:
         yield slice(0, count), weight
         return
-    rows = min(count, max(1, _UPCAST_BYTES // (4 * weight.shape[1])))
+    rows = max(1, min(count, _UPCAST_BYTES // (4 * weight.shape[1])))  # a shard of padding alone has none
     buffer = torch.empty(rows, weight.shape[1], dtype=torch.float32, device=weight.device)
     for start in range(0, count, rows):
         block = slice(start, min(start + rows, count))
