@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from minitron_nemo.kernels import linear_kd_loss
+from minitron_nemo.kernels import linear_kd_loss, logits_kd_loss
 from minitron_nemo.kernels.objective import DIVERGENCES, Objective
 from minitron_nemo.kernels.reference import reference_loss
 from minitron_nemo.kernels.rows import merge
 from tests.kernels.inputs import VOCAB_SIZE, chunk_bytes, inputs, relative_error
 from tests.kernels.row_passes import Outcome, assert_agree, formula, passes
+from tests.kernels.sparse_teachers import projected_formula, sparse_loss, top
 
 Run = Callable[..., Any]
 INF = float("inf")
@@ -142,6 +143,18 @@ def test_what_one_model_excludes_and_the_other_does_not_costs_infinitely_much(
     assert forward.divergence[2].isfinite() and reverse.divergence[2].isfinite()
 
 
+@pytest.mark.parametrize("cuts", [(), (20,)])
+def test_excluding_what_has_no_mass_in_fp32_costs_nothing(interpreted: Run, cuts: tuple[int, ...]) -> None:
+    excluding, other, labels, weights = _logits(4097)
+    excluding[:, 7] = -INF
+    other[:, 7] = -500.0  # a lane's maximum, until it meets entry 2055
+    excluding[1, 2055:] = other[1, 2055:] = -INF  # it never does
+    for divergence, student, teacher in (("forward_kl", excluding, other), ("reverse_kl", other, excluding)):
+        objective = Objective(divergence, ce_weight=0.7)
+        mine = interpreted(_passes, student, teacher, labels * 0, weights, objective, cuts)
+        assert_agree(mine, formula(student, teacher, labels * 0, weights, objective))
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_logits_that_are_no_numbers_are_never_averaged_in(interpreted: Run, divergence: str) -> None:
     student, teacher, labels, weights = _logits(37, rows=6)
@@ -243,3 +256,42 @@ def _linear_kd_loss(settings: dict[str, Any]) -> tuple[Tensor, ...]:
     tensors = inputs()
     total, _ = linear_kd_loss(*tensors, chunk_bytes=chunk_bytes(tensors, 16), **settings)
     return total.detach(), *torch.autograd.grad(total, tensors[:2])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_sparse_teacher_runs_on_them(interpreted: Run, temperature: float) -> None:
+    options = {"temperature": temperature, "ce_weight": 0.5}
+    total, *gradients = interpreted(_sparse_loss, options)
+    tensors = inputs()
+    expected, _, _ = projected_formula(tensors, top(tensors, temperature), **options)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    for mine, reference in zip(gradients, torch.autograd.grad(expected, tensors[:2]), strict=True):
+        assert relative_error(mine, reference) < 1e-5
+
+
+def _sparse_loss(options: dict[str, Any]) -> tuple[Tensor, ...]:
+    tensors = inputs()
+    total, _ = sparse_loss(tensors, top(tensors, options["temperature"]), **options)
+    return total.detach(), *torch.autograd.grad(total, tensors[:2])
+
+
+def test_logits_of_a_caller_become_the_gradient_where_they_lie(interpreted: Run) -> None:
+    gradient, same_storage, teacher_unchanged = interpreted(_logits_kd_loss)
+    student, teacher, labels, weights = _logits(40, dtype=torch.bfloat16)
+    objective = Objective("reverse_kl", ce_weight=0.5)
+    reference = formula(student[:, :37], teacher[:, :37], labels % 37, weights, objective)
+    assert same_storage and teacher_unchanged and gradient.dtype == torch.bfloat16
+    assert relative_error(gradient[:, :37], reference.gradient) < torch.finfo(torch.bfloat16).eps
+    assert (gradient[:, 37:] == 0).all()
+
+
+def _logits_kd_loss() -> tuple[Tensor, bool, bool]:
+    student, teacher, labels, weights = _logits(40, dtype=torch.bfloat16)
+    storage, before = student.data_ptr(), teacher.clone()
+    student.requires_grad_()
+    total, _ = logits_kd_loss(
+        student, teacher, labels % 37, weights, vocab_size=37, divergence="reverse_kl", ce_weight=0.5
+    )
+    total.backward()
+    assert student.grad is not None
+    return student.grad, student.grad.data_ptr() == storage, torch.equal(before, teacher)
