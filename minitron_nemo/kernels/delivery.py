@@ -36,7 +36,7 @@ class DeliverGradients(torch.autograd.Function):
         hidden_grad, weight_grad = ctx.gradients
         weight, ctx.gradients, ctx.weight = ctx.weight, None, None
         if hidden_grad is not None:
-            hidden_grad = hidden_grad.mul_(upstream).to(ctx.hidden_dtype)
+            hidden_grad = _scale(hidden_grad, upstream).to(ctx.hidden_dtype)
         if weight_grad is not None:
             weight_grad = _deliver_weight_grad(weight, weight_grad, upstream)
         return hidden_grad, weight_grad, None, None, None
@@ -45,7 +45,12 @@ class DeliverGradients(torch.autograd.Function):
 def _deliver_weight_grad(weight: Tensor, grad: Tensor, upstream: Tensor) -> Tensor:
     main_grad = getattr(weight, "main_grad", None)
     if main_grad is None:
-        return grad.mul_(upstream).to(weight.dtype)
+        return _scale(grad, upstream).to(weight.dtype)
     main_grad.addcmul_(grad, upstream)
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     return torch.zeros_like(weight)
+
+
+def _scale(grad: Tensor, upstream: Tensor) -> Tensor:
+    """In place. A CPU saves the pass where the factor is 1; a GPU would have to be waited for to know it."""
+    return grad if grad.device.type == "cpu" and upstream.item() == 1.0 else grad.mul_(upstream)

@@ -44,12 +44,13 @@ class _Projections:
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Runs of tokens with both models' fp32 logits, [n, shard.rows]; the next overwrites this one's buffers."""
         count = self.student_hidden.shape[0]
-        size = (min(count, self.chunk_tokens), self.shard.rows)
+        step = -(-count // max(1, -(-count // self.chunk_tokens)))  # as many chunks as the limit asks for, of one size
+        size = (step, self.shard.rows)
         student_buffer = self.student_hidden.new_empty(size, dtype=torch.float32)
         teacher_buffer = None if self.teacher_hidden is None else torch.empty_like(student_buffer)
         logits = self.backend.products.logits
-        for start in range(0, count, self.chunk_tokens):
-            tokens = slice(start, min(start + self.chunk_tokens, count))
+        for start in range(0, count, max(1, step)):
+            tokens = slice(start, min(start + step, count))
             student = student_buffer[: tokens.stop - start]
             logits(self.student_hidden[tokens], self.student_weight, student)
             teacher = None
@@ -176,7 +177,9 @@ def linear_kd_loss(
         if wants_grad and student_hidden.requires_grad:
             hidden_grad = torch.empty_like(projections.student_hidden, dtype=torch.float32)
         if wants_grad and student_weight.requires_grad:
-            weight_grad = torch.zeros_like(student_weight, dtype=torch.float32)
+            weight_grad = torch.empty_like(student_weight, dtype=torch.float32)
+            # The first chunk overwrites the vocabulary's rows; without tokens there is none.
+            weight_grad[projections.shard.rows if len(labels) else 0 :].zero_()
         total, sums = _accumulate(
             projections, sparse_teacher, objective, labels, token_weights, hidden_grad, weight_grad
         )
@@ -196,7 +199,7 @@ def _accumulate(
     hidden_grad: Tensor | None,
     weight_grad: Tensor | None,
 ) -> tuple[Tensor, LossSums]:
-    """Loss sums of all chunks; overwrites `hidden_grad` [tokens, h_s], adds to `weight_grad` [padded_vocab/tp, h_s]."""
+    """Loss sums of all chunks; overwrites `hidden_grad` [tokens, h_s] and `weight_grad`, [padded_vocab/tp, h_s]."""
     shard, kernels, products = projections.shard, projections.backend.rows, projections.backend.products
     losses: Any = dense if sparse_teacher is None else sparse  # the same functions, for another kind of teacher
     sums = TokenSums(token_weights)
@@ -214,6 +217,7 @@ def _accumulate(
             projections.student_weight,
             None if hidden_grad is None else hidden_grad[tokens],
             None if weight_grad is None else weight_grad[: shard.rows],
+            accumulate=tokens.start > 0,
         )
     return sums.total(objective)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,12 +24,26 @@ class Products:
     """`logits(hidden, weight, out)` writes hidden @ weight.T to `out`, fp32 [n, vocab].
 
     `gradients(grad, scratch, hidden, weight, hidden_grad, weight_grad)` takes the logits' gradient, fp32 [n, vocab],
-    overwrites `hidden_grad` fp32 [n, h] and adds to `weight_grad` fp32 [vocab, h]; either may be None. `scratch` is an
-    fp32 [n, vocab] buffer that may be overwritten, or None.
+    overwrites `hidden_grad` fp32 [n, h] and adds to `weight_grad` fp32 [vocab, h], or overwrites that too where
+    `accumulate` is False; either may be None. `scratch` is an fp32 [n, vocab] buffer that may be overwritten, or None.
     """
 
     logits: Callable[[Tensor, Tensor, Tensor], None]
-    gradients: Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None], None]
+    gradients: _Gradients
+
+
+class _Gradients(Protocol):
+    def __call__(
+        self,
+        grad: Tensor,
+        scratch: Tensor | None,
+        hidden: Tensor,
+        weight: Tensor,
+        hidden_grad: Tensor | None,
+        weight_grad: Tensor | None,
+        *,
+        accumulate: bool = True,
+    ) -> None: ...
 
 
 def products(device: torch.device) -> Products:
@@ -78,10 +93,13 @@ def _upcast_gradients(
     weight: Tensor,
     hidden_grad: Tensor | None,
     weight_grad: Tensor | None,
+    *,
+    accumulate: bool = True,
 ) -> None:
     with _onednn_precision(hidden, weight):
         if weight_grad is not None:
-            weight_grad.addmm_(grad.t(), hidden.float())
+            # With beta 0 what the memory held does not count, NaN included.
+            weight_grad.addmm_(grad.t(), hidden.float(), beta=int(accumulate))
         if hidden_grad is not None:
             hidden_grad.zero_()
             for columns, block in _weight_blocks(weight):
@@ -103,11 +121,13 @@ def _cuda_gradients(
     weight: Tensor,
     hidden_grad: Tensor | None,
     weight_grad: Tensor | None,
+    *,
+    accumulate: bool = True,
 ) -> None:
     hidden, weight = _common_dtype(hidden, weight)
     if hidden.dtype == torch.float32:
         if weight_grad is not None:
-            weight_grad.addmm_(grad.t(), hidden)
+            weight_grad.addmm_(grad.t(), hidden, beta=int(accumulate))
         if hidden_grad is not None:
             torch.mm(grad, weight, out=hidden_grad)
         return
@@ -118,7 +138,8 @@ def _cuda_gradients(
         rounded = scratch.view(hidden.dtype).flatten()[: grad.numel()].view_as(grad)
         grad = rounded.copy_(grad)
     if weight_grad is not None:
-        torch.addmm(weight_grad, grad.t(), hidden, out_dtype=torch.float32, out=weight_grad)
+        beta = int(accumulate)
+        torch.addmm(weight_grad, grad.t(), hidden, out_dtype=torch.float32, beta=beta, out=weight_grad)
     if hidden_grad is not None:
         torch.mm(grad, weight, out_dtype=torch.float32, out=hidden_grad)
 
