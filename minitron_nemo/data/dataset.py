@@ -12,6 +12,7 @@ Held-out samples do not pack: one sample is one document's beginning.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,20 +49,32 @@ class PackedDataset:
     ) -> None:
         """Raises UserError if the source has less than one sample."""
         split = source.train
-        if split is None or split.tokens <= sequence_length:
-            tokens = 0 if split is None else split.tokens
-            raise UserError(
-                f"{source.path}: its {tokens} training tokens are less than one sample of data.sequence_length "
-                f"{sequence_length} + 1; give more text or a shorter sequence_length"
-            )
+        if split is None:
+            raise _too_short(source.path, 0, sequence_length)
         self.name = source.name
-        self.sequence_length = sequence_length
+        self.path = source.path
         self.tokens = split.tokens
-        self.fingerprint = hashlib.sha256(f"{split.sha256} {pack_seed} {sequence_length}".encode()).hexdigest()
+        self._stream = f"{split.sha256} {pack_seed}"
+        self._cut(sequence_length)
         self._separator = (separator_id, separator_weight)
         self._documents = IndexedDataset(str(prepared / split.prefix))
         self._order = shuffled(_id_words(prepared, split), "pack", pack_seed)
         self._ends = np.cumsum(self._documents.sequence_lengths[self._order], dtype=np.int64)
+
+    def resized(self, sequence_length: int) -> PackedDataset:
+        """The same stream cut into samples of another length; both share what they hold in memory.
+
+        Raises UserError if it is less than one sample.
+        """
+        other = copy.copy(self)
+        other._cut(sequence_length)
+        return other
+
+    def _cut(self, sequence_length: int) -> None:
+        if self.tokens <= sequence_length:
+            raise _too_short(self.path, self.tokens, sequence_length)
+        self.sequence_length = sequence_length
+        self.fingerprint = hashlib.sha256(f"{self._stream} {sequence_length}".encode()).hexdigest()
 
     def __len__(self) -> int:
         return (self.tokens - 1) // self.sequence_length
@@ -86,9 +99,16 @@ class PackedDataset:
         return np.concatenate(pieces, dtype=np.int64)
 
 
+def _too_short(path: str, tokens: int, sequence_length: int) -> UserError:
+    return UserError(
+        f"{path}: its {tokens} training tokens are less than one sample of sequence_length {sequence_length} + 1; "
+        "give more text or a shorter sequence_length"
+    )
+
+
 @dataclass(frozen=True)
 class Blend:
-    """Training sources and their shares (positive, summing to 1)."""
+    """Training sources and their shares (not negative, summing to 1)."""
 
     sources: tuple[PackedDataset, ...]
     weights: tuple[float, ...]
@@ -99,6 +119,10 @@ class Blend:
     @property
     def sequence_length(self) -> int:
         return self.sources[0].sequence_length
+
+    def resized(self, sequence_length: int) -> Blend:
+        """The same text in samples of another length, with the same shares. Raises UserError where it is too short."""
+        return Blend(tuple(source.resized(sequence_length) for source in self.sources), self.weights)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -1,13 +1,17 @@
 """Which sample is visited when, and samples as microbatches.
 
 The order is a function of the position alone (samples consumed so far), whatever the data-parallel size and the batch
-sizes: resuming needs no more than that number.
+sizes: resuming needs no more than that number. Where the blend changes on the way, positions belong to stretches; what
+was visited in one counts as visited in the others of the same sequence length.
 """
 
 from __future__ import annotations
 
+import hashlib
 from array import array
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -64,23 +68,41 @@ class Interleave:
 
 
 def _whole_shares(weights: Sequence[float]) -> list[int]:
-    """`weights` (summing to 1) in units of 1 / PERIOD, summing to PERIOD, each at least 1: largest remainders."""
-    shares = [max(int(weight * PERIOD), 1) for weight in weights]
-    by_remainder = sorted(range(len(shares)), key=lambda i: (shares[i] - weights[i] * PERIOD, i))
+    """`weights` (summing to 1) in units of 1 / PERIOD, summing to PERIOD: largest remainders.
+
+    Each is at least 1, but for a weight of 0.
+    """
+    shares = [max(int(weight * PERIOD), 1) if weight else 0 for weight in weights]
+    present = [i for i, weight in enumerate(weights) if weight]
+    by_remainder = sorted(present, key=lambda i: (shares[i] - weights[i] * PERIOD, i))
     for turn in range(PERIOD - sum(shares)):
-        shares[by_remainder[turn % len(shares)]] += 1
+        shares[by_remainder[turn % len(present)]] += 1
     shares[shares.index(max(shares))] += PERIOD - sum(shares)  # where the minimum of 1 made the sum too large
     return shares
 
 
-class Sampler:
-    """Walks through a blend; every epoch of a source visits all its samples, in an order of its own."""
+@dataclass(frozen=True)
+class Stretch:
+    """`samples` consecutive positions that one blend serves. A run's last stretch goes on as long as it is asked."""
 
-    def __init__(self, blend: Blend, seed: int) -> None:
+    blend: Blend
+    samples: int
+
+
+class Sampler:
+    """Walks through a blend; every epoch of a source visits all its samples, in an order of its own.
+
+    With `stretches` the blend changes on the way; all have the sources of `blend`. A source goes on with its epoch
+    where an earlier stretch of the same sequence length left it, and equal weights go on with their interleaving: a
+    border between equal blends changes nothing. At another length the samples are others, and so is the count.
+    """
+
+    def __init__(self, blend: Blend, seed: int, stretches: Sequence[Stretch] = ()) -> None:
         self.blend = blend
         self.seed = seed
         self.consumed_samples = 0
-        self._interleave = Interleave(blend.weights)
+        self._stretches = tuple(stretches) or (Stretch(blend, 0),)
+        self._interleaves = {stretch.blend.weights: Interleave(stretch.blend.weights) for stretch in self._stretches}
         # One epoch's order for each source, and the next one's where a batch crosses the border.
         self._order = lru_cache(maxsize=2 * len(blend.sources))(self._make_order)
 
@@ -90,34 +112,84 @@ class Sampler:
         self.consumed_samples += size
         return batch
 
+    def blend_at(self, position: int) -> Blend:
+        """The blend that the sample index of `position` refers to."""
+        return self._stretches[self._locate(position)[0]].blend
+
     def global_batch(self, position: int, size: int) -> list[SampleIndex]:
         """The samples of positions [position, position + size), wherever the sampler stands."""
-        counts = self._interleave.counts(position)
-        batch = []
-        for place in range(position, position + size):
-            source = self._interleave.source(place)
-            epoch, within = divmod(counts[source], len(self.blend.sources[source]))
-            batch.append((source, int(self._order(source, epoch)[within])))
-            counts[source] += 1
+        batch: list[SampleIndex] = []
+        while len(batch) < size:
+            number, offset = self._locate(position + len(batch))
+            last = number == len(self._stretches) - 1
+            rest = size - len(batch)
+            batch += self._walk(number, offset, rest if last else min(rest, self._stretches[number].samples - offset))
         return batch
 
     def epoch(self) -> float:
-        """Passes over the source that was passed over most."""
-        counts = self._interleave.counts(self.consumed_samples)
-        return max(count / len(source) for count, source in zip(counts, self.blend.sources, strict=True))
+        """Passes over the source that was passed over most, over all sequence lengths."""
+        number, offset = self._locate(self.consumed_samples)
+        blends = {stretch.blend.sequence_length: stretch.blend for stretch in self._stretches[: number + 1]}
+        passes = np.zeros(len(self.blend.sources))
+        for length, blend in blends.items():
+            visited = self._visited(length, number, offset)
+            passes += [count / len(source) for count, source in zip(visited, blend.sources, strict=True)]
+        return float(passes.max())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"consumed_samples": self.consumed_samples, "seed": self.seed, "blend": self.blend.fingerprint}
+        return {"consumed_samples": self.consumed_samples, "seed": self.seed, "blend": self._fingerprint()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken. Raises UserError if it belongs to other data or another order."""
-        if (state["seed"], state["blend"]) != (self.seed, self.blend.fingerprint):
+        if (state["seed"], state["blend"]) != (self.seed, self._fingerprint()):
             what = "seed" if state["seed"] != self.seed else "sources, weights, pack_seed or sequence_length"
             raise UserError(f"data: {what} changed since the training state was saved; change it back or start anew")
         self.consumed_samples = int(state["consumed_samples"])
 
-    def _make_order(self, source: int, epoch: int) -> NDArray[np.int64]:
-        return permutation(len(self.blend.sources[source]), "order", self.seed, source, epoch)
+    def _locate(self, position: int) -> tuple[int, int]:
+        """The stretch that `position` lies in, and the position within it."""
+        for number, stretch in enumerate(self._stretches[:-1]):
+            if position < stretch.samples:
+                return number, position
+            position -= stretch.samples
+        return len(self._stretches) - 1, position
+
+    def _drawn(self, length: int, number: int, offset: int) -> Counter[tuple[float, ...]]:
+        """Samples of this length drawn with each set of weights before position `offset` of stretch `number`."""
+        drawn: Counter[tuple[float, ...]] = Counter()
+        for earlier, stretch in enumerate(self._stretches[: number + 1]):
+            if stretch.blend.sequence_length == length:
+                drawn[stretch.blend.weights] += stretch.samples if earlier < number else offset
+        return drawn
+
+    def _visited(self, length: int, number: int, offset: int) -> list[int]:
+        """How many samples of this length each source has given before position `offset` of stretch `number`."""
+        counts = np.zeros(len(self.blend.sources), np.int64)
+        for weights, drawn in self._drawn(length, number, offset).items():
+            counts += self._interleaves[weights].counts(drawn)
+        return counts.tolist()
+
+    def _walk(self, number: int, offset: int, size: int) -> Iterator[SampleIndex]:
+        """`size` samples from position `offset` of stretch `number` on, which does not end before."""
+        blend = self._stretches[number].blend
+        counts = self._visited(blend.sequence_length, number, offset)
+        interleave = self._interleaves[blend.weights]
+        start = self._drawn(blend.sequence_length, number, offset)[blend.weights]
+        for place in range(start, start + size):
+            source = interleave.source(place)
+            epoch, within = divmod(counts[source], len(blend.sources[source]))
+            yield source, int(self._order(source, epoch, len(blend.sources[source]))[within])
+            counts[source] += 1
+
+    def _fingerprint(self) -> str:
+        """Of everything that decides the order but the seed."""
+        if len(self._stretches) == 1:
+            return self._stretches[0].blend.fingerprint
+        content = [(stretch.blend.fingerprint, stretch.samples) for stretch in self._stretches]
+        return hashlib.sha256(repr(content).encode()).hexdigest()
+
+    def _make_order(self, source: int, epoch: int, samples: int) -> NDArray[np.int64]:
+        return permutation(samples, "order", self.seed, source, epoch)
 
 
 def microbatches(
