@@ -31,7 +31,7 @@ OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 def statistics(
     student: Tensor, teacher: Tensor | None, labels: Tensor, objective: Objective, first_row: int | None
 ) -> Tensor:
-    """See `RowKernels`; fp64. One read of both models' logits. ValueError if a row's logits are not adjacent in memory."""
+    """See `RowKernels`; fp64. One read of both models' logits. ValueError if a row's entries are not adjacent."""
     columns = layout.STUDENT_COLUMNS if teacher is None else layout.ALL_COLUMNS
     out = student.new_zeros(student.shape[0], columns, dtype=torch.float64)
     if out.numel() == 0:
