@@ -185,7 +185,7 @@ def test_padding_columns_take_no_part_whatever_they_hold() -> None:
 
 
 @pytest.mark.parametrize("mask", [-INF, torch.finfo(torch.float32).min, -1e9])
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("settings", [*SETTINGS, {"temperature": 0.02}], ids=str)
 def test_masked_columns_take_no_part(settings: dict[str, Any], mask: float) -> None:
     student, teacher, labels, token_weights = _logits()
     visible = torch.arange(PADDED_VOCAB_SIZE) % 3 != 1
@@ -342,3 +342,17 @@ def test_sparse_teachers_that_do_not_fit_are_refused(with_teacher: bool, tokens:
             vocab_size=VOCAB_SIZE,
             sparse_teacher=sparse_teacher,
         )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_the_gpu_matches_the_fp64_formula(divergence: dict[str, Any], dtype: torch.dtype) -> None:
+    student, *others = _logits(dtype)
+    settings: dict[str, Any] = {"ce_weight": 0.7, "temperature": 2.0, **divergence}
+    expected, *_, expected_grad = _reference(student, *others, **settings)
+    there = student.detach().cuda().requires_grad_()
+    total, _ = logits_kd_loss(there * 1.0, *(tensor.cuda() for tensor in others), vocab_size=VOCAB_SIZE, **settings)
+    (gradient,) = torch.autograd.grad(total, there)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert relative_error(gradient.cpu(), expected_grad) < (1e-5 if dtype == torch.float32 else 0.002)
