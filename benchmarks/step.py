@@ -63,8 +63,6 @@ def main() -> None:
         student,
         ColocatedTeacher(teacher, sequence_length=options.sequence_length, micro_batch_size=1, buffer_bytes=2**31),
         DistillationObjective(),
-        sequence_length=options.sequence_length,
-        micro_batch_size=1,
     )
     parts: dict[str, Callable[[], Any]] = {
         "teacher forward": partial(bare_forward, teacher, batches, options.sequence_length),

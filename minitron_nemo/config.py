@@ -86,9 +86,12 @@ class CorrectionConfig:
     """Teacher correction: fine-tune the unpruned teacher with cross-entropy on the distillation data (2408.11796)."""
 
     steps: int = 0  # 0: no correction
+    global_batch_size: int | None = None  # the teacher's own in its training; None: train.global_batch_size
     lr: float = 2e-5
     min_lr: float = 2e-6
     warmup_steps: int = 120
+    lr_decay_style: str = "cosine"
+    lr_wsd_decay_steps: int = 0
     seed: int = 4321  # order of samples, so that the distillation does not start with the same ones
 
 
@@ -113,10 +116,24 @@ class DistillConfig:
 
 
 @dataclass
+class PhaseConfig:
+    """Consecutive updates of the training; what is not given is as without phases."""
+
+    steps: int | None = None  # the last phase may leave it out and takes what is left of train.steps
+    sequence_length: int | None = None
+    global_batch_size: int | None = None
+    micro_batch_size: int | None = None
+    weights: list[float] | None = None  # shares of the sources of data.train, in their order; 0: not in this phase
+
+
+@dataclass
 class TrainConfig:
     steps: int = MISSING
     global_batch_size: int = MISSING
     micro_batch_size: int = 1
+    phases: list[PhaseConfig] = field(default_factory=list)  # of the distillation; none: one, of all steps
+    # [start, increment, samples]: the global batch grows from `start` in steps of `increment` over that many samples.
+    rampup_batch_size: list[int] | None = None
     lr: float = 1e-4
     min_lr: float = 1e-5
     warmup_steps: int = 40

@@ -5,7 +5,7 @@ Everything here is arithmetic on the families' tables; nothing is measured.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from minitron_nemo.arch.huggingface import hf_warnings
 from minitron_nemo.checkpoint.source import open_source
 from minitron_nemo.config import Recipe
 from minitron_nemo.data.pypi import cached
+from minitron_nemo.distillation.phases import Segment, check_phases, segments
 from minitron_nemo.distillation.schedule import Schedule
 from minitron_nemo.distillation.train import correction_config
 from minitron_nemo.errors import UserError
@@ -67,29 +68,40 @@ class Preflight:
     warnings: tuple[str, ...]
 
     @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The updates of the distillation."""
+        return segments(self.recipe.train, self.recipe.data.sequence_length)
+
+    @property
     def tokens_per_step(self) -> int:
-        return self.recipe.train.global_batch_size * self.recipe.data.sequence_length
+        """Of the distillation, the mean over phases."""
+        return self.tokens["distillation"] // self.recipe.train.steps
 
     @property
     def tokens(self) -> dict[str, int]:
         """Tokens that each step that runs the model reads."""
-        recipe = self.recipe
+        recipe, length = self.recipe, self.recipe.data.sequence_length
+        correction = correction_config(recipe)
         return {
-            "correction": recipe.teacher.correction.steps * self.tokens_per_step,
-            "calibration": recipe.prune.calibration.samples * recipe.data.sequence_length,
-            "distillation": recipe.train.steps * self.tokens_per_step,
+            "correction": correction.steps * correction.global_batch_size * length,
+            "calibration": recipe.prune.calibration.samples * length,
+            "distillation": sum(segment.samples * segment.sequence_length for segment in self.segments),
         }
 
     @property
     def flops(self) -> dict[str, int]:
         """Forward = 1, backward = 2: correction 3 teachers, calibration 1, distillation 1 teacher + 3 students."""
         teacher = forward_flops_per_token(self.teacher, self.recipe.data.sequence_length)
-        student = forward_flops_per_token(self.student, self.recipe.data.sequence_length)
         tokens = self.tokens
+        distillation = 0
+        for segment in self.segments:
+            both = (forward_flops_per_token(model, segment.sequence_length) for model in (self.teacher, self.student))
+            per_token = sum(factor * flops for factor, flops in zip((1, 3), both, strict=True))
+            distillation += per_token * segment.steps * segment.tokens_per_step
         return {
             "correction": 3 * teacher * tokens["correction"],
             "calibration": teacher * tokens["calibration"],
-            "distillation": (teacher + 3 * student) * tokens["distillation"],
+            "distillation": distillation,
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,6 +111,7 @@ class Preflight:
             "student": _model(self.student),
             "steps": self.recipe.train.steps,
             "tokens_per_step": self.tokens_per_step,
+            "segments": [asdict(segment) for segment in self.segments],
             "tokens": self.tokens,
             "flops": self.flops,
             "processes": self.world_size,
@@ -121,15 +134,19 @@ def preflight(recipe: Recipe, world_size: int | None = None) -> Preflight:
     for architecture in (teacher, student):
         layout.check(architecture, world_size)
     train = recipe.train
-    layout.check_batches(train.global_batch_size, train.micro_batch_size, recipe.data.sequence_length, world_size)
     Schedule.from_config(train).check("train")
-    if recipe.teacher.correction.steps:
-        Schedule.from_config(correction_config(recipe)).check("teacher.correction")
+    correction = correction_config(recipe)
+    if correction.steps:
+        Schedule.from_config(correction).check("teacher.correction")
     if recipe.data.sequence_length > teacher.max_position_embeddings:
         raise UserError(
             f"data.sequence_length {recipe.data.sequence_length} is longer than the model's "
             f"max_position_embeddings {teacher.max_position_embeddings}"
         )
+    longest = teacher.max_position_embeddings
+    check_phases(train, recipe.data, layout, world_size, longest)
+    if correction.steps:
+        check_phases(correction, recipe.data, layout, world_size, longest, "teacher.correction")
     warnings = hf_warnings(student) if "hf" in recipe.export.formats else []
     return Preflight(recipe, teacher, student, layout, world_size, tuple(warnings))
 
@@ -159,13 +176,12 @@ def text(plan: Preflight) -> str:
     kept = parameters(plan.student) / parameters(plan.teacher)
     kept_inside = non_embedding_parameters(plan.student) / non_embedding_parameters(plan.teacher)
     data_parallel_size = layout.data_parallel_size(plan.world_size)
-    samples = f"{recipe.train.global_batch_size} x {recipe.data.sequence_length}"
     rows = [
         ("recipe", recipe.name),
         ("teacher", _shape(plan.teacher)),
         ("student", _shape(plan.student)),
         ("kept", f"{kept:.1%} of the parameters, {kept_inside:.1%} without embeddings"),
-        ("steps", f"{recipe.train.steps} of {plan.tokens_per_step:,} tokens ({samples})"),
+        *(("steps", f"{part.steps} of {part.tokens_per_step:,} tokens ({part})") for part in plan.segments),
         *((f"tokens, {name}", f"{count:,}") for name, count in plan.tokens.items()),
         *((f"FLOPs, {name}", f"{count:.3e} (arithmetic)") for name, count in plan.flops.items()),
         ("processes", f"{plan.world_size}: {layout} dp={data_parallel_size}"),
@@ -183,6 +199,9 @@ def _check_values(recipe: Recipe) -> None:
             raise UserError(f"{key}: {_get(recipe, key)} must be greater than 0")
     if unknown := set(recipe.export.formats) - {"hf", "megatron"}:
         raise UserError(f"export.formats: {sorted(unknown)[0]!r} is not one of hf, megatron")
+    batch = recipe.teacher.correction.global_batch_size
+    if batch is not None and batch < 1:
+        raise UserError(f"teacher.correction.global_batch_size: {batch} must be greater than 0")
     if not recipe.data.train:
         raise UserError("data.train: no text to train on; give at least one source")
     if not 0 <= recipe.data.heldout_fraction < 1:

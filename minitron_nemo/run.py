@@ -26,11 +26,11 @@ import minitron_nemo
 from minitron_nemo.checkpoint.files import write_atomic
 from minitron_nemo.checkpoint.fingerprint import fingerprint
 from minitron_nemo.checkpoint.transform import convert
-from minitron_nemo.config import Recipe
+from minitron_nemo.config import Recipe, TrainConfig
 from minitron_nemo.data import pypi
 from minitron_nemo.data.prepare import inputs_stamp, prepare_data
 from minitron_nemo.distillation.status import write_status
-from minitron_nemo.distillation.train import train
+from minitron_nemo.distillation.train import correction_config, train
 from minitron_nemo.errors import SaidByRankZero, UserError
 from minitron_nemo.evaluation.report import evaluate_models, table
 from minitron_nemo.importance.scores import Scores
@@ -75,14 +75,15 @@ class Chain:
 
     def steps(self) -> list[Step]:
         """All steps of the recipe in order."""
-        recipe, numerics, visits = self.recipe, _numerics(self.recipe), asdict(self.recipe.data)
+        recipe, visits = self.recipe, asdict(self.recipe.data)
         data, tokenizer = {"data": self.prepared / "prepared.json"}, self.converted / "tokenizer"
         steps = [
             Step("convert", {}, self._source_identity(), self.converted, self._convert),
             Step("prepare", {"tokenizer": tokenizer}, self._text(), data["data"], self._prepare),
         ]
         if recipe.teacher.correction.steps:
-            settings = {"correction": asdict(recipe.teacher.correction), "train": numerics, "data": visits}
+            correction = {"train": _numerics(correction_config(recipe)), "seed": recipe.teacher.correction.seed}
+            settings = {"correction": correction, "data": visits}
             steps.append(Step("correct", {"teacher": self.converted, **data}, settings, self.corrected, self._correct))
         teacher = {"teacher": self.teacher}
         calibration = {
@@ -97,7 +98,7 @@ class Chain:
             Step(
                 "distill",
                 {**teacher, "pruned": self.pruned, **data},
-                {"distill": asdict(recipe.distill), "train": numerics, "data": visits},
+                {"distill": asdict(recipe.distill), "train": _numerics(recipe.train), "data": visits},
                 self.distilled,
                 self._distill,
             ),
@@ -261,10 +262,10 @@ def _run_step(step: Step, manifest: Manifest, run_dir: Path) -> None:
     _say(f"{label} done in {time.time() - start:.1f} s")
 
 
-def _numerics(recipe: Recipe) -> dict[str, Any]:
+def _numerics(config: TrainConfig) -> dict[str, Any]:
     """The settings of `train` that decide the weights; intervals, console and overlap do not."""
     neutral = ("log_interval", "save_interval", "keep_last", "fail_on_save_error", "recompute")
-    settings = {key: value for key, value in asdict(recipe.train).items() if key not in neutral}
+    settings = {key: value for key, value in asdict(config).items() if key not in neutral}
     return {key: value for key, value in settings.items() if not key.startswith("overlap_")}
 
 

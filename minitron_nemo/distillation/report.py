@@ -47,19 +47,20 @@ class Report:
 class Meter:
     """Adds up the sums of steps between two reports."""
 
-    def __init__(self, objective: DistillationObjective, positions_per_step: int) -> None:
+    def __init__(self, objective: DistillationObjective) -> None:
         self.objective = objective
-        self.positions_per_step = positions_per_step
         self._restart()
 
     def _restart(self) -> None:
         self._sums = torch.zeros(len(SUMS), dtype=torch.float64, device=current_device())
         self._steps = 0
+        self._positions = 0
         self._start = time.perf_counter()
 
-    def add(self, sums: Tensor) -> None:
-        """`sums` of one step as `Step` returns them."""
+    def add(self, sums: Tensor, positions: int) -> None:
+        """`sums` of one step as `Step` returns them, and the `positions` of its global batch."""
         self._sums += sums
+        self._positions += positions
         self._steps += 1
 
     def report(self, iteration: int, lr: float, grad_norm: float) -> Report:
@@ -80,7 +81,7 @@ class Meter:
             ce=ce,
             lr=lr,
             grad_norm=grad_norm,
-            tokens_per_second=self.positions_per_step / seconds,
+            tokens_per_second=self._positions / (seconds * self._steps),
             seconds_per_step=seconds,
         )
         self._restart()

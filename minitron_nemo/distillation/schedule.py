@@ -68,9 +68,9 @@ class Schedule:
         if not 0 <= self.floor <= self.peak:
             raise UserError(f"{section}.min_lr: {self.floor:g} is not between 0 and {section}.lr {self.peak:g}")
         if self.decay_style not in DECAY_STYLES:
-            raise UserError(f"train.lr_decay_style: {self.decay_style!r} is not one of {', '.join(DECAY_STYLES)}")
+            raise UserError(f"{section}.lr_decay_style: {self.decay_style!r} is not one of {', '.join(DECAY_STYLES)}")
         if self.decay_style == "WSD" and not 0 < self.wsd_decay_steps <= self.steps:
             raise UserError(
-                f"train.lr_wsd_decay_steps: {self.wsd_decay_steps} is not between 1 and {section}.steps {self.steps}; "
-                "WSD falls from train.lr to train.min_lr over that many updates"
+                f"{section}.lr_wsd_decay_steps: {self.wsd_decay_steps} is not between 1 and {section}.steps "
+                f"{self.steps}; WSD falls from {section}.lr to {section}.min_lr over that many updates"
             )

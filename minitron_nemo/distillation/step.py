@@ -43,15 +43,10 @@ class Step:
         student: Model,
         teacher: TeacherSource | None,
         objective: DistillationObjective,
-        *,
-        sequence_length: int,
-        micro_batch_size: int,
     ) -> None:
         self.student = student
         self.teacher = teacher
         self.objective = objective
-        self.sequence_length = sequence_length
-        self.micro_batch_size = micro_batch_size
         tp = student.layout.tensor_model_parallel_size
         self.tp_group = parallel_state.get_tensor_model_parallel_group() if tp > 1 else None
         self._tokens: Tensor = torch.zeros([], dtype=torch.int, device=current_device())
@@ -62,7 +57,8 @@ class Step:
     def __call__(self, microbatches: Sequence[Microbatch]) -> Tensor:
         """Leave the mean gradient of the global batch in `main_grad` and return this rank's `SUMS`, fp64 [5].
 
-        Every rank passes its data-parallel share of the batch. Gradients: as Megatron leaves them, reduced over the
+        Every rank passes its data-parallel share of the batch: microbatches of one shape, which may differ from call
+        to call. Gradients: as Megatron leaves them, reduced over the
         data-parallel group (each rank's own shard of it), summed losses divided by the number of tokens whose weight
         is not 0. The sums are this data-parallel rank's, on the last pipeline stage; zero on the other stages.
         """
@@ -93,6 +89,7 @@ class Step:
 
     def _forward_backward(self, window: Sequence[Microbatch], last: bool) -> list[Tensor]:
         chunks = self.student.chunks
+        micro_batch_size, sequence_length = window[0]["tokens"].shape
         states: Sequence[Tensor | None] = self._signal.hidden or [None] * len(window)
         items = list(zip(window, states, strict=True))
         config = self.student.config
@@ -108,8 +105,8 @@ class Step:
                 data_iterator=iterators if len(chunks) > 1 else iterators[0],
                 model=chunks if len(chunks) > 1 else chunks[0],
                 num_microbatches=len(items),
-                seq_length=self.sequence_length,
-                micro_batch_size=self.micro_batch_size,
+                seq_length=sequence_length,
+                micro_batch_size=micro_batch_size,
                 forward_only=False,
             )
 

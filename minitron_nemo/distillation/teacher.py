@@ -46,7 +46,8 @@ class ColocatedTeacher:
     """The teacher on the student's ranks, with the student's layout: a forward-only pipeline pass per window.
 
     Frozen, without gradients and without DDP. States stay sequence-sharded over the tensor-parallel group until the
-    loss gathers them, microbatch by microbatch; `buffer_bytes` bounds what is held of them per rank.
+    loss gathers them, microbatch by microbatch; `buffer_bytes` bounds what is held of them per rank, for microbatches
+    of at most `micro_batch_size` x `sequence_length` tokens.
     """
 
     def __init__(self, model: Model, *, sequence_length: int, micro_batch_size: int, buffer_bytes: int) -> None:
@@ -58,8 +59,6 @@ class ColocatedTeacher:
                 f"{tp}, over which the teacher's states are split; change one of them"
             )
         self.model = model
-        self.sequence_length = sequence_length
-        self.micro_batch_size = micro_batch_size
         tokens = micro_batch_size * sequence_length // tp
         element_size = next(model.chunks[0].parameters()).element_size()
         self.window = window_size(
@@ -78,13 +77,14 @@ class ColocatedTeacher:
             self.output_weight = last.shared_embedding_or_output_weight() if tied else model.output_layer.weight
 
     def step(self, microbatches: Sequence[Microbatch]) -> TeacherSignal:
-        """Run the teacher on `microbatches` and keep the states of its last stage."""
+        """Run the teacher on `microbatches`, all of one shape, and keep the states of its last stage."""
+        micro_batch_size, sequence_length = microbatches[0]["tokens"].shape
         hidden = forward_only(
             self.model,
             iter(microbatches),
             len(microbatches),
-            self.sequence_length,
-            self.micro_batch_size,
+            sequence_length,
+            micro_batch_size,
             self._keep,
         )
         return TeacherSignal(hidden, self.output_weight)

@@ -14,6 +14,7 @@ from minitron_nemo.data.dataset import open_train
 from minitron_nemo.data.sampler import Sampler
 from minitron_nemo.distillation.objective import DistillationObjective
 from minitron_nemo.distillation.optimizer import ddp_config, params_dtype
+from minitron_nemo.distillation.phases import check_phases, segments, stretches
 from minitron_nemo.distillation.schedule import Schedule
 from minitron_nemo.distillation.teacher import ColocatedTeacher
 from minitron_nemo.distillation.trainer import Outcome, Trainer
@@ -59,9 +60,11 @@ def train(
     correcting = teacher_dir is None
     config = correction_config(recipe) if correcting else recipe.train
     data = replace(recipe.data, seed=recipe.teacher.correction.seed) if correcting else recipe.data
-    Schedule.from_config(config).check("teacher.correction" if correcting else "train")
+    section = "teacher.correction" if correcting else "train"
+    Schedule.from_config(config).check(section)
     layout = Layout.from_config(recipe.parallel)
-    layout.check_batches(config.global_batch_size, config.micro_batch_size, data.sequence_length, launch.world_size())
+    longest = Architecture.load(student_dir).max_position_embeddings
+    check_phases(config, data, layout, launch.world_size(), longest, section)
     launch.initialize(layout, config.seed)
     student = _model(student_dir, layout, config, ddp=True)
     objective = DistillationObjective.from_config(recipe.distill)
@@ -69,19 +72,22 @@ def train(
     if teacher_dir is None:
         objective = DistillationObjective.cross_entropy(recipe.distill.chunk_bytes)
     elif objective.needs_teacher:
+        run = segments(config, data.sequence_length)
+        largest = max(run, key=lambda segment: segment.micro_batch_size * segment.sequence_length)
         teacher = ColocatedTeacher(
             _model(teacher_dir, layout, config, ddp=False),
-            sequence_length=data.sequence_length,
-            micro_batch_size=config.micro_batch_size,
+            sequence_length=largest.sequence_length,
+            micro_batch_size=largest.micro_batch_size,
             buffer_bytes=recipe.teacher.buffer_bytes,
         )
         _check_vocabularies(student_dir, student, teacher_dir, teacher.model)
+    blend = open_train(data, prepared)
     trainer = Trainer(
         config,
         objective,
         student,
         teacher,
-        Sampler(open_train(data, prepared), data.seed),
+        Sampler(blend, data.seed, stretches(config, blend)),
         directory=work_dir,
         run_dir=run_dir,
         name="correct" if correcting else "distill",
@@ -100,14 +106,19 @@ def train(
 
 
 def correction_config(recipe: Recipe) -> TrainConfig:
-    """`recipe.train` with the steps and learning rates of the teacher correction."""
+    """`recipe.train` with the schedule of the teacher correction: one phase of `data.sequence_length`."""
     correction = recipe.teacher.correction
     return replace(
         recipe.train,
         steps=correction.steps,
+        global_batch_size=correction.global_batch_size or recipe.train.global_batch_size,
         lr=correction.lr,
         min_lr=correction.min_lr,
         warmup_steps=correction.warmup_steps,
+        lr_decay_style=correction.lr_decay_style,
+        lr_wsd_decay_steps=correction.lr_wsd_decay_steps,
+        phases=[],
+        rampup_batch_size=None,
     )
 
 
@@ -136,6 +147,9 @@ def _check_vocabularies(student_dir: Path, student: Model, teacher_dir: Path, te
 
 def _settings(section: str, values: Any) -> dict[str, Any]:
     """A section's keys as the recipe spells them, as JSON stores them, without the neutral ones."""
-    kept = {f"{section}.{key}": value for key, value in asdict(values).items() if key not in NEUTRAL.get(section, ())}
+    neutral = NEUTRAL.get(section, ())
+    kept = {f"{section}.{key}": value for key, value in asdict(values).items() if key not in neutral}
+    if section == "train":
+        kept["train.phases"] = [{**phase, "micro_batch_size": None} for phase in kept["train.phases"]]
     stored: dict[str, Any] = json.loads(json.dumps(kept))
     return stored

@@ -15,6 +15,7 @@ from minitron_nemo.config import TrainConfig
 from minitron_nemo.data.sampler import Sampler, microbatches
 from minitron_nemo.distillation.objective import DistillationObjective
 from minitron_nemo.distillation.optimizer import build_optimizer, set_learning_rate
+from minitron_nemo.distillation.phases import Segment, segment_of, segments
 from minitron_nemo.distillation.progress import Progress
 from minitron_nemo.distillation.report import Meter, Report
 from minitron_nemo.distillation.schedule import Schedule
@@ -56,16 +57,11 @@ class Trainer:
         self.run_dir = run_dir
         self.name = name
         self.schedule = Schedule.from_config(config)
+        self.segments = segments(config, sampler.blend.sequence_length)
         self.optimizer = build_optimizer(config, student)
-        self.step = Step(
-            student,
-            teacher,
-            objective,
-            sequence_length=sampler.blend.sequence_length,
-            micro_batch_size=config.micro_batch_size,
-        )
+        self.step = Step(student, teacher, objective)
         self.state = TrainingState(directory, student, self.optimizer, settings, config.keep_last)
-        self.meter = Meter(objective, config.global_batch_size * sampler.blend.sequence_length)
+        self.meter = Meter(objective)
         self.iteration = 0
         self.reports: list[Report] = []
 
@@ -102,8 +98,13 @@ class Trainer:
             if resumed is not None:
                 progress.say(f"resumed after update {self.iteration} from {self.directory}")
             self._status("running")
+            current = self.segments[0] if len(self.segments) == 1 else None
             while self.iteration < self.config.steps:
-                grad_norm, lr = self._update()
+                segment = segment_of(self.segments, self.iteration + 1)
+                if segment is not current:
+                    progress.say(f"from update {self.iteration + 1} on {segment}")
+                    current = segment
+                grad_norm, lr = self._update(segment)
                 if self.iteration % self.config.log_interval == 0 or self.iteration == self.config.steps:
                     self._report(progress, grad_norm, lr)
                 signal = stop.agreed()
@@ -116,15 +117,16 @@ class Trainer:
         self._wait_for_parameters()
         return "done"
 
-    def _update(self) -> tuple[float, float]:
+    def _update(self, segment: Segment) -> tuple[float, float]:
         """One update of the parameters; the gradient norm before clipping, and the learning rate."""
         config = self.config
+        blend = self.sampler.blend_at(self.sampler.consumed_samples)
         batches = microbatches(
-            self.sampler.blend,
-            self.sampler.next_batch(config.global_batch_size),
+            blend,
+            self.sampler.next_batch(segment.global_batch_size),
             parallel_state.get_data_parallel_rank(),
             parallel_state.get_data_parallel_world_size(),
-            config.micro_batch_size,
+            segment.micro_batch_size,
         )
         lr = self.schedule.learning_rate(self.iteration + 1)
         set_learning_rate(self.optimizer, lr, config.weight_decay)
@@ -137,7 +139,7 @@ class Trainer:
                 f"lower train.lr or check the data, then start again from the last checkpoint in {self.directory}"
             )
         self.iteration += 1
-        self.meter.add(sums)
+        self.meter.add(sums, segment.tokens_per_step)
         return grad_norm, lr
 
     def _check_finite(self, sums: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from minitron_nemo.config import TrainConfig
 from minitron_nemo.data.sampler import Sampler
 from minitron_nemo.distillation.objective import DistillationObjective
 from minitron_nemo.distillation.optimizer import ddp_config, params_dtype
+from minitron_nemo.distillation.phases import segments, stretches
 from minitron_nemo.distillation.report import Report
 from minitron_nemo.distillation.teacher import ColocatedTeacher
 from minitron_nemo.distillation.trainer import Trainer
@@ -27,18 +29,19 @@ from tests.distillation.reference import VOCAB
 SEQUENCE = 16
 
 
+@dataclass(frozen=True)
 class MadeUpSource:
     """64 samples of random tokens, each a function of its number."""
 
-    sequence_length = SEQUENCE
+    sequence_length: int = SEQUENCE
 
     def __len__(self) -> int:
         return 64
 
     def sample(self, index: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(index)
-        text = torch.randint(0, VOCAB, (SEQUENCE + 1,), generator=generator)
-        weights = torch.rand(SEQUENCE, generator=generator)
+        text = torch.randint(0, VOCAB, (self.sequence_length + 1,), generator=generator)
+        weights = torch.rand(self.sequence_length, generator=generator)
         weights[::5] = 0.0
         return {
             "tokens": text[:-1],
@@ -53,8 +56,17 @@ class MadeUpSource:
 class MadeUpBlend:
     sources: tuple[MadeUpSource, ...] = (MadeUpSource(),)
     weights: tuple[float, ...] = (1.0,)
-    sequence_length: int = SEQUENCE
-    fingerprint: str = "made up"
+
+    @property
+    def sequence_length(self) -> int:
+        return self.sources[0].sequence_length
+
+    @property
+    def fingerprint(self) -> str:
+        return f"made up, {self.sequence_length}, {self.weights}"
+
+    def resized(self, sequence_length: int) -> MadeUpBlend:
+        return MadeUpBlend(tuple(MadeUpSource(sequence_length) for _ in self.sources), self.weights)
 
     def sample(self, index: tuple[int, int]) -> dict[str, Any]:
         return self.sources[index[0]].sample(index[1])
@@ -63,12 +75,15 @@ class MadeUpBlend:
 class EventfulSampler(Sampler):
     """Calls `events[n]` on every rank just before update n (counted from 1) reads its samples."""
 
-    def __init__(self, events: Mapping[int, Callable[[], None]], seed: int = 7) -> None:
-        super().__init__(MadeUpBlend(), seed)  # type: ignore[arg-type]
+    def __init__(self, config: TrainConfig, events: Mapping[int, Callable[[], None]], seed: int = 7) -> None:
+        blend: Any = MadeUpBlend()
+        super().__init__(blend, seed, stretches(config, blend))
+        sizes = [part.global_batch_size for part in segments(config, SEQUENCE) for _ in range(part.steps)]
+        self.updates = {start: number for number, start in enumerate(accumulate(sizes, initial=0), start=1)}
         self.events = events
 
     def next_batch(self, size: int) -> Any:
-        event = self.events.get(self.consumed_samples // size + 1)
+        event = self.events.get(self.updates[self.consumed_samples])
         if event is not None:
             event()
         return super().next_batch(size)
@@ -121,10 +136,11 @@ def run(job: Job, events: Mapping[int, Callable[[], None]] | None = None) -> Res
         objective = DistillationObjective(ce_weight=0.1)
         model = build_model(Architecture.load(job.teacher), job.layout, dtype=dtype)
         load_model(model, job.teacher)
+        run_segments = segments(config, SEQUENCE)
         teacher = ColocatedTeacher(
             model,
-            sequence_length=SEQUENCE,
-            micro_batch_size=config.micro_batch_size,
+            sequence_length=max(part.sequence_length for part in run_segments),
+            micro_batch_size=max(part.micro_batch_size for part in run_segments),
             buffer_bytes=job.buffer_bytes,
         )
     trainer = Trainer(
@@ -132,7 +148,7 @@ def run(job: Job, events: Mapping[int, Callable[[], None]] | None = None) -> Res
         objective,
         student,
         teacher,
-        EventfulSampler(events or {}),
+        EventfulSampler(config, events or {}),
         directory=job.directory / "training",
         run_dir=job.directory,
         name="distill",

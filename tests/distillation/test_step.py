@@ -72,7 +72,7 @@ def built_step(
         teacher = ColocatedTeacher(
             model, sequence_length=SEQUENCE, micro_batch_size=micro_batch_size, buffer_bytes=buffer_bytes
         )
-    return Step(student, teacher, objective, sequence_length=SEQUENCE, micro_batch_size=micro_batch_size)
+    return Step(student, teacher, objective)
 
 
 def _architecture(directory: Path) -> Any:
