@@ -30,7 +30,7 @@ CHUNK_BYTES = 256 * 1024**2
 
 
 @dataclass(frozen=True)
-class _Projections:
+class Projections:
     """Checked and gathered inputs: hidden states of all tokens, output weights without their padding."""
 
     student_hidden: Tensor  # [tokens, h_s]
@@ -60,7 +60,7 @@ class _Projections:
             yield tokens, student, teacher
 
 
-def _project(
+def project(
     student_hidden: Tensor,
     student_weight: Tensor,
     teacher_hidden: Tensor | None,
@@ -70,7 +70,8 @@ def _project(
     tp_group: dist.ProcessGroup | None,
     sequence_parallel: bool,
     chunk_bytes: int,
-) -> _Projections:
+) -> Projections:
+    """`tokens`: of the whole sequence. Raises ValueError for shapes that do not fit."""
     shard = Shard.of(student_weight.shape[0], vocab_size, tp_group)
     if (teacher_hidden is None) != (teacher_weight is None):
         raise ValueError("teacher_hidden and teacher_weight: give both or neither")
@@ -97,7 +98,7 @@ def _project(
             )
     # Rows of the padded weight, equal on all ranks, so that every rank cuts the same chunks.
     token_bytes = 4 * student_weight.shape[0] * (1 if teacher_hidden is None else 2)
-    return _Projections(
+    return Projections(
         student_hidden=student_hidden.detach(),
         student_weight=student_weight.detach()[: shard.rows],
         teacher_hidden=None if teacher_hidden is None else teacher_hidden.detach(),
@@ -162,7 +163,7 @@ def linear_kd_loss(
         sparse_teacher = sparse_teacher.without(token_weights == 0)
     wants_grad = torch.is_grad_enabled()
     with torch.no_grad():
-        projections = _project(
+        projections = project(
             student_hidden,
             student_weight,
             teacher_hidden,
@@ -175,7 +176,9 @@ def linear_kd_loss(
         )
         hidden_grad = weight_grad = None
         if wants_grad and student_hidden.requires_grad:
-            hidden_grad = torch.empty_like(projections.student_hidden, dtype=torch.float32)
+            # One rank alone may round to what it delivers at once; parts of several, not before they are added.
+            alone = projections.shard.size == 1 and student_hidden.dtype == student_weight.dtype == torch.bfloat16
+            hidden_grad = torch.empty_like(projections.student_hidden, dtype=torch.bfloat16 if alone else torch.float32)
         if wants_grad and student_weight.requires_grad:
             weight_grad = torch.empty_like(student_weight, dtype=torch.float32)
             # The first chunk overwrites the vocabulary's rows; without tokens there is none.
@@ -191,7 +194,7 @@ def linear_kd_loss(
 
 
 def _accumulate(
-    projections: _Projections,
+    projections: Projections,
     sparse_teacher: SparseTeacher | None,
     objective: Objective,
     labels: Tensor,
@@ -243,7 +246,7 @@ def token_statistics(
     ce, divergence = labels.new_zeros(2, len(labels), dtype=torch.float64)
     agree = torch.zeros_like(labels, dtype=torch.bool)
     with torch.no_grad():
-        projections = _project(
+        projections = project(
             student_hidden,
             student_weight,
             teacher_hidden,

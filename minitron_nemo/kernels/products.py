@@ -24,8 +24,9 @@ class Products:
     """`logits(hidden, weight, out)` writes hidden @ weight.T to `out`, fp32 [n, vocab].
 
     `gradients(grad, scratch, hidden, weight, hidden_grad, weight_grad)` takes the logits' gradient, fp32 [n, vocab],
-    overwrites `hidden_grad` fp32 [n, h] and adds to `weight_grad` fp32 [vocab, h], or overwrites that too where
-    `accumulate` is False; either may be None. `scratch` is an fp32 [n, vocab] buffer that may be overwritten, or None.
+    overwrites `hidden_grad` [n, h], fp32 or in bf16 as both operands, and adds to `weight_grad` fp32 [vocab, h], or
+    overwrites that too where `accumulate` is False; either may be None. `scratch` is an fp32 [n, vocab] buffer that may
+    be overwritten, or None.
     """
 
     logits: Callable[[Tensor, Tensor, Tensor], None]
@@ -100,7 +101,9 @@ def _upcast_gradients(
         if weight_grad is not None:
             # With beta 0 what the memory held does not count, NaN included.
             weight_grad.addmm_(grad.t(), hidden.float(), beta=int(accumulate))
-        if hidden_grad is not None:
+        if hidden_grad is not None and hidden_grad.dtype == weight.dtype == torch.bfloat16:
+            torch.mm(_rounded(grad, scratch, weight.dtype), weight, out=hidden_grad)
+        elif hidden_grad is not None:
             hidden_grad.zero_()
             for columns, block in _weight_blocks(weight):
                 hidden_grad.addmm_(grad[:, columns], block)
@@ -131,17 +134,22 @@ def _cuda_gradients(
         if hidden_grad is not None:
             torch.mm(grad, weight, out=hidden_grad)
         return
-    # Rounding the finished gradient costs 0.15%, unlike rounding the logits it comes from.
-    if scratch is None:
-        grad = grad.to(hidden.dtype)
-    else:
-        rounded = scratch.view(hidden.dtype).flatten()[: grad.numel()].view_as(grad)
-        grad = rounded.copy_(grad)
+    grad = _rounded(grad, scratch, hidden.dtype)
     if weight_grad is not None:
         beta = int(accumulate)
         torch.addmm(weight_grad, grad.t(), hidden, out_dtype=torch.float32, beta=beta, out=weight_grad)
     if hidden_grad is not None:
-        torch.mm(grad, weight, out_dtype=torch.float32, out=hidden_grad)
+        if hidden_grad.dtype == hidden.dtype:
+            torch.mm(grad, weight, out=hidden_grad)
+        else:
+            torch.mm(grad, weight, out_dtype=torch.float32, out=hidden_grad)
+
+
+def _rounded(grad: Tensor, scratch: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """In 16 bits, in scratch's memory if given. Costs a finished gradient 0.15%, unlike the logits it comes from."""
+    if scratch is None:
+        return grad.to(dtype)
+    return scratch.view(dtype).flatten()[: grad.numel()].view_as(grad).copy_(grad)
 
 
 def _common_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
