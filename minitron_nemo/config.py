@@ -103,8 +103,19 @@ class TeacherConfig:
 
 
 @dataclass
+class IntermediateConfig:
+    """L_hidden, the sum over pairs of layers of the distance between the models' states after the norm that follows."""
+
+    # auto, or [[teacher layer, student layer], ...], layers from 0, -1 the embedding's output; auto: the outputs of
+    # the third last layers where depth is cut, no pair otherwise.
+    pairs: Any = "auto"
+    loss: str = "cosine"  # cosine | mse
+    alpha: Any = "dynamic"  # weight of L_hidden; dynamic: L_logits / L_hidden of the step before
+
+
+@dataclass
 class DistillConfig:
-    """L = ce_weight * L_CE + logits_weight * L_logits (2407.14679 section 3)."""
+    """L = ce_weight * L_CE + logits_weight * L_logits + alpha * L_hidden (2407.14679 section 3)."""
 
     logits_weight: float = 1.0
     ce_weight: float = 0.0
@@ -113,6 +124,7 @@ class DistillConfig:
     temperature: float = 1.0
     temperature_squared: bool = True  # multiply L_logits by temperature^2, so that gradients keep their size
     chunk_bytes: int = 256 * 1024**2  # of fp32 logits, both models together, held at once
+    intermediate: IntermediateConfig = field(default_factory=IntermediateConfig)
 
 
 @dataclass

@@ -15,6 +15,8 @@ from minitron_nemo.arch.huggingface import hf_warnings
 from minitron_nemo.checkpoint.source import open_source
 from minitron_nemo.config import Recipe
 from minitron_nemo.data.pypi import cached
+from minitron_nemo.distillation.balance import check_alpha
+from minitron_nemo.distillation.intermediate import AUTO, resolve_pairs
 from minitron_nemo.distillation.phases import Segment, check_phases, segments
 from minitron_nemo.distillation.schedule import Schedule
 from minitron_nemo.distillation.train import correction_config
@@ -25,6 +27,7 @@ from minitron_nemo.pruning.plan import target_architecture
 
 CHOICES = {
     "distill.divergence": DIVERGENCES,
+    "distill.intermediate.loss": ("cosine", "mse"),
     "train.precision": ("bf16", "fp32"),
     "prune.calibration.precision": ("bf16", "fp32"),
     "prune.calibration.sequence_aggregation": ("mean", "l2", "var"),
@@ -138,6 +141,12 @@ def preflight(recipe: Recipe, world_size: int | None = None) -> Preflight:
     correction = correction_config(recipe)
     if correction.steps:
         Schedule.from_config(correction).check("teacher.correction")
+    pairs = resolve_pairs(recipe.distill.intermediate, teacher, student)
+    if pairs and recipe.distill.logits_weight == 0 and recipe.distill.intermediate.pairs != AUTO:
+        raise UserError(
+            "distill.logits_weight: 0 means training without the teacher, and distill.intermediate.pairs need it; "
+            "raise it, or set the pairs to []"
+        )
     if recipe.data.sequence_length > teacher.max_position_embeddings:
         raise UserError(
             f"data.sequence_length {recipe.data.sequence_length} is longer than the model's "
@@ -210,6 +219,7 @@ def _check_values(recipe: Recipe) -> None:
         raise UserError(f"distill.jsd_beta: {recipe.distill.jsd_beta} must lie between 0 and 1, neither of them")
     if recipe.distill.logits_weight <= 0 and recipe.distill.ce_weight <= 0:
         raise UserError("distill: logits_weight and ce_weight are both 0; there is nothing to train on")
+    check_alpha(recipe.distill.intermediate.alpha)
 
 
 def _get(recipe: Recipe, key: str) -> Any:

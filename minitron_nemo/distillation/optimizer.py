@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer import MegatronModule
 
 from minitron_nemo.config import TrainConfig
 from minitron_nemo.models.build import Model
@@ -25,8 +28,11 @@ def params_dtype(config: TrainConfig) -> torch.dtype:
     return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
 
-def build_optimizer(config: TrainConfig, student: Model) -> MegatronOptimizer:
-    """AdamW with decoupled weight decay on matrices alone (norm gains are not decayed), global-norm clipping."""
+def build_optimizer(config: TrainConfig, student: Model, others: Sequence[MegatronModule] = ()) -> MegatronOptimizer:
+    """AdamW with decoupled weight decay on matrices alone (norm gains are not decayed), global-norm clipping.
+
+    `others` are modules in DDP that this rank trains besides the student's chunks.
+    """
     return get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -42,7 +48,7 @@ def build_optimizer(config: TrainConfig, student: Model) -> MegatronOptimizer:
             use_distributed_optimizer=True,
             overlap_param_gather=config.overlap_param_gather,
         ),
-        student.chunks,
+        [*student.chunks, *others],
     )
 
 

@@ -19,14 +19,17 @@ class Report:
     """The updates since the last report; `lr` and `grad_norm` (before clipping) are those of the last one.
 
     `loss` is what is minimised; `logits` and `ce` are its parts before their weights (`ce` is computed beside a
-    divergence even at weight 0). Each is a sum over tokens, in nats, divided by the number of tokens whose weight is
-    not 0. `tokens_per_second` counts positions of all ranks, ignored ones included.
+    divergence even at weight 0), `hidden` that of the intermediate losses, and `alpha` its weight, the mean over the
+    updates. Each loss is a sum over tokens, in nats, divided by the number of tokens whose weight is not 0.
+    `tokens_per_second` counts positions of all ranks, ignored ones included.
     """
 
     iteration: int
     loss: float
     logits: float
     ce: float
+    hidden: float
+    alpha: float
     lr: float
     grad_norm: float
     tokens_per_second: float
@@ -34,12 +37,13 @@ class Report:
 
     def scalars(self) -> dict[str, float]:
         """TensorBoard's view."""
-        names = ("loss", "logits", "ce", "lr", "grad_norm", "tokens_per_second")
+        names = ("loss", "logits", "ce", "hidden", "alpha", "lr", "grad_norm", "tokens_per_second")
         return {f"train/{name}": getattr(self, name) for name in names}
 
     def __str__(self) -> str:
+        hidden = f", hidden {self.hidden:.4f} x {self.alpha:.3g}" if self.alpha else ""
         return (
-            f"loss {self.loss:.4f} (kl {self.logits:.4f}, ce {self.ce:.4f})  lr {self.lr:.2e}  "
+            f"loss {self.loss:.4f} (kl {self.logits:.4f}, ce {self.ce:.4f}{hidden})  lr {self.lr:.2e}  "
             f"grad norm {self.grad_norm:.2f}  {self.tokens_per_second:,.0f} tokens/s"
         )
 
@@ -72,13 +76,17 @@ class Meter:
         ):
             torch.distributed.all_reduce(self._sums, group=group)
         values = dict(zip(SUMS, self._sums.tolist(), strict=True))
-        logits, ce = (values[name] / max(values["tokens"], 1) for name in ("logits", "ce"))
+        logits, ce, hidden, weighted = (
+            values[name] / max(values["tokens"], 1) for name in ("logits", "ce", "hidden", "alpha_hidden")
+        )
         seconds = (time.perf_counter() - self._start) / self._steps
         report = Report(
             iteration=iteration,
-            loss=self.objective.logits_weight * logits + self.objective.ce_weight * ce,
+            loss=self.objective.logits_weight * logits + self.objective.ce_weight * ce + weighted,
             logits=logits,
             ce=ce,
+            hidden=hidden,
+            alpha=weighted / hidden if hidden else 0.0,
             lr=lr,
             grad_norm=grad_norm,
             tokens_per_second=self._positions / (seconds * self._steps),

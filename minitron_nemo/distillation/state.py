@@ -40,6 +40,7 @@ from torch.distributed.checkpoint import save as dcp_save
 
 from minitron_nemo.checkpoint.files import commit_partial, make_partial, partial_path, write_atomic
 from minitron_nemo.checkpoint.safe_pickle import check_metadata
+from minitron_nemo.distillation.intermediate import IntermediateLoss
 from minitron_nemo.errors import UserError
 from minitron_nemo.models.build import Model
 from minitron_nemo.parallel import launch
@@ -69,12 +70,14 @@ class TrainingState:
         optimizer: MegatronOptimizer,
         settings: Mapping[str, Any],
         keep_last: int,
+        intermediate: IntermediateLoss | None = None,
     ) -> None:
         self.directory = directory
         self.student = student
         self.optimizer = optimizer
         self.settings = dict(settings)
         self.keep_last = keep_last
+        self.intermediate = intermediate
 
     def save(self, iteration: int, data_position: Mapping[str, Any]) -> None:
         """Write the state after update `iteration`. Collective. Raises SaveError on all ranks if any cannot write."""
@@ -126,6 +129,8 @@ class TrainingState:
         loaded = dist_checkpointing.load(state, str(found))
         for index, module in enumerate(self.student.modules):
             module.load_state_dict(loaded[f"model{index}"])
+        if self.intermediate is not None:
+            self.intermediate.load_state_dict(loaded["intermediate"])
         self.optimizer.load_state_dict(loaded["optimizer"])
         if all(training[key] == value for key, value in self._layout().items()):
             _restore_random_state(torch.load(found / f"random_{launch.rank():05d}.pt", weights_only=True))
@@ -151,7 +156,8 @@ class TrainingState:
         return common
 
     def _model_state(self) -> dict[str, Any]:
-        return {f"model{index}": module.sharded_state_dict() for index, module in enumerate(self.student.modules)}
+        state = {f"model{index}": module.sharded_state_dict() for index, module in enumerate(self.student.modules)}
+        return state if self.intermediate is None else state | {"intermediate": self.intermediate.sharded_state_dict()}
 
     def _layout(self) -> dict[str, Any]:
         return {"layout": asdict(self.student.layout), "world_size": launch.world_size()}

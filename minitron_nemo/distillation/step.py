@@ -24,15 +24,20 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from minitron_nemo.data.sampler import Microbatch
+from minitron_nemo.distillation.intermediate import IntermediateLoss
 from minitron_nemo.distillation.objective import DistillationObjective
-from minitron_nemo.distillation.teacher import TeacherSignal, TeacherSource, gather_sequence
+from minitron_nemo.distillation.teacher import TeacherSignal, TeacherSource
 from minitron_nemo.kernels import LossSums
 from minitron_nemo.models.build import Model
+from minitron_nemo.models.states import gather_sequence
 from minitron_nemo.parallel.device import current_device
 
 # The sums a step reports: of the weighted divergence, of the weighted cross-entropy, of tokens, of their weights, of
-# tokens whose loss is not finite.
-SUMS = ("logits", "ce", "tokens", "weight", "nonfinite")
+# tokens whose loss is not finite; of the intermediate losses, without and with their alpha.
+LOGITS_SUMS = ("logits", "ce", "tokens", "weight", "nonfinite")
+SUMS = (*LOGITS_SUMS, "hidden", "alpha_hidden")
+# A microbatch, the teacher's final states, and those that intermediate losses on this rank need.
+Item = tuple[Microbatch, Tensor | None, dict[int, Tensor]]
 
 
 class Step:
@@ -43,8 +48,11 @@ class Step:
         student: Model,
         teacher: TeacherSource | None,
         objective: DistillationObjective,
+        *,
+        intermediate: IntermediateLoss | None = None,
     ) -> None:
         self.student = student
+        self.intermediate = intermediate
         self.teacher = teacher
         self.objective = objective
         tp = student.layout.tensor_model_parallel_size
@@ -55,15 +63,32 @@ class Step:
         self._signal = TeacherSignal([], None)
 
     def __call__(self, microbatches: Sequence[Microbatch]) -> Tensor:
-        """Leave the mean gradient of the global batch in `main_grad` and return this rank's `SUMS`, fp64 [5].
+        """Leave the mean gradient of the global batch in `main_grad` and return this rank's `SUMS`, fp64 [7].
 
         Every rank passes its data-parallel share of the batch: microbatches of one shape, which may differ from call
         to call. Gradients: as Megatron leaves them, reduced over the
         data-parallel group (each rank's own shard of it), summed losses divided by the number of tokens whose weight
-        is not 0. The sums are this data-parallel rank's, on the last pipeline stage; zero on the other stages.
+        is not 0. The sums are this data-parallel rank's, on the last pipeline stage; zero on the other stages, but for
+        the intermediate losses, which count where they are.
         """
+        if self.intermediate is not None and self.intermediate.balance.alpha is None:
+            # The first dynamic alpha comes from a pass of its own: its ratio is known when all forwards are done.
+            self._update_alpha(self._run(microbatches, forward_only=True))
+        sums = self._run(microbatches)
+        if self.intermediate is not None:
+            self._update_alpha(sums)
+        return sums
+
+    def _update_alpha(self, sums: Tensor) -> None:
+        assert self.intermediate is not None
+        self.intermediate.balance.update(sums[SUMS.index("logits")], sums[SUMS.index("hidden")])
+
+    def _run(self, microbatches: Sequence[Microbatch], forward_only: bool = False) -> Tensor:
+        """This rank's `SUMS` over the batch; with `forward_only` no gradient is touched."""
         for chunk in self.student.chunks:
             chunk.zero_grad_buffer()
+        if self.intermediate is not None:
+            self.intermediate.begin()
         self._tokens.zero_()
         self._reports = []
         size = len(microbatches) if self.teacher is None else self.teacher.window
@@ -72,26 +97,35 @@ class Step:
             window = microbatches[start : start + size]
             if self.teacher is not None:
                 self._signal = self.teacher.step(window)
-            reports = self._forward_backward(window, last=start + size >= len(microbatches))
+            reports = self._forward_backward(window, start + size >= len(microbatches), forward_only)
             self._reports += zip(window, reports, strict=False)  # stages before the last have none
         self._signal = TeacherSignal([], None)
-        return sum((report for _, report in self._reports), sums)
+        for _, report in self._reports:
+            sums[: len(LOGITS_SUMS)] += report
+        if self.intermediate is not None:
+            self.intermediate.current = None
+            hidden, weighted, nonfinite = self.intermediate.sums()
+            sums[len(LOGITS_SUMS) :] = torch.stack([hidden, weighted])
+            sums[SUMS.index("nonfinite")] += nonfinite
+        return sums
 
     def nonfinite(self) -> list[str]:
         """The microbatches of the last call whose loss is not finite, on the ranks that computed it."""
         counted = [(batch, report.tolist()) for batch, report in self._reports]
-        return [
+        found = [] if self.intermediate is None else self.intermediate.nonfinite()
+        return found + [
             f"microbatch {index} (samples {', '.join(batch['sample_ids'])}): "
             f"{report[SUMS.index('nonfinite')]:.0f} of {batch['labels'].numel()} tokens"
             for index, (batch, report) in enumerate(counted)
             if report[SUMS.index("nonfinite")]
         ]
 
-    def _forward_backward(self, window: Sequence[Microbatch], last: bool) -> list[Tensor]:
+    def _forward_backward(self, window: Sequence[Microbatch], last: bool, forward_only: bool) -> list[Tensor]:
         chunks = self.student.chunks
         micro_batch_size, sequence_length = window[0]["tokens"].shape
-        states: Sequence[Tensor | None] = self._signal.hidden or [None] * len(window)
-        items = list(zip(window, states, strict=True))
+        final: Sequence[Tensor | None] = self._signal.hidden or [None] * len(window)
+        states = self._signal.states or [{} for _ in window]
+        items = list(zip(window, final, states, strict=True))
         config = self.student.config
         config.finalize_model_grads_func = partial(self._finalize, last)
         config.no_sync_func = self._no_sync_func(last)
@@ -107,7 +141,7 @@ class Step:
                 num_microbatches=len(items),
                 seq_length=sequence_length,
                 micro_batch_size=micro_batch_size,
-                forward_only=False,
+                forward_only=forward_only,
             )
 
     def _no_sync_func(self, last: bool) -> Any:
@@ -124,13 +158,17 @@ class Step:
         self._tokens += num_tokens
         if last:
             finalize_model_grads(model, self._tokens, **kwargs)
+            if self.intermediate is not None:
+                self.intermediate.reduce_gradients(self._tokens)
 
-    def _forward_step(self, items: Iterator[tuple[Microbatch, Tensor | None]], chunk: Any) -> tuple[Tensor, Any]:
-        microbatch, states = next(items)
+    def _forward_step(self, items: Iterator[Item], chunk: Any) -> tuple[Tensor, Any]:
+        microbatch, final, states = next(items)
+        if self.intermediate is not None:
+            self.intermediate.current = (microbatch, states)
         layer = self.student.output_layer
         if layer is not None:
             # Only the chunk that owns the output layer calls it, within this forward.
-            layer.head = partial(self._head, microbatch, states)
+            layer.head = partial(self._head, microbatch, final)
         return chunk(microbatch["tokens"], microbatch["position_ids"], None), self._report
 
     def _head(self, microbatch: Microbatch, states: Tensor | None, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -154,6 +192,6 @@ class Step:
         """What Megatron's schedule asks of a loss with `calculate_per_token_loss`: sum, integer count, report."""
         sums, self._sums = self._sums, None
         assert sums is not None, "the output layer did not call its head"
-        report = torch.stack([getattr(sums, name).detach().to(torch.float64) for name in SUMS])
+        report = torch.stack([getattr(sums, name).detach().to(torch.float64) for name in LOGITS_SUMS])
         # sum(): the schedule frees the output it gets, which must not be a view.
         return output.sum(), sums.tokens.to(torch.int), report

@@ -1,24 +1,24 @@
 """Where the teacher's states come from.
 
 The student's last stage needs the teacher's states after its final norm and its output weight, nothing else: 2 * h_t
-bytes per token instead of 2 * vocabulary. A `TeacherSource` gives them for a few microbatches at a time, a window: the
-step asks for a window's states, runs the student on it, and goes on to the next.
+bytes per token instead of 2 * vocabulary. Stages with intermediate losses need the states of their pairs. A
+`TeacherSource` gives them for a few microbatches at a time, a window: the step asks for a window's states, runs the
+student on it, and goes on to the next.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from minitron_nemo.data.sampler import Microbatch
 from minitron_nemo.errors import UserError
 from minitron_nemo.models.build import Model
 from minitron_nemo.models.forward import forward_only
+from minitron_nemo.models.states import Delivery, StateCapture, shard_sequence
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,13 @@ class TeacherSignal:
     """What the loss needs of the teacher, on the ranks of the student's last pipeline stage; nothing elsewhere.
 
     `hidden` has one [s/tp, b, h_t] per microbatch: this tensor-parallel rank's part of the sequence. `output_weight` is
-    this rank's rows of the output projection, [padded_vocab/tp, h_t].
+    this rank's rows of the output projection, [padded_vocab/tp, h_t]. `states` has one {state: [s/tp, b, h_t]} per
+    microbatch, on every stage: what the intermediate losses there need (see `models.states`).
     """
 
     hidden: list[Tensor]
     output_weight: Tensor | None
+    states: list[dict[int, Tensor]] = field(default_factory=list)
 
 
 class TeacherSource(Protocol):
@@ -50,7 +52,16 @@ class ColocatedTeacher:
     of at most `micro_batch_size` x `sequence_length` tokens.
     """
 
-    def __init__(self, model: Model, *, sequence_length: int, micro_batch_size: int, buffer_bytes: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        sequence_length: int,
+        micro_batch_size: int,
+        buffer_bytes: int,
+        deliveries: Sequence[Delivery] = (),
+    ) -> None:
+        """`deliveries` are the states that intermediate losses need, and the pipeline ranks that need them."""
         layout = model.layout
         tp = layout.tensor_model_parallel_size
         if sequence_length % tp:
@@ -59,10 +70,12 @@ class ColocatedTeacher:
                 f"{tp}, over which the teacher's states are split; change one of them"
             )
         self.model = model
+        self.capture = StateCapture(model, deliveries)
         tokens = micro_batch_size * sequence_length // tp
         element_size = next(model.chunks[0].parameters()).element_size()
         self.window = window_size(
-            state_bytes=tokens * model.architecture.hidden_size * element_size,
+            # The final states, and those of the pairs on the rank with most of them.
+            state_bytes=(1 + self.capture.states_held()) * tokens * model.architecture.hidden_size * element_size,
             buffer_bytes=buffer_bytes,
             multiple_of=layout.pipeline_model_parallel_size if layout.virtual_pipeline_model_parallel_size else 1,
         )
@@ -87,14 +100,12 @@ class ColocatedTeacher:
             micro_batch_size,
             self._keep,
         )
-        return TeacherSignal(hidden, self.output_weight)
+        states = self.capture.take([tuple(batch["tokens"].shape) for batch in microbatches])
+        return TeacherSignal(hidden, self.output_weight, states)
 
     def _keep(self, output: Tensor, microbatch: Microbatch) -> Tensor:
-        states = output.transpose(0, 1)  # [b, s, h] -> [s, b, h]; the sequence is [s/tp] already under SP
-        tp = self.model.layout.tensor_model_parallel_size
-        if tp > 1 and not self.model.layout.sequence_parallel:
-            states = states.chunk(tp)[parallel_state.get_tensor_model_parallel_rank()]  # [s/tp, b, h]
-        return states.contiguous()
+        # [b, s, h] -> [s, b, h]; the sequence is [s/tp] already under sequence parallelism
+        return shard_sequence(output.transpose(0, 1), self.model.layout)
 
 
 def window_size(*, state_bytes: int, buffer_bytes: int, multiple_of: int) -> int:
@@ -103,13 +114,3 @@ def window_size(*, state_bytes: int, buffer_bytes: int, multiple_of: int) -> int
     Interleaved schedules take microbatches in groups of the pipeline size, so a window is a multiple of it.
     """
     return max(buffer_bytes // state_bytes // multiple_of, 1) * multiple_of
-
-
-def gather_sequence(shard: Tensor) -> Tensor:
-    """[s/tp, ...] of every tensor-parallel rank -> [s, ...] on each. Not differentiable."""
-    tp = parallel_state.get_tensor_model_parallel_world_size()
-    if tp == 1:
-        return shard
-    whole = shard.new_empty((shard.shape[0] * tp, *shard.shape[1:]))
-    torch.distributed.all_gather(list(whole.chunk(tp)), shard, group=parallel_state.get_tensor_model_parallel_group())
-    return whole

@@ -12,6 +12,7 @@ from minitron_nemo.checkpoint.fingerprint import fingerprint
 from minitron_nemo.config import Recipe, TrainConfig
 from minitron_nemo.data.dataset import open_train
 from minitron_nemo.data.sampler import Sampler
+from minitron_nemo.distillation.intermediate import IntermediateLoss, deliveries, resolve_pairs
 from minitron_nemo.distillation.objective import DistillationObjective
 from minitron_nemo.distillation.optimizer import ddp_config, params_dtype
 from minitron_nemo.distillation.phases import check_phases, segments, stretches
@@ -68,19 +69,26 @@ def train(
     launch.initialize(layout, config.seed)
     student = _model(student_dir, layout, config, ddp=True)
     objective = DistillationObjective.from_config(recipe.distill)
-    teacher = None
+    teacher = intermediate = None
     if teacher_dir is None:
         objective = DistillationObjective.cross_entropy(recipe.distill.chunk_bytes)
     elif objective.needs_teacher:
+        model = _model(teacher_dir, layout, config, ddp=False)
+        _check_vocabularies(student_dir, student, teacher_dir, model)
+        pairs = resolve_pairs(recipe.distill.intermediate, model.architecture, student.architecture)
+        if pairs:
+            intermediate = IntermediateLoss(
+                student, model.architecture, pairs, recipe.distill.intermediate, seed=config.seed
+            )
         run = segments(config, data.sequence_length)
         largest = max(run, key=lambda segment: segment.micro_batch_size * segment.sequence_length)
         teacher = ColocatedTeacher(
-            _model(teacher_dir, layout, config, ddp=False),
+            model,
             sequence_length=largest.sequence_length,
             micro_batch_size=largest.micro_batch_size,
             buffer_bytes=recipe.teacher.buffer_bytes,
+            deliveries=deliveries(pairs, model, student),
         )
-        _check_vocabularies(student_dir, student, teacher_dir, teacher.model)
     blend = open_train(data, prepared)
     trainer = Trainer(
         config,
@@ -98,6 +106,7 @@ def train(
             "student": launch.from_rank_0(lambda: fingerprint(student_dir)),
             "teacher": None if teacher_dir is None else launch.from_rank_0(lambda: fingerprint(teacher_dir)),
         },
+        intermediate=intermediate,
     )
     outcome = trainer.run()
     if outcome == "done":

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from minitron_nemo.config import TrainConfig
 from minitron_nemo.data.sampler import Sampler, microbatches
+from minitron_nemo.distillation.intermediate import IntermediateLoss
 from minitron_nemo.distillation.objective import DistillationObjective
 from minitron_nemo.distillation.optimizer import build_optimizer, set_learning_rate
 from minitron_nemo.distillation.phases import Segment, segment_of, segments
@@ -49,6 +50,7 @@ class Trainer:
         run_dir: Path,
         name: str,
         settings: Mapping[str, Any],
+        intermediate: IntermediateLoss | None = None,
     ) -> None:
         self.config = config
         self.student = student
@@ -58,9 +60,15 @@ class Trainer:
         self.name = name
         self.schedule = Schedule.from_config(config)
         self.segments = segments(config, sampler.blend.sequence_length)
-        self.optimizer = build_optimizer(config, student)
-        self.step = Step(student, teacher, objective)
-        self.state = TrainingState(directory, student, self.optimizer, settings, config.keep_last)
+        self.trained = [*student.chunks, *(intermediate.chunks if intermediate else [])]
+        self.optimizer = build_optimizer(config, student, self.trained[len(student.chunks) :])
+        self.step = Step(
+            student,
+            teacher,
+            objective,
+            intermediate=intermediate,
+        )
+        self.state = TrainingState(directory, student, self.optimizer, settings, config.keep_last, intermediate)
         self.meter = Meter(objective)
         self.iteration = 0
         self.reports: list[Report] = []
@@ -182,7 +190,7 @@ class Trainer:
     def _wait_for_parameters(self) -> None:
         """Under overlap_param_gather the updated parameters arrive during the next forward; here there is none."""
         if self.config.overlap_param_gather:
-            for chunk in self.student.chunks:
+            for chunk in self.trained:
                 chunk.start_param_sync(force_sync=True)
 
     def _status(self, state: State, reason: str | None = None) -> None:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from minitron_nemo.arch import Architecture
-from minitron_nemo.config import TrainConfig
+from minitron_nemo.config import IntermediateConfig, TrainConfig
 from minitron_nemo.data.sampler import Sampler
+from minitron_nemo.distillation.intermediate import IntermediateLoss, deliveries, resolve_pairs
 from minitron_nemo.distillation.objective import DistillationObjective
 from minitron_nemo.distillation.optimizer import ddp_config, params_dtype
 from minitron_nemo.distillation.phases import segments, stretches
@@ -99,6 +100,7 @@ class Job:
     layout: Layout = field(default_factory=Layout)
     config: dict[str, Any] = field(default_factory=dict)
     buffer_bytes: int = 2**30
+    intermediate: IntermediateConfig = field(default_factory=lambda: IntermediateConfig(pairs=[]))
 
     def train_config(self) -> TrainConfig:
         settings: dict[str, Any] = {
@@ -131,14 +133,18 @@ def run(job: Job, events: Mapping[int, Callable[[], None]] | None = None) -> Res
         Architecture.load(job.student), job.layout, dtype=dtype, ddp=ddp_config(config), recompute=config.recompute
     )
     load_model(student, job.student)
-    objective, teacher = DistillationObjective.cross_entropy(2**20), None
+    objective, teacher, intermediate = DistillationObjective.cross_entropy(2**20), None, None
     if job.teacher is not None:
         objective = DistillationObjective(ce_weight=0.1)
         model = build_model(Architecture.load(job.teacher), job.layout, dtype=dtype)
         load_model(model, job.teacher)
         run_segments = segments(config, SEQUENCE)
+        pairs = resolve_pairs(job.intermediate, model.architecture, student.architecture)
+        if pairs:
+            intermediate = IntermediateLoss(student, model.architecture, pairs, job.intermediate, config.seed)
         teacher = ColocatedTeacher(
             model,
+            deliveries=deliveries(pairs, model, student),
             sequence_length=max(part.sequence_length for part in run_segments),
             micro_batch_size=max(part.micro_batch_size for part in run_segments),
             buffer_bytes=job.buffer_bytes,
@@ -153,6 +159,7 @@ def run(job: Job, events: Mapping[int, Callable[[], None]] | None = None) -> Res
         run_dir=job.directory,
         name="distill",
         settings={"train.lr": config.lr, "train.steps": config.steps},
+        intermediate=intermediate,
     )
     outcome = trainer.run()
     tensors = {
@@ -160,6 +167,8 @@ def run(job: Job, events: Mapping[int, Callable[[], None]] | None = None) -> Res
         for index, module in enumerate(student.modules)
         for name, parameter in module.named_parameters()
     }
+    if intermediate is not None and intermediate.projection is not None:
+        tensors["projection"] = intermediate.projection.module.weight.detach().clone()
     inner = trainer.optimizer.chained_optimizers[0].optimizer
     for number, state in inner.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{key}": value.clone() for key, value in state.items()}

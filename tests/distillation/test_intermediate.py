@@ -1,0 +1,195 @@
+"""Intermediate losses: against Hugging Face models in fp64, on any stage of any layout; their map is training state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+from torch.nn import functional
+from transformers import LlamaForCausalLM
+
+from minitron_nemo.arch import Architecture
+from minitron_nemo.checkpoint.transform import convert
+from minitron_nemo.config import IntermediateConfig, TrainConfig
+from minitron_nemo.distillation.intermediate import IntermediateLoss, deliveries, resolve_pairs
+from minitron_nemo.distillation.objective import DistillationObjective
+from minitron_nemo.distillation.optimizer import ddp_config
+from minitron_nemo.distillation.step import SUMS, Step
+from minitron_nemo.distillation.teacher import ColocatedTeacher
+from minitron_nemo.models.build import build_model
+from minitron_nemo.models.checkpoint import load_model
+from minitron_nemo.parallel import launch
+from minitron_nemo.parallel.layout import Layout
+from tests.distillation.reference import random_microbatches
+from tests.distillation.test_step import LAYOUTS, SEQUENCE, own_share, whole_gradients, worst_gradient
+from tests.pool import run_distributed
+from tests.tiny import write_tiny_llama
+
+# The embedding's output, states of the first, a middle and the last stage; from the teacher's last stage to the
+# student's first and the other way round.
+PAIRS = [[-1, -1], [3, 0], [1, 2], [0, 3]]
+ALPHA = 0.37
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    write_tiny_llama(root / "teacher_hf", seed=0)
+    write_tiny_llama(root / "student_hf", hidden_size=48, ffn_hidden_size=64, seed=1)
+    write_tiny_llama(root / "tied_hf", hidden_size=48, ffn_hidden_size=64, tied=True, seed=2)
+    write_tiny_llama(root / "wide_hf", ffn_hidden_size=64, num_layers=3, seed=3)
+    paths: dict[str, Path] = {}
+    for name in ("teacher", "student", "tied", "wide"):
+        convert(root / f"{name}_hf", root / name, "megatron")
+        paths |= {name: root / name, f"{name}_hf": root / f"{name}_hf"}
+    return paths
+
+
+@dataclass(frozen=True)
+class Expected:
+    hidden: float
+    gradients: dict[str, Tensor]
+    projection: Tensor | None
+
+
+def projection_of(models: dict[str, Path], student: str) -> Tensor | None:
+    widths = [Architecture.load(models[name]).hidden_size for name in ("teacher", student)]
+    if widths[0] == widths[1]:
+        return None
+    return torch.randn(*widths, generator=torch.Generator().manual_seed(5)) * 0.2
+
+
+def states_of(model: LlamaForCausalLM) -> dict[int, Tensor]:
+    """Filled by the next forward: the output of every norm that reads the stream after layer k, -1 the embedding."""
+    norms = [layer.input_layernorm for layer in model.model.layers] + [model.model.norm]
+    found: dict[int, Tensor] = {}
+    for state, norm in enumerate(norms, start=-1):
+        norm.register_forward_hook(lambda _module, _inputs, output, state=state: found.__setitem__(state, output))
+    return found
+
+
+def expected_intermediate(
+    models: dict[str, Path], student: str, pairs: list[list[int]], kind: str, alpha: float = ALPHA
+) -> Expected:
+    """By the book: the gradient of (sum of KL + alpha * sum over pairs of the distance) / tokens."""
+    own = LlamaForCausalLM.from_pretrained(models[f"{student}_hf"], dtype=torch.float64, attn_implementation="eager")
+    other = LlamaForCausalLM.from_pretrained(models["teacher_hf"], dtype=torch.float64, attn_implementation="eager")
+    own_states, other_states = states_of(own), states_of(other)
+    projection = projection_of(models, student)
+    if projection is not None:
+        projection = projection.double().requires_grad_()
+    total, hidden, tokens = torch.zeros([], dtype=torch.float64), torch.zeros([], dtype=torch.float64), 0
+    for batch in random_microbatches(4, sequence_length=SEQUENCE):
+        weights = batch["token_weights"].double()
+        tokens += int((weights != 0).sum())
+        q = own(batch["tokens"]).logits.log_softmax(-1)
+        with torch.no_grad():
+            p = other(batch["tokens"]).logits.log_softmax(-1)
+        total = total + (weights * (p.exp() * (p - q)).sum(-1)).sum()
+        for teacher_state, student_state in pairs:
+            y, t = own_states[student_state], other_states[teacher_state].detach()
+            y = y if projection is None else y @ projection.T
+            apart = 1 - functional.cosine_similarity(y, t, dim=-1) if kind == "cosine" else (y - t).square().mean(-1)
+            hidden = hidden + (weights * apart).sum()
+    ((total + alpha * hidden) / tokens).backward()
+    gradients = {name: parameter.grad for name, parameter in own.named_parameters() if parameter.grad is not None}
+    return Expected(hidden.item(), gradients, None if projection is None else projection.grad)
+
+
+def built_step(
+    layout: Layout,
+    paths: tuple[Path, Path],
+    config: IntermediateConfig,
+    train: TrainConfig,
+    projection: Tensor | None,
+    buffer_bytes: int = 2**30,
+) -> Step:
+    launch.initialize(layout, seed=1)
+    student = build_model(
+        Architecture.load(paths[0]), layout, dtype=torch.float32, ddp=ddp_config(train), recompute=train.recompute
+    )
+    model = build_model(Architecture.load(paths[1]), layout, dtype=torch.float32)
+    load_model(student, paths[0])
+    load_model(model, paths[1])
+    pairs = resolve_pairs(config, model.architecture, student.architecture)
+    intermediate = IntermediateLoss(student, model.architecture, pairs, config, seed=1)
+    for chunk in intermediate.chunks:
+        chunk.module.weight.data.copy_(projection)
+    teacher = ColocatedTeacher(
+        model,
+        sequence_length=SEQUENCE,
+        micro_batch_size=1,
+        buffer_bytes=buffer_bytes,
+        deliveries=deliveries(pairs, model, student),
+    )
+    return Step(
+        student,
+        teacher,
+        DistillationObjective(),
+        intermediate=intermediate,
+    )
+
+
+def projection_gradient(step: Step) -> Tensor | None:
+    """Each data-parallel rank's shard gathered."""
+    assert step.intermediate is not None
+    if step.intermediate.projection is None:
+        return None
+    group = parallel_state.get_data_parallel_group()
+    (buffer,) = step.intermediate.projection.buffers
+    (bucket,) = buffer.buckets
+    shards = list(bucket.grad_data.chunk(group.size()))
+    torch.distributed.all_gather(shards, shards[group.rank()].clone(), group=group)
+    return step.intermediate.projection.module.weight.main_grad.clone()
+
+
+def one_step(*args: Any, expected: Expected, times: int = 1, **kwargs: Any) -> tuple[float, tuple[float, str], Any]:
+    """On a rank: the loss over all ranks that own pairs, the worst gradient of the student, that of the map."""
+    step = built_step(*args, **kwargs)
+    for _ in range(times):
+        sums = step(own_share(random_microbatches(4, sequence_length=SEQUENCE)))
+    for group in (parallel_state.get_data_parallel_group(), parallel_state.get_pipeline_model_parallel_group()):
+        torch.distributed.all_reduce(sums, group=group)
+    assert sums[SUMS.index("nonfinite")] == 0
+    assert sums[SUMS.index("alpha_hidden")] == pytest.approx(ALPHA * sums[SUMS.index("hidden")].item())
+    worst = worst_gradient(whole_gradients(step.student), expected.gradients, groups=4)
+    return sums[SUMS.index("hidden")].item(), worst, projection_gradient(step)
+
+
+def check(outcomes: list[Any], expected: Expected, owners: int) -> None:
+    for hidden, (error, name), _ in outcomes:
+        assert hidden == pytest.approx(expected.hidden, rel=1e-5)
+        assert error < 1e-5, name
+    found = [gradient for _, _, gradient in outcomes if gradient is not None]
+    assert len(found) == owners
+    for gradient in found:
+        assert expected.projection is not None
+        error = (gradient - expected.projection).abs().max() / expected.projection.abs().max()
+        assert error < 1e-5
+
+
+def train_config(**settings: Any) -> TrainConfig:
+    return TrainConfig(steps=1, global_batch_size=4, precision="fp32", **settings)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loss_and_gradients_match_the_fp64_formula(models: dict[str, Path], layout: str, recompute: bool) -> None:
+    world_size, sizes = LAYOUTS[layout]
+    expected = expected_intermediate(models, "student", PAIRS, "cosine")
+    outcomes = run_distributed(
+        world_size,
+        one_step,
+        sizes,
+        (models["student"], models["teacher"]),
+        IntermediateConfig(pairs=PAIRS, alpha=ALPHA),
+        train_config(recompute=recompute),
+        projection_of(models, "student"),
+        expected=expected,
+    )
+    check(outcomes, expected, owners=world_size)
