@@ -65,10 +65,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     plan = _recipe_verb(verbs, "plan", "check every key of a recipe and print parameters, tokens, steps and FLOPs")
-    plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    forms = plan.add_mutually_exclusive_group()
+    forms.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    forms.add_argument("--shell", action="store_true", help="print the variables that launch/common.sh needs")
     plan.set_defaults(function=_plan)
     for name, description in STEPS.items():
-        _recipe_verb(verbs, name, description).set_defaults(function=_steps)
+        _recipe_verb(verbs, name, description).set_defaults(function=_steps, until=None)
+    verbs.choices["run"].add_argument("--until", choices=("prune",), help="end after this step")
+    submit = _recipe_verb(verbs, "submit", "check a recipe and submit it to Slurm by its `cluster` section")
+    submit.add_argument("--dry-run", action="store_true", help="print the command lines of sbatch instead")
+    submit.set_defaults(function=_submit)
     convert = verbs.add_parser("convert", help="write a checkpoint in another format", description=CONVERT)
     convert.add_argument(
         "source", help="checkpoint directory or .gguf file, or a recipe: then its model.source is converted"
@@ -102,10 +108,28 @@ def _recipe_verb(verbs: argparse._SubParsersAction, name: str, description: str)
 
 
 def _plan(options: argparse.Namespace) -> int:
+    from minitron_nemo.parallel import launch
+
+    launch.silence_known_warnings()
     from minitron_nemo.preflight import preflight, text
 
     plan = preflight(load_recipe(options.recipe, options.overrides))
+    if options.shell:
+        from minitron_nemo.submit import shell_variables
+
+        print(shell_variables(plan))
+        return 0
     print(json.dumps(plan.to_dict(), indent=2) if options.json else text(plan))
+    return 0
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from minitron_nemo.parallel import launch
+
+    launch.silence_known_warnings()
+    from minitron_nemo.submit import submit
+
+    print(submit(load_recipe(options.recipe, options.overrides), options.recipe, options.overrides, options.dry_run))
     return 0
 
 
@@ -118,7 +142,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _convert(options: argparse.Namespace) -> int:
     if options.source.endswith((".yaml", ".yml")):
-        options.recipe, options.overrides = Path(options.source), options.rest
+        options.recipe, options.overrides, options.until = Path(options.source), options.rest, None
         return _steps(options)
     if len(options.rest) != 1 or options.to is None:
         raise UserError("convert: give SRC DST --to hf|megatron, or a recipe")
@@ -143,7 +167,7 @@ def _steps(options: argparse.Namespace) -> int:
     from minitron_nemo.run import Stopped, run_chain
 
     try:
-        run_chain(recipe, None if options.verb == "run" else options.verb)
+        run_chain(recipe, None if options.verb == "run" else options.verb, options.until)
     except Stopped:
         return EXIT_STOPPED
     launch.shutdown()  # not after an error: other ranks may be in the middle of a collective
@@ -171,7 +195,8 @@ def _launch_locally(recipe: Recipe, options: argparse.Namespace) -> int:
         LOCAL: "1",
     }
     common = {"OMP_NUM_THREADS": "1", **os.environ, **common}
-    command = [sys.executable, "-m", "minitron_nemo.cli", options.verb, str(options.recipe), *options.overrides]
+    until = [] if options.until is None else ["--until", options.until]
+    command = [sys.executable, "-m", "minitron_nemo.cli", options.verb, str(options.recipe), *options.overrides, *until]
     workers = [
         subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(recipe.cluster.processes_per_node)

@@ -194,10 +194,22 @@ class ExportConfig:
 
 @dataclass
 class ClusterConfig:
+    """Where the job runs; what is None is left to Slurm's defaults and sbatch's environment variables."""
+
     launcher: str = "none"  # none: this process or the job it is part of; local: start the processes here
     nodes: int = 1
+    prune_nodes: int | None = None  # a job of its own, before the distillation's, for all steps up to the pruning
     processes_per_node: int = 1  # one per GPU
+    gpus_per_node: int | None = None  # asked of Slurm; the same number, where GPUs have to be asked for
+    time: str | None = None  # limit of a job, in Slurm's notation: minutes, [days-]hours:minutes:seconds
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    signal_seconds: int = 300  # before the time limit, the processes are told to save and stop
+    max_requeues: int = 20
+    sbatch: list[str] = field(default_factory=list)  # further options, e.g. --reservation=NAME
     container: str | None = None
+    container_mounts: list[str] = field(default_factory=list)  # SRC:DST[:FLAGS]
 
 
 @dataclass

@@ -13,7 +13,7 @@ from minitron_nemo.arch import Architecture
 from minitron_nemo.arch.counts import forward_flops_per_token, non_embedding_parameters, parameters
 from minitron_nemo.arch.huggingface import hf_warnings
 from minitron_nemo.checkpoint.source import open_source
-from minitron_nemo.config import Recipe
+from minitron_nemo.config import ClusterConfig, Recipe
 from minitron_nemo.data.pypi import cached
 from minitron_nemo.distillation.balance import check_alpha
 from minitron_nemo.distillation.intermediate import AUTO, resolve_pairs
@@ -56,6 +56,7 @@ POSITIVE = (
     "evaluate.micro_batch_size",
     "cluster.nodes",
     "cluster.processes_per_node",
+    "cluster.signal_seconds",
 )
 
 
@@ -219,6 +220,22 @@ def _check_values(recipe: Recipe) -> None:
         raise UserError(f"distill.jsd_beta: {recipe.distill.jsd_beta} must lie between 0 and 1, neither of them")
     if recipe.distill.logits_weight <= 0 and recipe.distill.ce_weight <= 0:
         raise UserError("distill: logits_weight and ce_weight are both 0; there is nothing to train on")
+    _check_cluster(recipe.cluster)
+
+
+def _check_cluster(cluster: ClusterConfig) -> None:
+    if cluster.gpus_per_node not in (None, cluster.processes_per_node):
+        raise UserError(
+            f"cluster.gpus_per_node: {cluster.gpus_per_node} is not the {cluster.processes_per_node} of "
+            "cluster.processes_per_node; every GPU gets one process"
+        )
+    if cluster.prune_nodes is not None and cluster.prune_nodes <= 0:
+        raise UserError(f"cluster.prune_nodes: {cluster.prune_nodes} must be greater than 0")
+    if cluster.max_requeues < 0:
+        raise UserError(f"cluster.max_requeues: {cluster.max_requeues} must not be negative")
+    for mount in cluster.container_mounts:
+        if ":" not in mount or "," in mount:
+            raise UserError(f"cluster.container_mounts: {mount!r} is not SRC:DST")
     check_alpha(recipe.distill.intermediate.alpha)
 
 

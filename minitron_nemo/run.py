@@ -187,14 +187,16 @@ class Chain:
         return lambda key: self._transform(self.distilled, output, to, self.recipe.export.dtype)
 
 
-def run_chain(recipe: Recipe, only: str | None = None) -> None:
-    """Run the whole chain, or the one step `only`, on every rank of the job.
+def run_chain(recipe: Recipe, only: str | None = None, until: str | None = None) -> None:
+    """Run the whole chain, all of it up to and with the step `until`, or the step `only`, on every rank of the job.
 
     Raises UserError for wrong input, Stopped where a signal ended the training with its state saved.
     """
     plan = launch.from_rank_0(lambda: preflight(recipe, launch.world_size()))
     chain = Chain(plan)
     steps = [step for step in chain.steps() if only in (None, step.name)]
+    if until is not None:
+        steps = steps[: [step.name for step in steps].index(until) + 1]
     if not steps:
         raise UserError(f"{only}: the recipe has no such step (teacher.correction.steps is 0)")
     with _exclusive(chain.run_dir):
@@ -212,7 +214,7 @@ def run_chain(recipe: Recipe, only: str | None = None) -> None:
             except Exception as error:
                 write_status(chain.run_dir, "failed", step=step.name, reason=f"rank {launch.rank()}: {error}")
                 raise
-        launch.from_rank_0(lambda: write_status(chain.run_dir, "done", step=only))
+        launch.from_rank_0(lambda: write_status(chain.run_dir, "done", step=only or until))
 
 
 @contextmanager

@@ -63,13 +63,13 @@ def segments(config: TrainConfig, sequence_length: int) -> tuple[Segment, ...]:
     return (*ramp, *rest, *phases[1:])
 
 
-def segment_of(run: Sequence[Segment], update: int) -> Segment:
-    """The segment that `update`, counted from 1, belongs to."""
-    for segment in run:
-        if update <= segment.steps:
+def segment_at(run: Sequence[Segment], position: int) -> Segment:
+    """The segment of the update that starts after `position` samples; the last one has no end."""
+    for segment in run[:-1]:
+        if position < segment.samples:
             return segment
-        update -= segment.steps
-    raise IndexError(f"the run has no update {update} after its end")
+        position -= segment.samples
+    return run[-1]
 
 
 def stretches(config: TrainConfig, blend: Blend) -> list[Stretch]:

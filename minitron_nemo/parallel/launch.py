@@ -128,13 +128,18 @@ def _integer(environment: Mapping[str, str], name: str) -> int:
         raise UserError(f"environment: {name} is {text!r}, not a whole number") from None
 
 
+def silence_known_warnings() -> None:
+    """Leave KNOWN_WARNINGS unsaid from here on; most come with Megatron-core's import."""
+    for message in KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+
+
 def join_job() -> None:
     """Join the process group of this job and prepare torch and Megatron-core for this device. Idempotent.
 
     With several processes on one machine and no OMP_NUM_THREADS, each computes with one thread.
     """
-    for message in KNOWN_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
+    silence_known_warnings()
     job = job_from_environment(os.environ)
     if job is not None:
         device.choose(job.local_rank)

@@ -159,6 +159,14 @@ class Cluster:
         path = Path(self.job(job)["StdOut"])
         return path.read_text() if path.exists() else ""
 
+    def wait_for_output(self, job: int, text: str, seconds: float) -> None:
+        """Wait until a job has printed `text`; AssertionError when that takes longer."""
+        deadline = time.monotonic() + seconds
+        while text not in (output := self.output(job)):
+            if time.monotonic() > deadline:
+                raise AssertionError(f"job {job} did not print {text!r}:\n{output}")
+            time.sleep(0.2)
+
     def _write_configuration(self) -> None:
         for name in ("log", "munge", "spool", "state"):
             (self.directory / name).mkdir(mode=0o755)

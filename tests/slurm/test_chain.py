@@ -1,4 +1,4 @@
-"""The whole chain on two nodes, as a user submits it; stopped and submitted again."""
+"""The whole chain on two nodes, as a user submits it; stopped, it goes on by itself."""
 
 from __future__ import annotations
 
@@ -18,11 +18,17 @@ REPOSITORY = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(900)
 
 
+# For a checkout without .venv: the environment that runs the tests has a `minitron` too.
+ENVIRONMENT = {"PATH": f"{Path(sys.executable).parent}:{PATH}", "OMP_NUM_THREADS": "1"}
+TWO_NODES = ("cluster.nodes=2", "cluster.processes_per_node=1")
+
+
+def minitron(slurm: Cluster, directory: Path, *arguments: str) -> str:
+    return slurm.run("minitron", *arguments, cwd=directory, env=ENVIRONMENT, timeout=120)
+
+
 def submit(slurm: Cluster, directory: Path, recipe: Path | str, *overrides: str) -> int:
-    # For a checkout without .venv: the environment that runs the tests has a `minitron` too.
-    env = {"PATH": f"{Path(sys.executable).parent}:{PATH}", "OMP_NUM_THREADS": "1"}
-    script = REPOSITORY / "launch" / "distill.sh"
-    return slurm.sbatch(script, str(recipe), *overrides, cwd=directory, env=env)
+    return slurm.sbatch(REPOSITORY / "launch" / "distill.sh", str(recipe), *overrides, cwd=directory, env=ENVIRONMENT)
 
 
 def status(run: Path) -> dict[str, Any]:
@@ -32,9 +38,14 @@ def status(run: Path) -> dict[str, Any]:
 
 def test_the_chain_completes_on_two_nodes(slurm: Cluster, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
-    job = submit(slurm, tmp_path, recipe.name, "train.steps=3")
-    assert slurm.wait(job, 300)["JobState"] == "COMPLETED", slurm.output(job)
+    prepare = minitron(slurm, tmp_path, "submit", recipe.name, *TWO_NODES, "train.steps=3", "cluster.prune_nodes=2")
+    pruning, job = (int(line.split()[1].rstrip(":")) for line in prepare.splitlines() if line.startswith("job "))
+    assert slurm.wait(job, 300)["JobState"] == "COMPLETED", slurm.output(pruning) + slurm.output(job)
+    assert "[prune] done" in slurm.output(pruning)
+    assert "[distill]" not in slurm.output(pruning)
+    assert "[prune] unchanged, not run again" in slurm.output(job)
     run = tmp_path / "run"
+    assert {path.name for path in (run / "logs").iterdir()} == {f"{n}-{r}.log" for n in (pruning, job) for r in (0, 1)}
     assert status(run)["state"] == "done"
     manifest = json.loads((run / "manifest.json").read_text())["steps"]
     assert {step["processes"] for step in manifest.values()} == {2}
@@ -42,7 +53,7 @@ def test_the_chain_completes_on_two_nodes(slurm: Cluster, tmp_path: Path) -> Non
     assert (run / "export" / "hf" / "model.safetensors").exists()
 
 
-def test_a_signalled_job_saves_and_the_next_one_goes_on(slurm: Cluster, tmp_path: Path) -> None:
+def test_a_signalled_job_saves_and_goes_on_by_itself(slurm: Cluster, tmp_path: Path) -> None:
     steps = 120
     recipe = write_recipe(
         tmp_path, teacher={"correction": {"steps": 0}}, train={"steps": steps, "save_interval": steps}
@@ -55,17 +66,26 @@ def test_a_signalled_job_saves_and_the_next_one_goes_on(slurm: Cluster, tmp_path
         assert time.monotonic() < deadline, slurm.output(job)
         time.sleep(0.1)
     slurm.run("scancel", "--signal=USR1", str(job))
-    state = slurm.wait(job, 120)
-    assert (state["JobState"], state["ExitCode"]) == ("FAILED", "75:0"), slurm.output(job)
+    slurm.wait_for_output(job, "requeued (1 of at most 20)", 120)
     stopped = status(run)
     assert stopped["state"] == "stopped"
     assert 2 <= stopped["iteration"] < steps
 
-    job = submit(slurm, tmp_path, recipe.name)
-    assert slurm.wait(job, 300)["JobState"] == "COMPLETED", slurm.output(job)
+    ended = slurm.wait(job, 300)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), slurm.output(job)
     assert status(run)["state"] == "done"
     assert "[calibrate] unchanged, not run again" in slurm.output(job)
     assert f"resumed after update {stopped['iteration']} " in slurm.output(job)
+
+
+def test_a_recipe_that_does_not_fit_the_job_ends_with_one_line(slurm: Cluster, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, train={"global_batch_size": 5})
+    job = submit(slurm, tmp_path, recipe.name, "parallel.pipeline_model_parallel_size=1")
+    ended = slurm.wait(job, 60)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0"), slurm.output(job)
+    assert slurm.output(job).startswith("minitron: error: ")
+    assert slurm.output(job).count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.soak

@@ -1,0 +1,126 @@
+"""`minitron submit`: sbatch's command lines by a recipe's `cluster` section; what the batch scripts ask of a recipe.
+
+    launch/distill.sh                                           one job runs the whole chain
+    launch/prune.sh --afterok--> launch/distill.sh              two, where `cluster.prune_nodes` is given
+
+The scripts decide everything else inside the job, so that plain `sbatch launch/distill.sh RECIPE` does the same.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from minitron_nemo.config import Recipe
+from minitron_nemo.errors import UserError
+from minitron_nemo.preflight import Preflight, preflight
+
+MOUNTS = "MINITRON_CONTAINER_MOUNTS"  # read by launch/common.sh
+
+
+@dataclass(frozen=True)
+class Job:
+    """A batch script of launch/ with the options of sbatch that the recipe gives it."""
+
+    script: str
+    options: tuple[str, ...]
+
+    def command(self, home: Path, after: str | None, arguments: Sequence[str]) -> list[str]:
+        """sbatch's command line; `after` is the job that has to end well first."""
+        wait = [] if after is None else [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
+        return ["sbatch", "--parsable", *self.options, *wait, str(home / "launch" / self.script), *arguments]
+
+
+def jobs(recipe: Recipe) -> list[Job]:
+    """The jobs of a recipe in their order, after the recipe has been checked for each one's number of processes.
+
+    Raises UserError for what is wrong with the recipe.
+    """
+    cluster = recipe.cluster
+    preflight(recipe)
+    last = Job("distill.sh", _options(recipe, cluster.nodes))
+    if cluster.prune_nodes is None:
+        return [last]
+    preflight(recipe, cluster.prune_nodes * cluster.processes_per_node)
+    return [Job("prune.sh", _options(recipe, cluster.prune_nodes)), last]
+
+
+def submit(recipe: Recipe, path: Path, overrides: Sequence[str], dry_run: bool) -> str:
+    """Submit the recipe at `path` with `overrides`; with `dry_run`, only say how.
+
+    Returns what to tell the user: the commands, or the jobs and how to watch them. Raises UserError before anything is
+    submitted when the recipe is wrong, and for whatever sbatch refuses.
+    """
+    home = repository()
+    planned = jobs(recipe)
+    arguments = [str(path), *overrides]
+    if dry_run:
+        commands = [job.command(home, "JOB" if number else None, arguments) for number, job in enumerate(planned)]
+        mounts = [f"{MOUNTS}={_mounts(recipe)}"] if _mounts(recipe) else []
+        return "\n".join(shlex.join([*mounts, *command]) for command in commands)
+    lines, after = [], None
+    for job in planned:
+        after = _sbatch(job.command(home, after, arguments), _mounts(recipe))
+        lines.append(f"job {after}: {job.script}, output in {Path.cwd() / f'{recipe.name}-{after}.out'}")
+    logs = Path(recipe.run_dir).absolute()
+    lines += [
+        f"watch:  squeue --me; tail -F {shlex.quote(f'{recipe.name}-{after}.out')}",
+        f"state:  {logs / 'status.json'}; logs of every rank: {logs / 'logs'}",
+        f"stop:   scancel --signal=USR1 {after}   (saves and requeues; `scancel {after}` ends it)",
+    ]
+    return "\n".join(lines)
+
+
+def shell_variables(plan: Preflight) -> str:
+    """What launch/common.sh needs to know of a recipe, as assignments that a shell can evaluate."""
+    cluster = plan.recipe.cluster
+    values = {"run_dir": str(Path(plan.recipe.run_dir).absolute()), "max_requeues": str(cluster.max_requeues)}
+    return "\n".join(f"{name}={shlex.quote(value)}" for name, value in values.items())
+
+
+def repository() -> Path:
+    """The clone whose batch scripts are submitted: MINITRON_HOME, or where this package was installed from."""
+    home = Path(os.environ.get("MINITRON_HOME") or Path(__file__).parents[1])
+    if not (home / "launch" / "distill.sh").is_file():
+        raise UserError(f"{home}: has no launch/distill.sh; set MINITRON_HOME to a clone of minitron_nemo")
+    return home
+
+
+def _options(recipe: Recipe, nodes: int) -> tuple[str, ...]:
+    cluster = recipe.cluster
+    given = {
+        "gpus-per-node": cluster.gpus_per_node,
+        "time": cluster.time,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+    }
+    return (
+        f"--job-name={recipe.name}",
+        f"--nodes={nodes}",
+        f"--ntasks-per-node={cluster.processes_per_node}",
+        f"--signal=USR1@{cluster.signal_seconds}",
+        *(f"--{name}={value}" for name, value in given.items() if value is not None),
+        *cluster.sbatch,
+    )
+
+
+def _mounts(recipe: Recipe) -> str:
+    """Mounts of the recipe and, behind them, of the environment."""
+    return ",".join([*recipe.cluster.container_mounts, *filter(None, [os.environ.get(MOUNTS)])])
+
+
+def _sbatch(command: Sequence[str], mounts: str) -> str:
+    """Submit a job and return its id."""
+    environment = {**os.environ, **({MOUNTS: mounts} if mounts else {})}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    except FileNotFoundError:
+        raise UserError("sbatch: not found; submit where Slurm is installed, or see --dry-run") from None
+    except subprocess.CalledProcessError as error:
+        raise UserError(f"sbatch: {' '.join(error.stderr.split())} (of: {shlex.join(command)})") from None
+    return done.stdout.strip().split(";")[0]  # ID;CLUSTER on federations
