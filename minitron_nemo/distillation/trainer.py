@@ -16,7 +16,7 @@ from minitron_nemo.data.sampler import Sampler, microbatches
 from minitron_nemo.distillation.intermediate import IntermediateLoss
 from minitron_nemo.distillation.objective import DistillationObjective
 from minitron_nemo.distillation.optimizer import build_optimizer, set_learning_rate
-from minitron_nemo.distillation.phases import Segment, segment_of, segments
+from minitron_nemo.distillation.phases import Segment, segment_at, segments
 from minitron_nemo.distillation.progress import Progress
 from minitron_nemo.distillation.report import Meter, Report
 from minitron_nemo.distillation.schedule import Schedule
@@ -108,7 +108,7 @@ class Trainer:
             self._status("running")
             current = self.segments[0] if len(self.segments) == 1 else None
             while self.iteration < self.config.steps:
-                segment = segment_of(self.segments, self.iteration + 1)
+                segment = segment_at(self.segments, self.sampler.consumed_samples)
                 if segment is not current:
                     progress.say(f"from update {self.iteration + 1} on {segment}")
                     current = segment
