@@ -3,16 +3,15 @@
     python benchmarks/kd_loss.py                                 both sizes, fp32 and bf16, on one CPU thread (20 min)
     python benchmarks/kd_loss.py --sizes small --dtype float32
     python benchmarks/kd_loss.py --tokens 256 --vocab 8192       a quick look
-    python benchmarks/kd_loss.py --device cuda                   times against the floor of the GPU it runs on
+    python benchmarks/kd_loss.py --device cuda --tokens 8192 --vocab 128256 --student-width 3072 --teacher-width 4096
 
 From hidden states and output weights to the gradients of the student's; forward KL at temperature 1. The peers are
 their mathematics in this project's own words, Liger is Liger where liger-kernel is installed.
 
 Columns on a CPU:
-  CPU s       least process time of the repetitions; methods take turns. glibc keeps freed memory, as training has it,
-              so that no method pays for the kernel's zeroing of pages
+  CPU s       least process time of the repetitions; methods take turns
   x products  that, over the four products (student's logits, teacher's logits, dX, dW) in the inputs' dtype
-  median      the same ratio, but the median over repetitions: far from the last column means a busy machine
+  median      the same ratio, but the median over repetitions: far from the column before means a busy machine
   RSS MiB     peak resident memory of a fresh process, beyond inputs and delivered gradients
   tensors MiB peak of tensor storages, beyond delivered gradients: the same without allocator and libraries
   B/entry     bytes moved between memory and a 2 MiB cache per token x vocabulary entry, without the products
@@ -26,6 +25,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -181,7 +181,11 @@ def main() -> None:
     for size in sizes(options):
         for dtype in ("float32", "bfloat16") if options.dtype == "both" else (options.dtype,):
             print(f"\n{dtype}, {size.tokens} tokens, vocabulary {size.vocab}, ", end="")
-            print(f"widths {size.student_width} and {size.teacher_width}, chunks of {options.chunk_tokens} tokens")
+            print(
+                f"widths {size.student_width} and {size.teacher_width}, chunks of {options.chunk_tokens} tokens, ",
+                end="",
+            )
+            print(f"{options.memory} memory, load {os.getloadavg()[0]:.1f}\n")
             measure = on_gpu if device.type == "cuda" else on_cpu
             measure(size, getattr(torch, dtype), options)
 
@@ -195,12 +199,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=49152, help="with --tokens")
     parser.add_argument("--student-width", type=int, default=576, help="with --tokens")
     parser.add_argument("--teacher-width", type=int, default=576, help="with --tokens")
-    parser.add_argument("--chunk-tokens", type=int, help="of linear_kd_loss and Liger; default 256, on GPUs 2048")
+    parser.add_argument("--chunk-tokens", type=int, help="of linear_kd_loss and Liger; default 256, on GPUs 1024")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument(
+        "--memory",
+        choices=("kept", "fresh"),
+        default="kept",
+        help="kept: freed memory stays with the process, so no method pays for pages that the kernel zeroes, and the "
+        "ratio to the products is the strictest; fresh: large blocks come from the kernel each time, as glibc does",
+    )
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    options.chunk_tokens = options.chunk_tokens or (2048 if options.device == "cuda" else 256)
+    options.chunk_tokens = options.chunk_tokens or (1024 if options.device == "cuda" else 256)
     if PRODUCTS not in options.methods:
         options.methods.insert(0, PRODUCTS)
     return options
@@ -218,7 +229,8 @@ def on_cpu(size: Size, dtype: torch.dtype, options: argparse.Namespace) -> None:
     for name in options.methods:
         with spawn.Pool(1) as fresh_process:
             resident[name] = fresh_process.apply(extra_resident, (name, size, dtype, options))
-    keep_freed_memory()
+    if options.memory == "kept":
+        keep_freed_memory()
     problem = Problem.random(size, dtype, torch.device("cpu"), options.chunk_tokens)
     seconds: dict[str, list[float]] = {name: [] for name in options.methods}
     for _ in range(options.repetitions):
@@ -240,10 +252,9 @@ def on_cpu(size: Size, dtype: torch.dtype, options: argparse.Namespace) -> None:
 
 
 def keep_freed_memory() -> None:
-    """glibc's mallopt: no mmap for large blocks, no trimming."""
     libc = ctypes.CDLL(None)
-    libc.mallopt(-4, 0)
-    libc.mallopt(-1, -1)
+    libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks too come from the heap
+    libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
 
 
 def count(method: Callable[[Problem], None], problem: Problem) -> tuple[int, int]:
