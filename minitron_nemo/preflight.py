@@ -220,6 +220,7 @@ def _check_values(recipe: Recipe) -> None:
         raise UserError(f"distill.jsd_beta: {recipe.distill.jsd_beta} must lie between 0 and 1, neither of them")
     if recipe.distill.logits_weight <= 0 and recipe.distill.ce_weight <= 0:
         raise UserError("distill: logits_weight and ce_weight are both 0; there is nothing to train on")
+    check_alpha(recipe.distill.intermediate.alpha)
     _check_cluster(recipe.cluster)
 
 
@@ -236,7 +237,6 @@ def _check_cluster(cluster: ClusterConfig) -> None:
     for mount in cluster.container_mounts:
         if ":" not in mount or "," in mount:
             raise UserError(f"cluster.container_mounts: {mount!r} is not SRC:DST")
-    check_alpha(recipe.distill.intermediate.alpha)
 
 
 def _get(recipe: Recipe, key: str) -> Any:
