@@ -79,6 +79,16 @@ class Step:
             self._update_alpha(sums)
         return sums
 
+    @property
+    def alpha(self) -> float | None:
+        """Weight of the intermediate losses in the next call; None without them, or not measured yet."""
+        return None if self.intermediate is None else self.intermediate.balance.alpha
+
+    @alpha.setter
+    def alpha(self, value: float | None) -> None:
+        if self.intermediate is not None:
+            self.intermediate.balance.alpha = value
+
     def _update_alpha(self, sums: Tensor) -> None:
         assert self.intermediate is not None
         self.intermediate.balance.update(sums[SUMS.index("logits")], sums[SUMS.index("hidden")])
