@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import signal
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,19 @@ from transformers import LlamaForCausalLM
 from minitron_nemo.arch import Architecture
 from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.config import IntermediateConfig, TrainConfig
-from minitron_nemo.distillation.intermediate import IntermediateLoss, deliveries, resolve_pairs
+from minitron_nemo.distillation.balance import check_alpha
+from minitron_nemo.distillation.intermediate import IntermediateLoss, Pair, deliveries, resolve_pairs
 from minitron_nemo.distillation.objective import DistillationObjective
 from minitron_nemo.distillation.optimizer import ddp_config
 from minitron_nemo.distillation.step import SUMS, Step
 from minitron_nemo.distillation.teacher import ColocatedTeacher
+from minitron_nemo.errors import UserError
 from minitron_nemo.models.build import build_model
 from minitron_nemo.models.checkpoint import load_model
 from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
 from tests.distillation.reference import random_microbatches
+from tests.distillation.runs import Job, Result, assert_identical, run
 from tests.distillation.test_step import LAYOUTS, SEQUENCE, own_share, whole_gradients, worst_gradient
 from tests.pool import run_distributed
 from tests.tiny import write_tiny_llama
@@ -193,3 +197,188 @@ def test_loss_and_gradients_match_the_fp64_formula(models: dict[str, Path], layo
         expected=expected,
     )
     check(outcomes, expected, owners=world_size)
+
+
+@pytest.mark.parametrize("student", ["tied", "wide"])
+def test_mean_squared_error_tied_embeddings_and_equal_widths(models: dict[str, Path], student: str) -> None:
+    """`wide` has the teacher's width: no map; `auto` pairs it, as it has a layer less."""
+    world_size, sizes = LAYOUTS["PP2"]
+    pairs = [[1, 0]] if student == "wide" else PAIRS
+    expected = expected_intermediate(models, student, pairs, "mse")
+    outcomes = run_distributed(
+        world_size,
+        one_step,
+        sizes,
+        (models[student], models["teacher"]),
+        IntermediateConfig(pairs="auto" if student == "wide" else pairs, loss="mse", alpha=ALPHA),
+        train_config(),
+        projection_of(models, student),
+        expected=expected,
+    )
+    check(outcomes, expected, owners=0 if student == "wide" else world_size)
+
+
+def gradients_of(*args: Any, **kwargs: Any) -> tuple[int, dict[str, Tensor]]:
+    """On a rank: the window, and all gradients of the second of two equal steps."""
+    step = built_step(*args, **kwargs)
+    for _ in range(2):
+        step(own_share(random_microbatches(4, sequence_length=SEQUENCE)))
+    gradients = whole_gradients(step.student)
+    projection = projection_gradient(step)
+    assert step.teacher is not None
+    return step.teacher.window, gradients if projection is None else gradients | {"projection": projection}
+
+
+@pytest.mark.parametrize("layout", ["PP2 VPP2", "DP2"])
+def test_small_teacher_windows_and_overlap_give_the_same_gradients_bit_for_bit(
+    models: dict[str, Path], layout: str
+) -> None:
+    world_size, sizes = LAYOUTS[layout]
+    common = (
+        sizes,
+        (models["student"], models["teacher"]),
+        IntermediateConfig(pairs=PAIRS, alpha=ALPHA),
+    )
+    projection = projection_of(models, "student")
+    whole = run_distributed(world_size, gradients_of, *common, train_config(), projection)
+    overlapped = train_config(overlap_grad_reduce=True, recompute=True)
+    parts = run_distributed(world_size, gradients_of, *common, overlapped, projection, buffer_bytes=1)
+    for (window, gradients), (small, others) in zip(whole, parts, strict=True):
+        assert window >= 4
+        assert small == sizes.pipeline_model_parallel_size
+        assert gradients.keys() == others.keys() >= {"projection"}
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, others[name], rtol=0, atol=0, msg=name)
+
+
+def test_a_window_counts_the_states_of_the_pairs(models: dict[str, Path]) -> None:
+    """A microbatch's final states take 16 x 64 x 4 bytes; four pairs on one rank hold five times that."""
+    size = SEQUENCE * 64 * 4
+    (outcome,) = run_distributed(
+        1,
+        gradients_of,
+        Layout(),
+        (models["student"], models["teacher"]),
+        IntermediateConfig(pairs=PAIRS, alpha=ALPHA),
+        train_config(),
+        projection_of(models, "student"),
+        buffer_bytes=5 * size * 3 - 1,
+    )
+    assert outcome[0] == 2
+
+
+def interrupted(job: Job, at: int) -> list[Result]:
+    """On a rank: the run asked to stop before update `at`, then the run that goes on from there."""
+    return [run(job, {at: lambda: signal.raise_signal(signal.SIGUSR1)}), run(job)]
+
+
+@pytest.mark.parametrize("layout", ["PP2", "TP2 SP", "DP2"])
+def test_a_resumed_run_with_dynamic_alpha_is_bit_identical(
+    models: dict[str, Path], layout: str, tmp_path: Path
+) -> None:
+    world_size, sizes = LAYOUTS[layout]
+    job = Job(
+        models["student"],
+        models["teacher"],
+        tmp_path / "whole",
+        layout=sizes,
+        intermediate=IntermediateConfig(pairs=PAIRS),
+    )
+    whole = run_distributed(world_size, run, job)
+    parts = run_distributed(world_size, interrupted, replace(job, directory=tmp_path / "parts"), 3)
+    assert all(first.outcome == "stopped" for first, _ in parts)
+    assert all("projection" in result.tensors for result in whole)
+    assert_identical(whole, [second for _, second in parts])
+    alphas = [[report.alpha for report in result.reports] for result in whole]
+    assert all(len(set(values)) >= 5 for values in alphas), "the first two are of the same batch and parameters"
+    assert [report.alpha for _, second in parts for report in second.reports] == [
+        value for values in alphas for value in values[3:]
+    ]
+    if world_size > 1:
+        assert torch.equal(whole[0].tensors["projection"], whole[1].tensors["projection"])
+
+
+def test_alpha_is_the_ratio_of_the_step_before_and_the_same_on_every_layout(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Losses, alpha, gradient norms: copies of the map on other ranks count once."""
+    reports = {}
+    for layout in ("TP1 PP1", "PP2 VPP2", "TP2"):
+        world_size, sizes = LAYOUTS[layout]
+        job = Job(
+            models["student"],
+            models["teacher"],
+            tmp_path / layout,
+            layout=sizes,
+            intermediate=IntermediateConfig(pairs=PAIRS),
+        )
+        results = run_distributed(world_size, run, job)
+        reports[layout] = results[0].reports
+    first = reports["TP1 PP1"]
+    for before, after in zip(first, first[1:], strict=False):
+        assert after.alpha == pytest.approx(before.logits / before.hidden, rel=1e-6)
+    # The first alpha is of the first batch itself.
+    assert first[0].alpha == pytest.approx(first[0].logits / first[0].hidden, rel=1e-6)
+    for others in reports.values():
+        for one, other in zip(first[:4], others[:4], strict=True):
+            for name in ("loss", "hidden", "alpha", "grad_norm"):
+                assert getattr(other, name) == pytest.approx(getattr(one, name), rel=2e-5), name
+
+
+def stopped(job: Job, at: int) -> Result:
+    return run(job, {at: lambda: signal.raise_signal(signal.SIGUSR1)})
+
+
+def test_a_run_goes_on_with_its_map_on_other_stages(models: dict[str, Path], tmp_path: Path) -> None:
+    job = Job(
+        models["student"],
+        models["teacher"],
+        tmp_path / "whole",
+        intermediate=IntermediateConfig(pairs=PAIRS),
+    )
+    (whole,) = run_distributed(1, run, job)
+    moved = replace(job, directory=tmp_path / "moved", layout=LAYOUTS["PP3 uneven"][1])
+    run_distributed(3, stopped, moved, 3)
+    (resumed,) = run_distributed(1, run, replace(moved, layout=Layout()))
+    assert resumed.outcome == "done"
+    for one, other in zip(whole.reports[3:], resumed.reports, strict=True):
+        for name in ("loss", "hidden", "alpha", "grad_norm"):
+            assert getattr(other, name) == pytest.approx(getattr(one, name), rel=2e-5), name
+    torch.testing.assert_close(resumed.tensors["projection"], whole.tensors["projection"], rtol=1e-3, atol=1e-5)
+
+
+def test_gathering_parameters_during_the_forward_changes_nothing(models: dict[str, Path], tmp_path: Path) -> None:
+    job = Job(
+        models["student"],
+        models["teacher"],
+        tmp_path / "plain",
+        intermediate=IntermediateConfig(pairs=PAIRS),
+    )
+    overlapped = replace(
+        job, directory=tmp_path / "overlapped", config={"overlap_grad_reduce": True, "overlap_param_gather": True}
+    )
+    assert_identical(run_distributed(2, run, job), run_distributed(2, run, overlapped))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "named"),
+    [("all", "no list"), ([[1]], "no pair"), ([[-2, 0]], "no pair"), ([[4, 0]], "no layer 4"), ([[0, 3]], "no layer 3"),
+     ([[0, 0], [0, 0]], "twice")],
+    ids=str,
+)  # fmt: skip
+def test_pairs_that_are_none_are_refused(models: dict[str, Path], pairs: Any, named: str) -> None:
+    teacher, student = (Architecture.load(models[name]) for name in ("teacher", "wide"))
+    with pytest.raises(UserError, match=f"distill.intermediate.pairs: .*{named}"):
+        resolve_pairs(IntermediateConfig(pairs=pairs), teacher, student)
+
+
+def test_automatic_pairs_only_where_depth_is_cut(models: dict[str, Path]) -> None:
+    teacher, same, shallow = (Architecture.load(models[name]) for name in ("teacher", "student", "wide"))
+    assert resolve_pairs(IntermediateConfig(), teacher, same) == []
+    assert resolve_pairs(IntermediateConfig(), teacher, shallow) == [Pair(1, 0)]
+
+
+@pytest.mark.parametrize("alpha", ["dynamical", -1, float("nan"), True, None], ids=str)
+def test_a_weight_that_is_none_is_refused(alpha: Any) -> None:
+    with pytest.raises(UserError, match="distill.intermediate.alpha"):
+        check_alpha(alpha)
