@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from minitron_nemo.config import (
     CorrectionConfig,
     DataConfig,
     ParallelConfig,
+    PhaseConfig,
     PruneConfig,
     Recipe,
     TeacherConfig,
@@ -102,6 +104,22 @@ def test_distillation_brings_the_student_nearer_to_the_teacher(place: Path, tmp_
     _, before = heldout_losses(place, place / "student", tmp_path / "before")
     _, after = heldout_losses(place, tmp_path / "output", tmp_path / "after")
     assert after < 0.7 * before
+
+
+def test_a_phased_distillation_brings_the_student_nearer_to_the_teacher_too(place: Path, tmp_path: Path) -> None:
+    """Half of the updates on half the length, in larger microbatches and batches."""
+    whole = recipe(place)
+    phases = [PhaseConfig(steps=6), PhaseConfig(sequence_length=16, global_batch_size=16, micro_batch_size=2)]
+    phased = replace(whole, train=replace(whole.train, phases=phases))
+    outcomes = run_distributed(2, train, phased, **paths(place, tmp_path, "student", "teacher"))
+    assert outcomes == ["done", "done"]
+    _, before = heldout_losses(place, place / "student", tmp_path / "before")
+    _, after = heldout_losses(place, tmp_path / "output", tmp_path / "after")
+    assert after < 0.7 * before
+    saved = json.loads((tmp_path / "training" / "iter_0000010" / "training.json").read_text())
+    assert saved["data"]["consumed_samples"] == 6 * 8 + 4 * 16
+    assert [phase["micro_batch_size"] for phase in saved["settings"]["train.phases"]] == [None, None]
+    assert saved["settings"]["train.phases"][1]["global_batch_size"] == 16
 
 
 def test_correction_visits_samples_in_an_order_of_its_own(place: Path, tmp_path: Path) -> None:
