@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minitron_nemo.config import DistillConfig
-from minitron_nemo.kernels import LossSums, linear_kd_loss
+from minitron_nemo.kernels import LossSums, SparseTeacher, linear_kd_loss
 from minitron_nemo.kernels.linear_kd import CHUNK_BYTES
 from minitron_nemo.kernels.objective import Objective
 
@@ -50,12 +50,14 @@ class DistillationObjective(Objective):
         vocab_size: int,
         tp_group: torch.distributed.ProcessGroup | None,
         sequence_parallel: bool,
+        sparse_teacher: SparseTeacher | None = None,
     ) -> tuple[Tensor, LossSums]:
         """The sum of the objective over one microbatch, differentiable, and its parts.
 
         `student_hidden` is [s, b, h_s] after the final norm ([s/tp, b, h_s] under sequence parallelism) and
         `teacher_hidden` [s, b, h_t] likewise; the weights are this rank's rows, [padded_vocab/tp, h]. `labels` and
-        `token_weights` are [b, s]. Every rank of `tp_group` gets the same value.
+        `token_weights` are [b, s]. `sparse_teacher`, of [s*b] tokens, stands in for the teacher's states and weight.
+        Every rank of `tp_group` gets the same value.
         """
         return linear_kd_loss(
             student_hidden.flatten(0, 1),  # [s*b, h_s], the sequence outermost
@@ -67,5 +69,6 @@ class DistillationObjective(Objective):
             vocab_size=vocab_size,
             tp_group=tp_group,
             sequence_parallel=sequence_parallel,
+            sparse_teacher=sparse_teacher,
             **asdict(self),
         )

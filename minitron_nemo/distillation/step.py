@@ -27,17 +27,18 @@ from minitron_nemo.data.sampler import Microbatch
 from minitron_nemo.distillation.intermediate import IntermediateLoss
 from minitron_nemo.distillation.objective import DistillationObjective
 from minitron_nemo.distillation.teacher import TeacherSignal, TeacherSource
-from minitron_nemo.kernels import LossSums
+from minitron_nemo.kernels import LossSums, SparseTeacher
 from minitron_nemo.models.build import Model
 from minitron_nemo.models.states import gather_sequence
-from minitron_nemo.parallel.device import current_device
+from minitron_nemo.parallel.device import Stopwatch, current_device
 
 # The sums a step reports: of the weighted divergence, of the weighted cross-entropy, of tokens, of their weights, of
 # tokens whose loss is not finite; of the intermediate losses, without and with their alpha.
 LOGITS_SUMS = ("logits", "ce", "tokens", "weight", "nonfinite")
 SUMS = (*LOGITS_SUMS, "hidden", "alpha_hidden")
-# A microbatch, the teacher's final states, and those that intermediate losses on this rank need.
-Item = tuple[Microbatch, Tensor | None, dict[int, Tensor]]
+# A microbatch, the teacher's final states or what is known instead, and the states that intermediate losses here need.
+Final = Tensor | SparseTeacher | None
+Item = tuple[Microbatch, Final, dict[int, Tensor]]
 
 
 class Step:
@@ -59,6 +60,7 @@ class Step:
         self.tp_group = parallel_state.get_tensor_model_parallel_group() if tp > 1 else None
         self._tokens: Tensor = torch.zeros([], dtype=torch.int, device=current_device())
         self._sums: LossSums | None = None
+        self.teacher_wait = Stopwatch()
         self._reports: list[tuple[Microbatch, Tensor]] = []
         self._signal = TeacherSignal([], None)
 
@@ -106,7 +108,8 @@ class Step:
         for start in range(0, len(microbatches), size):
             window = microbatches[start : start + size]
             if self.teacher is not None:
-                self._signal = self.teacher.step(window)
+                with self.teacher_wait:
+                    self._signal = self.teacher.step(window)
             reports = self._forward_backward(window, start + size >= len(microbatches), forward_only)
             self._reports += zip(window, reports, strict=False)  # stages before the last have none
         self._signal = TeacherSignal([], None)
@@ -133,7 +136,7 @@ class Step:
     def _forward_backward(self, window: Sequence[Microbatch], last: bool, forward_only: bool) -> list[Tensor]:
         chunks = self.student.chunks
         micro_batch_size, sequence_length = window[0]["tokens"].shape
-        final: Sequence[Tensor | None] = self._signal.hidden or [None] * len(window)
+        final: Sequence[Final] = self._signal.hidden or self._signal.sparse or [None] * len(window)
         states = self._signal.states or [{} for _ in window]
         items = list(zip(window, final, states, strict=True))
         config = self.student.config
@@ -181,8 +184,10 @@ class Step:
             layer.head = partial(self._head, microbatch, final)
         return chunk(microbatch["tokens"], microbatch["position_ids"], None), self._report
 
-    def _head(self, microbatch: Microbatch, states: Tensor | None, hidden: Tensor, weight: Tensor) -> Tensor:
+    def _head(self, microbatch: Microbatch, final: Final, hidden: Tensor, weight: Tensor) -> Tensor:
         sequence_parallel = self.student.layout.sequence_parallel
+        sparse = final if isinstance(final, SparseTeacher) else None
+        states = final if isinstance(final, Tensor) else None
         if states is not None and not sequence_parallel:
             states = gather_sequence(states)
         total, self._sums = self.objective.loss(
@@ -195,6 +200,7 @@ class Step:
             vocab_size=self.student.architecture.vocab_size,
             tp_group=self.tp_group,
             sequence_parallel=sequence_parallel,
+            sparse_teacher=sparse,
         )
         return total
 

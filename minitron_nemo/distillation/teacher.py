@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minitron_nemo.data.sampler import Microbatch
 from minitron_nemo.errors import UserError
+from minitron_nemo.kernels import SparseTeacher
 from minitron_nemo.models.build import Model
 from minitron_nemo.models.forward import forward_only
 from minitron_nemo.models.states import Delivery, StateCapture, shard_sequence
@@ -28,11 +29,15 @@ class TeacherSignal:
     `hidden` has one [s/tp, b, h_t] per microbatch: this tensor-parallel rank's part of the sequence. `output_weight` is
     this rank's rows of the output projection, [padded_vocab/tp, h_t]. `states` has one {state: [s/tp, b, h_t]} per
     microbatch, on every stage: what the intermediate losses there need (see `models.states`).
+
+    A placement that has no states gives `sparse` instead of `hidden`, without `output_weight`: one per microbatch, of
+    its [s*b] tokens, the sequence outermost, whole on every tensor-parallel rank.
     """
 
     hidden: list[Tensor]
     output_weight: Tensor | None
     states: list[dict[int, Tensor]] = field(default_factory=list)
+    sparse: list[SparseTeacher] = field(default_factory=list)
 
 
 class TeacherSource(Protocol):
