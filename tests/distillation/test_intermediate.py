@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
 from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaForCausalLM
@@ -181,8 +181,9 @@ def train_config(**settings: Any) -> TrainConfig:
     return TrainConfig(steps=1, global_batch_size=4, precision="fp32", **settings)
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "recompute"), [(layout, False) for layout in LAYOUTS] + [("TP2 SP", True), ("PP2 VPP2", True)]
+)
 def test_loss_and_gradients_match_the_fp64_formula(models: dict[str, Path], layout: str, recompute: bool) -> None:
     world_size, sizes = LAYOUTS[layout]
     expected = expected_intermediate(models, "student", PAIRS, "cosine")
@@ -272,7 +273,7 @@ def interrupted(job: Job, at: int) -> list[Result]:
     return [run(job, {at: lambda: signal.raise_signal(signal.SIGUSR1)}), run(job)]
 
 
-@pytest.mark.parametrize("layout", ["PP2", "TP2 SP", "DP2"])
+@pytest.mark.parametrize("layout", ["PP2", pytest.param("TP2 SP", marks=pytest.mark.slow), "DP2"])
 def test_a_resumed_run_with_dynamic_alpha_is_bit_identical(
     models: dict[str, Path], layout: str, tmp_path: Path
 ) -> None:
@@ -345,6 +346,30 @@ def test_a_run_goes_on_with_its_map_on_other_stages(models: dict[str, Path], tmp
         for name in ("loss", "hidden", "alpha", "grad_norm"):
             assert getattr(other, name) == pytest.approx(getattr(one, name), rel=2e-5), name
     torch.testing.assert_close(resumed.tensors["projection"], whole.tensors["projection"], rtol=1e-3, atol=1e-5)
+
+
+def test_a_training_checkpoint_holds_the_map_beside_the_student_in_bf16_too(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    job = Job(
+        models["student"],
+        models["teacher"],
+        tmp_path,
+        layout=LAYOUTS["PP2"][1],
+        config={"precision": "bf16", "steps": 2, "save_interval": 1},
+        intermediate=IntermediateConfig(pairs=PAIRS),
+    )
+    first, last = run_distributed(2, run, job)
+    assert first.outcome == "done"
+    assert torch.equal(first.tensors["projection"], last.tensors["projection"])
+    training = tensor_names(tmp_path / "training" / "iter_0000001")
+    beside = {name for name in training - tensor_names(models["student"]) if not name.startswith("optimizer.")}
+    assert beside == {"hidden_projection.weight"}
+    assert "optimizer.state.exp_avg.hidden_projection.weight" in training
+
+
+def tensor_names(checkpoint: Path) -> set[str]:
+    return set(dist_checkpointing.load_tensors_metadata(str(checkpoint)))
 
 
 def test_gathering_parameters_during_the_forward_changes_nothing(models: dict[str, Path], tmp_path: Path) -> None:
