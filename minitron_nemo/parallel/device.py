@@ -9,12 +9,14 @@ refused.
 
 from __future__ import annotations
 
+import time
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from types import CodeType, FunctionType
 from typing import Any
 
+import psutil
 import torch
 
 from minitron_nemo.errors import UserError
@@ -63,6 +65,21 @@ CPU_NAMES = {
     "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
 }
 
+# Dense bf16 FLOP/s of NVIDIA's data sheets, by a part of the device's name; the first that fits counts.
+PEAK_FLOPS = {
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+}
+
 _installed = False
 
 
@@ -81,6 +98,40 @@ def backend() -> str:
 def has_transformer_engine() -> bool:
     """Whether TransformerEngine is installed and there is a GPU to run it on."""
     return torch.cuda.is_available() and find_spec("transformer_engine") is not None
+
+
+def peak_flops() -> float | None:
+    """bf16 FLOP/s that the device of this process can reach at most; None for a CPU and for an unknown GPU."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
+def memory() -> dict[str, float]:
+    """Bytes this process takes: the most it ever had allocated on its GPU; without one, what is resident now."""
+    if torch.cuda.is_available():
+        return {"peak_allocated_bytes": torch.cuda.max_memory_allocated()}
+    return {"resident_bytes": psutil.Process().memory_info().rss}
+
+
+class Stopwatch:
+    """Context manager that adds up time: of the work its body gave the GPU, wall time where there is none."""
+
+    def __init__(self) -> None:
+        self._spans: list[tuple[Any, Any]] = []
+
+    def __enter__(self) -> None:
+        self._start = _mark()
+
+    def __exit__(self, *raised: object) -> None:
+        self._spans.append((self._start, _mark()))
+
+    def take(self) -> float:
+        """Seconds since the last call. Waits for the GPU."""
+        spans, self._spans = self._spans, []
+        if not torch.cuda.is_available():
+            return sum(end - start for start, end in spans)
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in spans) / 1000  # milliseconds
 
 
 def choose(local_rank: int) -> None:
@@ -110,6 +161,15 @@ def install() -> None:
         for name in functions:
             _rename_devices(_function(module, name))
     _installed = True
+
+
+def _mark() -> Any:
+    """A point in time of the device's work."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def _patch_torch_cuda() -> None:
