@@ -7,6 +7,8 @@ turns the teacher's into log(m / q). No exponential is computed twice.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,16 +54,18 @@ def statistics(
             result[:, TEACHER_BEST] = teacher.argmax(1) + first_row
     student_max, teacher_max = student.new_empty(2, rows, 1)
     student_sums, unscaled_sums, teacher_sums, cross_sums = _part_sums(student, 4)
-    for block, scratch in _blocks(student):
-        x = _centre(student[block], temperature, student_max[block])
+    for scratch, x, y, x_max, y_max, x_sums, unscaled, y_sums, cross in _blocks(
+        student, teacher, student_max, teacher_max, student_sums, unscaled_sums, teacher_sums, cross_sums
+    ):
+        _centre(x, temperature, x_max)
         if temperature != 1.0:
-            _sum(torch.mul(x, temperature, out=scratch).exp_(), unscaled_sums[block])
-        if teacher is not None:
-            y = _centre(teacher[block], temperature, teacher_max[block])
-            _compare(x, y, scratch, objective.divergence, teacher_sums[block], cross_sums[block])
-        else:
+            _sum(torch.mul(x, temperature, out=scratch).exp_(), unscaled)
+        if teacher is None:
             x.exp_()
-        _sum(x, student_sums[block])
+        else:
+            _centre(y, temperature, y_max)
+            _compare(x, y, scratch, objective.divergence, y_sums, cross)
+        _sum(x, x_sums)
     result[:, STUDENT_MAX] = student_max.squeeze(1)
     result[:, STUDENT_SUM] = student_sums.double().sum(1)
     result[:, UNSCALED_SUM] = result[:, STUDENT_SUM] if temperature == 1.0 else unscaled_sums.double().sum(1)
@@ -98,14 +102,16 @@ def mixture(student: Tensor, teacher: Tensor, rows: Rows, objective: Objective) 
     student_scale, teacher_scale = _column(rows.student_scale), _column(rows.teacher_scale)
     teacher_sums, student_sums = _part_sums(student, 2)
     second, third = (torch.empty_like(student[: _rows_per_block(student)]) for _ in range(2))
-    for block, scratch in _blocks(student):
-        q = torch.mul(student[block], student_scale[block], out=scratch).clamp_min_(tiny)
-        p = teacher[block].mul_(teacher_scale[block]).clamp_min_(tiny)
+    for scratch, x, y, x_scale, y_scale, x_sums, y_sums in _blocks(
+        student, teacher, student_scale, teacher_scale, student_sums, teacher_sums
+    ):
+        q = torch.mul(x, x_scale, out=scratch).clamp_min_(tiny)
+        p = y.mul_(y_scale).clamp_min_(tiny)
         difference = torch.sub(p, q, out=second[: len(q)])
         log_m_over_p = torch.div(difference, p, out=third[: len(q)]).mul_(beta - 1).log1p_()
-        _sum(log_m_over_p.mul_(p), teacher_sums[block])
-        log_m_over_q = torch.div(difference, q, out=teacher[block]).mul_(beta).log1p_()
-        _sum(q.mul_(log_m_over_q), student_sums[block])
+        _sum(log_m_over_p.mul_(p), y_sums)
+        log_m_over_q = torch.div(difference, q, out=y).mul_(beta).log1p_()
+        _sum(q.mul_(log_m_over_q), x_sums)
     return torch.stack([-teacher_sums.double().sum(1), -student_sums.double().sum(1)], 1)
 
 
@@ -125,29 +131,30 @@ def gradients(
     # At temperature 1 the cross-entropy's softmax is the divergence's, and rides along.
     unscaled = objective.ce_weight != 0 and objective.temperature != 1.0
     ce_factor = _column(ce_weights * rows.unscaled_scale)
-    factor = _column(divergence_weights * rows.student_scale)
-    softmax_factor = torch.zeros_like(factor) if unscaled else ce_factor
+    student_factor = _column(divergence_weights * rows.student_scale)
+    softmax_factor = torch.zeros_like(ce_factor) if unscaled else ce_factor
+    teacher_term = None
     if teacher is None or objective.divergence == "forward_kl":
-        factor += softmax_factor
-    if teacher is not None:
-        if objective.divergence == "forward_kl":
+        student_factor = student_factor + softmax_factor
+        if teacher is not None:
             assert rows.teacher_scale is not None
-            teacher_factor = _column(-divergence_weights * rows.teacher_scale)
-        else:
-            mean, share = _log_ratio_mean(rows, objective)
-            mean, factor = _column(mean), factor * share
-    for block, scratch in _blocks(student):
-        x = student[block]
+            teacher_term = _column(-divergence_weights * rows.teacher_scale)
+    else:
+        mean, share = _log_ratio_mean(rows, objective)
+        teacher_term, student_factor = _column(mean), student_factor * share
+    for scratch, x, y, factor, term, softmax, ce in _blocks(
+        student, teacher, student_factor, teacher_term, softmax_factor, ce_factor
+    ):
         if unscaled:
             torch.pow(x, objective.temperature, out=scratch)
         if teacher is None:
-            x.mul_(factor[block])
+            x.mul_(factor)
         elif objective.divergence == "forward_kl":
-            x.mul_(factor[block]).addcmul_(teacher[block], teacher_factor[block])
+            x.mul_(factor).addcmul_(y, term)
         else:
-            x.mul_(teacher[block].sub_(mean[block]).mul_(factor[block]).add_(softmax_factor[block]))
+            x.mul_(y.sub_(term).mul_(factor).add_(softmax))
         if unscaled:
-            x.addcmul_(scratch, ce_factor[block])
+            x.addcmul_(scratch, ce)
     if objective.ce_weight:
         held, row = _held(labels, columns)
         student.scatter_add_(1, row, torch.where(held, _column(-ce_weights), 0.0))
@@ -166,13 +173,13 @@ def _rows_per_block(buffer: Tensor) -> int:
     return max(1, _BLOCK_BYTES // (4 * max(1, buffer.shape[1])))
 
 
-def _blocks(buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows, each with scratch of its shape."""
+def _blocks(buffer: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Blocks of rows of all of them, None for None, after scratch of the shape of the first one's block."""
     step = _rows_per_block(buffer)
     scratch = torch.empty_like(buffer[:step])
-    for start in range(0, buffer.shape[0], step):
-        block = slice(start, min(start + step, buffer.shape[0]))
-        yield block, scratch[: block.stop - start]
+    views = (repeat(None) if tensor is None else tensor.split(step) for tensor in (buffer, *others))
+    for block in zip(*views, strict=False):  # repeat() has no end
+        yield scratch[: len(block[0])], *block
 
 
 def _held(labels: Tensor, columns: int) -> tuple[Tensor, Tensor]:
@@ -181,25 +188,27 @@ def _held(labels: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     return held, torch.where(held, labels.unsqueeze(1), 0)
 
 
-def _centre(logits: Tensor, temperature: float, maximum: Tensor) -> Tensor:
+def _centre(logits: Tensor, temperature: float, maximum: Tensor) -> None:
     """Divide by the temperature and subtract each row's maximum, which is left in `maximum`; in place."""
     if temperature != 1.0:
         logits.mul_(1.0 / temperature)
     torch.amax(logits, 1, keepdim=True, out=maximum)
-    return logits.sub_(maximum)
+    logits.sub_(maximum)
 
 
 def _part_sums(buffer: Tensor, count: int) -> tuple[Tensor, ...]:
     """Room for `count` fp32 sums of each row, part by part: a small divergence is a difference of their fp64 sums."""
-    return buffer.new_zeros(count, buffer.shape[0], _PARTS + 1).unbind()
+    rest = buffer.shape[1] % _PARTS > 0
+    return buffer.new_empty(count, buffer.shape[0], _PARTS + rest).unbind()
 
 
 def _sum(values: Tensor, out: Tensor) -> None:
-    """Sums of [n, v] over `_PARTS` equal parts of each row and what is left over, into [n, _PARTS + 1]."""
-    width = values.shape[1] // _PARTS
-    torch.sum(values[:, : width * _PARTS].view(len(values), _PARTS, width), 2, out=out[:, :_PARTS])
-    if values.shape[1] > width * _PARTS:
+    """Sums of [n, v] over `_PARTS` equal parts of each row, and over what is left of it in one more, into `out`."""
+    width, rest = divmod(values.shape[1], _PARTS)
+    if rest:
         torch.sum(values[:, width * _PARTS :], 1, out=out[:, _PARTS])
+        values, out = values[:, : width * _PARTS], out[:, :_PARTS]
+    torch.sum(values.view(len(values), _PARTS, width), 2, out=out)
 
 
 def _column(values: Tensor) -> Tensor:
