@@ -309,6 +309,23 @@ def test_a_run_interrupted_in_two_phases_ends_bit_for_bit_as_an_undisturbed_one(
     assert_identical(whole, [results[-1] for results in parts])
 
 
+def interrupted(job: Job, update: int) -> str:
+    return run(job, {update: lambda: os.kill(os.getpid(), signal.SIGTERM)}).outcome
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_its_second_phase_with_another_number_of_ranks(
+    models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    job = Job(*models, tmp_path / "whole", config={"steps": 8, "phases": THREE_PHASES})
+    [whole] = run_distributed(1, run, job)
+    moved = replace(job, directory=tmp_path / "moved")
+    assert set(run_distributed(2, interrupted, moved, 4)) == {"stopped"}
+    [resumed] = run_distributed(1, run, moved)
+    for one, other in zip(whole.reports[4:], resumed.reports, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["one process", "DP2"])
 def test_every_update_trains_on_the_samples_of_its_phase(models: tuple[Path, Path], tmp_path: Path, name: str) -> None:
