@@ -29,7 +29,10 @@ run_job() {
     choose_tasks
     choose_environment "$recipe" "${overrides[@]}"
 
-    local geometry=(cluster.nodes="$SLURM_JOB_NUM_NODES" cluster.processes_per_node="$tasks_per_node")
+    # What Slurm gave, by the recipe or against it.
+    local geometry=(
+        cluster.nodes="$SLURM_JOB_NUM_NODES" cluster.processes_per_node="$tasks_per_node" cluster.gpus_per_node=null
+    )
     local settings run_dir='' max_requeues=0
     settings=$(once plan "$recipe" "${overrides[@]}" "${geometry[@]}" --shell) || exit
     eval "$settings" # assignments of the two, quoted by minitron
@@ -159,7 +162,7 @@ requeue() {
     local why=$1 max_requeues=$2 code=$3 count=${SLURM_RESTART_COUNT:-0} now
     now=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
     if [[ $now != RUNNING ]]; then
-        echo "$script: $why; not requeued, the job is ${now:-gone}" >&2
+        echo "$script: $why; the rest is left to Slurm, which has the job as ${now:-gone}" >&2
     elif ((count >= max_requeues)); then
         echo "$script: $why; not requeued, cluster.max_requeues is $max_requeues; submit again to go on" >&2
     else

@@ -22,8 +22,9 @@ from types import TracebackType
 
 HERE = Path(__file__).parent
 FREEZER = Path("/sys/fs/cgroup/freezer")
-# Two plain nodes, two that claim two GPUs each. More processors than there are, so that whole jobs fit.
-NODES = {"n1": "10.77.0.11", "n2": "10.77.0.12", "g1": "10.77.0.21", "g2": "10.77.0.22"}
+# Plain nodes, the third one a spare, and two that claim two GPUs each. More processors than there are, so that whole
+# jobs fit.
+NODES = {"n1": "10.77.0.11", "n2": "10.77.0.12", "n3": "10.77.0.13", "g1": "10.77.0.21", "g2": "10.77.0.22"}
 PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 PROGRAMS = ("slurmctld", "slurmd", "srun", "munged", "ip", "unshare", "nsenter", "setpriv")
 FINISHED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
@@ -49,21 +50,31 @@ SelectType=select/cons_tres
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
 JobRequeue=1
 KillWait=10
-SlurmdTimeout=15
+SlurmdTimeout={slurmd_timeout}
 ReturnToService=2
 UnkillableStepTimeout=20
 MinJobAge=3600
 GresTypes=gpu
 {nodes}
-PartitionName=cpu Nodes=n[1-2] Default=YES State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=cpu Nodes=n[1-2] Default=YES State=UP PriorityTier=1 GraceTime=20
+PartitionName=spare Nodes=n[1-3] State=UP PriorityTier=1 GraceTime=20
+PartitionName=urgent Nodes=n[1-2] State=UP PriorityTier=9 PreemptMode=OFF
 PartitionName=gpu Nodes=g[1-2] State=UP
 """
 
 
 class Cluster:
-    """Started on entering the context, gone on leaving it. `directory` holds its configuration and logs."""
+    """Started on entering the context, gone on leaving it. `directory` holds its configuration and logs.
+
+    A node that does not answer for `slurmd_timeout` seconds is down to Slurm, which then requeues its jobs.
+    """
 
     directory: Path
+
+    def __init__(self, slurmd_timeout: int = 15) -> None:
+        self.slurmd_timeout = slurmd_timeout
 
     def __enter__(self) -> Cluster:
         missing = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
@@ -154,6 +165,16 @@ class Cluster:
             time.sleep(0.5)
         return state
 
+    def crash(self, node: str) -> None:
+        """Kill a node with all its processes, as a power cut does; it stays down until `restart`."""
+        (self.directory / f"{node}.down").touch()
+        self.run("kill", "-KILL", (self.directory / f"{node}.pid").read_text().strip())
+
+    def restart(self, node: str) -> None:
+        """Start a crashed node again, and wait until Slurm sees it."""
+        (self.directory / f"{node}.down").unlink()
+        self._wait_for_nodes(seconds=120)
+
     def output(self, job: int) -> str:
         """What a batch job printed so far."""
         path = Path(self.job(job)["StdOut"])
@@ -187,7 +208,12 @@ class Cluster:
         ]
         proctrack = "cgroup" if FREEZER.is_dir() else "linuxproc"
         (self.directory / "slurm.conf").write_text(
-            SLURM_CONF.format(directory=self.directory, nodes="\n".join(nodes), proctrack=proctrack)
+            SLURM_CONF.format(
+                directory=self.directory,
+                nodes="\n".join(nodes),
+                proctrack=proctrack,
+                slurmd_timeout=self.slurmd_timeout,
+            )
         )
         (self.directory / "cgroup.conf").write_text("CgroupAutomount=no\nCgroupPlugin=cgroup/v1\n")
         for index in range(2):  # Slurm wants a character device, and follows links
@@ -200,10 +226,11 @@ class Cluster:
         deadline = time.monotonic() + seconds
         while True:
             try:
-                states = self.run("sinfo", "--noheader", "--Node", "--format=%T").split()
+                # A line for every partition that a node is in.
+                states = set(self.run("sinfo", "--noheader", "--Node", "--format=%N=%T").split())
             except AssertionError as error:
-                states = [str(error)]
-            if states == ["idle"] * len(NODES):
+                states = {str(error)}
+            if states == {f"{name}=idle" for name in NODES}:
                 return
             if time.monotonic() > deadline or self._process.poll() is not None:
                 logs = "\n".join(

@@ -5,6 +5,18 @@ set -euo pipefail
 directory=$1
 shift
 
+# A node that was killed comes back when DIRECTORY/NAME.down is gone.
+run_node() {
+    while true; do
+        while [[ -e $directory/$1.down ]]; do sleep 0.2; done
+        nsenter --net="/run/netns/$1" unshare --uts --ipc --pid --mount --mount-proc --fork --kill-child \
+            bash "${BASH_SOURCE[0]%/*}/node.sh" "$1" &
+        echo $! >"$directory/$1.pid"
+        wait $! || true
+        touch "$directory/$1.down"
+    done
+}
+
 mount --bind "$directory/hosts" /etc/hosts
 mount --bind "$directory/nsswitch.conf" /etc/nsswitch.conf # no DNS: looking names up outside takes seconds each
 if [[ -d $directory/cgroup ]]; then
@@ -32,7 +44,6 @@ for node in "$@"; do
     ip -n "$name" addr add "${node#*=}/24" dev eth0
     ip -n "$name" link set eth0 up
     ip -n "$name" link set lo up
-    nsenter --net="/run/netns/$name" unshare --uts --ipc --pid --mount --mount-proc --fork --kill-child \
-        bash "${BASH_SOURCE[0]%/*}/node.sh" "$name" &>>"$directory/log/$name.out" &
+    run_node "$name" &>>"$directory/log/$name.out" &
 done
 wait

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -36,6 +37,14 @@ def status(run: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {"state": None, "step": None, "iteration": None}
 
 
+def wait_for_distillation(slurm: Cluster, job: int, run: Path, updates: int = 2) -> None:
+    deadline = time.monotonic() + 240
+    while (now := status(run))["step"] != "distill" or (now["iteration"] or 0) < updates:
+        assert slurm.job(job)["JobState"] in ("PENDING", "RUNNING"), slurm.output(job)
+        assert time.monotonic() < deadline, slurm.output(job)
+        time.sleep(0.1)
+
+
 def test_the_chain_completes_on_two_nodes(slurm: Cluster, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     prepare = minitron(slurm, tmp_path, "submit", recipe.name, *TWO_NODES, "train.steps=3", "cluster.prune_nodes=2")
@@ -60,11 +69,7 @@ def test_a_signalled_job_saves_and_goes_on_by_itself(slurm: Cluster, tmp_path: P
     )
     run = tmp_path / "run"
     job = submit(slurm, tmp_path, recipe.name)
-    deadline = time.monotonic() + 240
-    while (now := status(run))["step"] != "distill" or (now["iteration"] or 0) < 2:
-        assert slurm.job(job)["JobState"] in ("PENDING", "RUNNING"), slurm.output(job)
-        assert time.monotonic() < deadline, slurm.output(job)
-        time.sleep(0.1)
+    wait_for_distillation(slurm, job, run)
     slurm.run("scancel", "--signal=USR1", str(job))
     slurm.wait_for_output(job, "requeued (1 of at most 20)", 120)
     stopped = status(run)
@@ -86,6 +91,59 @@ def test_a_recipe_that_does_not_fit_the_job_ends_with_one_line(slurm: Cluster, t
     assert slurm.output(job).startswith("minitron: error: ")
     assert slurm.output(job).count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def survives_a_crash(slurm: Cluster, directory: Path) -> str:
+    """Crash a node in the middle of the distillation; the output of the job, which has completed on a spare one."""
+    steps = 200
+    recipe = write_recipe(
+        directory, teacher={"correction": {"steps": 0}}, train={"steps": steps, "save_interval": 20, "keep_last": 2}
+    )
+    run = directory / "run"
+    script = REPOSITORY / "launch" / "distill.sh"
+    job = slurm.sbatch("--partition=spare", script, recipe.name, cwd=directory, env=ENVIRONMENT)
+    wait_for_distillation(slurm, job, run, updates=21)
+    assert slurm.job(job)["NodeList"] == "n[1-2]"
+    slurm.crash("n2")
+    ended = slurm.wait(job, 420)
+    slurm.restart("n2")
+    assert (ended["JobState"], ended["NodeList"]) == ("COMPLETED", "n[1,3]"), slurm.output(job)
+    assert status(run)["state"] == "done"
+    assert re.search(r"resumed after update \d+0 ", slurm.output(job)), slurm.output(job)
+    return slurm.output(job)
+
+
+@pytest.mark.soak
+def test_a_node_that_crashes_in_the_middle_of_a_step_costs_the_work_since_the_last_checkpoint(
+    slurm: Cluster, tmp_path: Path
+) -> None:
+    survives_a_crash(slurm, tmp_path)  # Slurm notices first, and requeues
+
+
+@pytest.mark.soak
+def test_a_crashed_node_that_slurm_has_not_missed_yet_is_noticed_by_the_job(tmp_path: Path) -> None:
+    with Cluster(slurmd_timeout=600) as slurm:
+        assert "a node does not answer; requeued (1 of at most 20)" in survives_a_crash(slurm, tmp_path)
+
+
+@pytest.mark.soak
+def test_a_run_goes_on_with_fewer_nodes(slurm: Cluster, tmp_path: Path) -> None:
+    recipe = write_recipe(
+        tmp_path,
+        teacher={"correction": {"steps": 0}},
+        train={"steps": 120, "save_interval": 120},
+        parallel={"pipeline_model_parallel_size": 1},
+    )
+    run = tmp_path / "run"
+    job = submit(slurm, tmp_path, recipe.name, "cluster.max_requeues=0")
+    wait_for_distillation(slurm, job, run)
+    slurm.run("scancel", "--signal=USR1", str(job))
+    assert slurm.wait(job, 120)["ExitCode"] == "75:0", slurm.output(job)
+    stopped = status(run)["iteration"]
+    script = REPOSITORY / "launch" / "distill.sh"
+    job = slurm.sbatch("--nodes=1", script, recipe.name, cwd=tmp_path, env=ENVIRONMENT)
+    assert slurm.wait(job, 300)["JobState"] == "COMPLETED", slurm.output(job)
+    assert f"resumed after update {stopped} " in slurm.output(job)
 
 
 @pytest.mark.soak

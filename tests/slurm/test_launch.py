@@ -251,9 +251,23 @@ def test_requeues_are_bounded_and_a_cancelled_job_stays_cancelled(slurm: Cluster
     job = submit(slurm, home, work, "recipes/small.yaml")
     slurm.wait_for_output(job, "begun", 30)
     slurm.run("scancel", str(job))
-    slurm.wait_for_output(job, "its state is saved; not requeued, the job is ", 60)
+    slurm.wait_for_output(job, "its state is saved; the rest is left to Slurm, which has the job as ", 60)
     ended = slurm.wait(job, 60)
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), slurm.output(job)
+
+
+@pytest.mark.soak
+def test_a_preempted_job_saves_and_goes_on_when_the_other_is_done(slurm: Cluster, home: Path, work: Path) -> None:
+    again = '[[ $SLURM_RESTART_COUNT != 1 ]] || { echo "place again"; say done null; exit; }\n'
+    save = SAVE.replace(" USR1", " TERM").replace("SIGUSR1", "SIGTERM")
+    executable(home / ".venv" / "bin" / "minitron", PLAN + STATUS + again + "echo begun\n" + save)
+    job = submit(slurm, home, work, "recipes/small.yaml")
+    slurm.wait_for_output(job, "begun", 30)
+    urgent = slurm.sbatch("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 2", cwd=work)
+    assert slurm.wait(urgent, 120)["JobState"] == "COMPLETED"
+    state = slurm.wait(job, 120)
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), slurm.output(job)
+    assert "stopped (SIGTERM), its state is saved; " in slurm.output(job)
 
 
 @pytest.mark.soak
