@@ -6,7 +6,7 @@ every model's logits are compared with the teacher's there, chunk by chunk, as i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,12 +45,11 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class _Teacher:
+class TeacherStates:
     """On the last stage: states per microbatch [s(/tp) * b, h] in host memory, and the output weight [padded/tp, h]."""
 
-    states: list[Tensor]
+    states: Iterable[Tensor]
     output_weight: Tensor | None
-    vocab_size: int
 
 
 def evaluate(
@@ -69,28 +68,30 @@ def evaluate(
     generated to measure the speed. All ranks get the same results. Raises UserError for a layout that does not fit,
     and for a model whose vocabulary is not the teacher's.
     """
-    _check_layout(layout, len(documents[0]["tokens"]))
+    check_layout(layout, len(documents[0]["tokens"]))
     launch.initialize(layout, seed=0)  # nothing is random here
-    batches = _share(documents, micro_batch_size)
+    batches = share(documents, micro_batch_size)
     prompt = documents[0]["tokens"][:PROMPT_TOKENS].tolist()
-    teacher: _Teacher | None = None
+    teacher: TeacherStates | None = None
+    vocab_size = 0
     results = {}
     for name in ("teacher", *(name for name in models if name != "teacher")):
         model = _load(models[name], layout, dtype)
         if teacher is None:
-            teacher = _run_teacher(model, batches)
-        if model.architecture.vocab_size != teacher.vocab_size:
+            teacher, vocab_size = _run_teacher(model, batches), model.architecture.vocab_size
+        if model.architecture.vocab_size != vocab_size:
             raise UserError(
-                f"{models[name]}: vocab_size {model.architecture.vocab_size} is not the teacher's {teacher.vocab_size}"
+                f"{models[name]}: vocab_size {model.architecture.vocab_size} is not the teacher's {vocab_size}"
             )
-        ce, kl, agreement, weight = _document_sums(model, teacher, batches, len(documents))
+        ce, kl, agreement, weight = document_sums(model, teacher, batches, len(documents))
         speed = _generation_speed(model, prompt, generate_tokens) if generate_tokens else None
         results[name] = Measured(model.architecture, ce, kl, agreement, weight, speed)
         del model
     return results
 
 
-def _check_layout(layout: Layout, sequence_length: int) -> None:
+def check_layout(layout: Layout, sequence_length: int) -> None:
+    """Raise UserError for a layout that documents of this length cannot be measured on."""
     if layout.context_parallel_size > 1:
         raise UserError(
             f"parallel.context_parallel_size: {layout.context_parallel_size} is not supported by evaluation; use 1"
@@ -108,7 +109,7 @@ def _load(directory: Path, layout: Layout, dtype: torch.dtype) -> Model:
     return model
 
 
-def _share(documents: Sequence[Mapping[str, Any]], micro_batch_size: int) -> list[Microbatch]:
+def share(documents: Sequence[Mapping[str, Any]], micro_batch_size: int) -> list[Microbatch]:
     """This data-parallel rank's documents, rank::size of the whole; copies of the last one fill the last microbatch."""
     size, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     missing = -len(documents) % (size * micro_batch_size)
@@ -117,10 +118,14 @@ def _share(documents: Sequence[Mapping[str, Any]], micro_batch_size: int) -> lis
 
 
 def _run(model: Model, batches: list[Microbatch], collect: Any) -> list[Any]:
-    """`collect(states [s(/tp) * b, h], microbatch)` of every microbatch, on the last stage."""
+    """`collect(states [s(/tp) * b, h], microbatch)` of every microbatch, on the last stage.
+
+    The output layer is left as it was found: the model may be in training.
+    """
     layer = model.output_layer
     if layer is not None:
-        layer.mode = "hidden"
+        found = layer.mode, layer.head
+        layer.mode, layer.head = "hidden", None
     micro_batch_size, sequence_length = batches[0]["tokens"].shape
     results = forward_only(
         model,
@@ -131,13 +136,12 @@ def _run(model: Model, batches: list[Microbatch], collect: Any) -> list[Any]:
         lambda output, batch: collect(output.transpose(0, 1).flatten(0, 1), batch),  # [b, s(/tp), h] -> s outermost
     )
     if layer is not None:
-        layer.mode = "logits"
+        layer.mode, layer.head = found
     return results
 
 
-def _run_teacher(model: Model, batches: list[Microbatch]) -> _Teacher:
-    states = _run(model, batches, lambda states, batch: states.cpu())
-    return _Teacher(states, _output_weight(model), model.architecture.vocab_size)
+def _run_teacher(model: Model, batches: list[Microbatch]) -> TeacherStates:
+    return TeacherStates(_run(model, batches, lambda states, batch: states.cpu()), _output_weight(model))
 
 
 def _output_weight(model: Model) -> Tensor | None:
@@ -149,9 +153,14 @@ def _output_weight(model: Model) -> Tensor | None:
     return weight.detach()
 
 
-def _document_sums(model: Model, teacher: _Teacher, batches: list[Microbatch], documents: int) -> NDArray[np.float64]:
-    """Sums of ce, KL, agreement and weight, [4, documents], on every rank."""
-    parts = _run(model, batches, partial(_compare, model, teacher, iter(teacher.states)))
+def document_sums(
+    model: Model, teacher: TeacherStates | None, batches: list[Microbatch], documents: int
+) -> NDArray[np.float64]:
+    """Sums of ce, KL, agreement and weight, fp64 [4, documents], on every rank. Collective.
+
+    `batches` are what `share` gave of the `documents`. Without a teacher the model is compared with itself.
+    """
+    parts = _run(model, batches, partial(_compare, model, teacher, iter(teacher.states if teacher else ())))
     size, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     total = torch.zeros(documents, 4, dtype=torch.float64, device=current_device())
     if parts and parallel_state.get_tensor_model_parallel_rank() == 0:
@@ -163,16 +172,17 @@ def _document_sums(model: Model, teacher: _Teacher, batches: list[Microbatch], d
 
 
 def _compare(
-    model: Model, teacher: _Teacher, teacher_states: Iterator[Tensor], states: Tensor, batch: Microbatch
+    model: Model, teacher: TeacherStates | None, teacher_states: Iterator[Tensor], states: Tensor, batch: Microbatch
 ) -> Tensor:
     """Sums of ce, KL, agreement and weight of the microbatch's documents, fp64 [b, 4]."""
     weight = _output_weight(model)
-    assert weight is not None and teacher.output_weight is not None, "only the last stage has states"
+    teacher_weight = teacher.output_weight if teacher else weight
+    assert weight is not None and teacher_weight is not None, "only the last stage has states"
     statistics = token_statistics(
         states,
         weight,
-        next(teacher_states).to(states.device),
-        teacher.output_weight,
+        next(teacher_states).to(states.device) if teacher else states,
+        teacher_weight,
         batch["labels"].t().reshape(-1),
         vocab_size=model.architecture.vocab_size,
         tp_group=parallel_state.get_tensor_model_parallel_group(),

@@ -1,0 +1,130 @@
+"""metrics.jsonl, and the figures of a training run that are no losses.
+
+    {"iteration": 40, "time": 1764000000.1, "train/loss": 2.31, "train/lr": 1e-4, ...}
+
+One JSON object per report, written when it is made. A run that goes on after update N keeps what the file says up to
+N and forgets the rest, as TensorBoard does by `purge_step`: those updates are made again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.module import param_is_not_shared
+
+from minitron_nemo.arch import Architecture
+from minitron_nemo.arch.counts import forward_flops_per_token
+from minitron_nemo.checkpoint.files import write_atomic
+from minitron_nemo.data.sampler import Sampler
+from minitron_nemo.distillation.phases import Segment
+from minitron_nemo.parallel.device import Stopwatch, current_device, memory
+
+# Figures of one rank by tag, given the number of updates since the last report. The same tags on every rank.
+Figures = Callable[[int], Mapping[str, float]]
+
+
+class MetricsFile:
+    """Appends to metrics.jsonl. What a full disk refuses is kept and written with the next record."""
+
+    def __init__(self, path: Path, done: int) -> None:
+        """Forget what `path` says of updates after `done`, and lines that are no record: a crash can leave half of one.
+
+        Raises OSError.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            kept = [record for record in read_metrics(path) if record["iteration"] <= done] if done else []
+            write_atomic(path, "".join(map(_line, kept)))
+        self.path = path
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._pending = b""
+
+    def append(self, iteration: int, values: Mapping[str, float]) -> str | None:
+        """Write one record; why it could not be written, if so. Values that are not finite become null."""
+        finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
+        self._pending += _line({"iteration": iteration, "time": round(time.time(), 3), **finite}).encode()
+        try:
+            while self._pending:
+                self._pending = self._pending[os.write(self._file, self._pending) :]
+        except OSError as error:
+            return f"{self.path}: {error.strerror}"
+        return None
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, without lines that are none."""
+    records = []
+    for line in path.read_bytes().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "iteration" in record:
+            records.append(record)
+    return records
+
+
+def figures(
+    optimizer: MegatronOptimizer, teacher_wait: Stopwatch, sampler: Sampler, segments: Sequence[Segment]
+) -> list[Figures]:
+    """What every training run reports besides its losses and its speed."""
+    return [
+        lambda updates: {"train/parameter_norm": parameter_norm(optimizer)},
+        lambda updates: {"teacher/wait_seconds": teacher_wait.take() / updates},
+        lambda updates: {f"memory/{name}": value for name, value in memory().items()},
+        lambda updates: {
+            "data/samples": sampler.consumed_samples,
+            "data/tokens": consumed_tokens(segments, sampler.consumed_samples),
+        },
+    ]
+
+
+@torch.no_grad()
+def parameter_norm(optimizer: MegatronOptimizer) -> float:
+    """L2 norm of the main parameters, the same on every rank. Collective over the whole job.
+
+    Data-parallel ranks hold shards; copies (norms of tensor-parallel ranks, embeddings tied across stages) count once,
+    by the rules of Megatron's gradient norm.
+    """
+    total = torch.zeros([], dtype=torch.float64, device=current_device())
+    for part in optimizer.chained_optimizers:
+        for parameter in part.get_parameters():
+            if param_is_not_shared(parameter) and tensor_parallel.param_is_not_tensor_parallel_duplicate(parameter):
+                total += torch.linalg.vector_norm(parameter, dtype=torch.float32).double().square()
+    torch.distributed.all_reduce(total)
+    return math.sqrt(total.item())
+
+
+def flops_per_token(student: Architecture, teacher: Architecture | None, sequence_length: int) -> int:
+    """FLOPs of one token of an update, by arithmetic: forward = 1, backward = 2; 3 students and 1 teacher.
+
+    What recomputation repeats does not count.
+    """
+    own = 3 * forward_flops_per_token(student, sequence_length)
+    return own if teacher is None else own + forward_flops_per_token(teacher, sequence_length)
+
+
+def consumed_tokens(segments: Sequence[Segment], samples: int) -> int:
+    """Positions in the first `samples` samples of a run; the last segment has no end."""
+    tokens = 0
+    for segment in segments[:-1]:
+        taken = min(samples, segment.samples)
+        tokens += taken * segment.sequence_length
+        samples -= taken
+    return tokens + samples * segments[-1].sequence_length
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
