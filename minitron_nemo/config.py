@@ -162,6 +162,9 @@ class TrainConfig:
     save_interval: int = 500
     keep_last: int = 2
     fail_on_save_error: bool = False
+    async_save: bool = True  # write checkpoints while training goes on
+    max_nonfinite_steps: int = 5  # updates in a row without a finite loss and gradient; then back to a checkpoint
+    hang_timeout: float = 600.0  # seconds without progress after which the job ends; 0: never
     recompute: bool = False  # activation recomputation of whole layers
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False

@@ -266,7 +266,8 @@ def _run_step(step: Step, manifest: Manifest, run_dir: Path) -> None:
 
 def _numerics(config: TrainConfig) -> dict[str, Any]:
     """The settings of `train` that decide the weights; intervals, console and overlap do not."""
-    neutral = ("log_interval", "save_interval", "keep_last", "fail_on_save_error", "recompute")
+    intervals = ("log_interval", "save_interval", "keep_last", "fail_on_save_error", "async_save")
+    neutral = (*intervals, "max_nonfinite_steps", "hang_timeout", "recompute")
     settings = {key: value for key, value in asdict(config).items() if key not in neutral}
     return {key: value for key, value in settings.items() if not key.startswith("overlap_")}
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.transformer import MegatronModule
 
 from minitron_nemo.config import TrainConfig
@@ -50,6 +52,23 @@ def build_optimizer(config: TrainConfig, student: Model, others: Sequence[Megatr
         ),
         [*student.chunks, *others],
     )
+
+
+def update(optimizer: MegatronOptimizer) -> float:
+    """Clip and apply the gradients, and return their norm before clipping; apply nothing if it is not finite.
+
+    The steps of `ChainedOptimizer.step`, which would make every parameter NaN.
+    """
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(grad_norm):
+        return grad_norm
+    for part in optimizer.chained_optimizers:
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0.0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+    optimizer.step_with_ready_grads()
+    return grad_norm
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float, weight_decay: float) -> None:

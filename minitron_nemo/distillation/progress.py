@@ -5,6 +5,7 @@ Rank 0 shows it; the other ranks hold a `Progress` that shows nothing.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -55,14 +56,18 @@ class Progress:
 
     def show(self, report: Report) -> None:
         """One report: the bar's text or a line of its own, and TensorBoard's scalars."""
-        if self._writer is not None:
-            for tag, value in report.scalars().items():
-                self._writer.add_scalar(tag, value, report.iteration)
+        self.scalars(report.iteration, report.scalars())
         if self._bar is not None:
             self._bar.update(self._task, completed=report.iteration, report=str(report))
         else:
             eta = clock((self.steps - report.iteration) * report.seconds_per_step)
             self._console.print(f"[{self.name}] {report.iteration}/{self.steps}  {report}  ETA {eta}", markup=False)
+
+    def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
+        """TensorBoard's, for what no report holds."""
+        if self._writer is not None:
+            for tag, value in values.items():
+                self._writer.add_scalar(tag, value, iteration)
 
     def say(self, message: str) -> None:
         """A line that stays."""

@@ -2,13 +2,17 @@
 
     DIR/latest_checkpointed_iteration.txt   "10", written last: what it names is complete
     DIR/iter_0000010/                       torch_dist: model, optimizer (main parameters, moments), common.pt
-                     training.json          iteration, data position, settings, layout
+                     training.json          iteration, data position, skipped updates, settings, layout
                      random_00003.pt        random state of rank 3, used again on the same layout only
+                     checksums.json         sizes and checksums of the files above
     DIR/iter_0000020.partial/               being written, or what a killed job left; never read, removed at the start
 
 A save is collective and can fail on any rank at any byte. Every part of it reports its outcome to all ranks before
 the next begins, so they agree: either the tracker names the new checkpoint, or the partial one is removed on all and
-`SaveError` is raised on all. Writing goes through torch's own FileSystemWriter, whose collectives carry errors.
+`SaveError` is raised on all. The files are written while training goes on (`background`); the ranks agree on them, and
+rank 0 publishes the checkpoint, when all of them are found to have finished: at a later update, or by waiting.
+
+A load checks every file before Megatron sees one: where a rank fails in Megatron's loader, the others wait for it.
 """
 
 from __future__ import annotations
@@ -18,32 +22,31 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from megatron.core.dist_checkpointing.core import save_config as save_backend_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
+from megatron.core.dist_checkpointing.strategies.torch import _replace_state_dict_keys_with_sharded_keys
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import random as megatron_random
-from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
-from torch.distributed.checkpoint import save as dcp_save
 
 from minitron_nemo.checkpoint.files import commit_partial, make_partial, partial_path, write_atomic
 from minitron_nemo.checkpoint.safe_pickle import check_metadata
+from minitron_nemo.distillation.background import BackgroundWrite, Part
+from minitron_nemo.distillation.integrity import checksum, find_damage, write_checksums
 from minitron_nemo.distillation.intermediate import IntermediateLoss
+from minitron_nemo.distillation.validation import BestCheckpoint
 from minitron_nemo.errors import UserError
 from minitron_nemo.models.build import Model
 from minitron_nemo.parallel import launch
+from minitron_nemo.parallel.device import current_device
 
 TRACKER = "latest_checkpointed_iteration.txt"
 TRAINING = "training.json"
@@ -58,6 +61,31 @@ SHARDING = {
 
 class SaveError(Exception):
     """A checkpoint could not be written; the previous one is as it was. Raised on every rank."""
+
+
+class Resumed(NamedTuple):
+    """What a checkpoint says beside tensors; `damaged` says what is wrong with newer ones that were passed over."""
+
+    iteration: int
+    data: dict[str, Any]
+    skips: dict[str, Any]
+    damaged: list[str]
+
+
+class Saved(NamedTuple):
+    """A published checkpoint: how long training stood still for it, and how long its files took meanwhile."""
+
+    iteration: int
+    stall_seconds: float
+    write_seconds: float
+
+
+class _Pending(NamedTuple):
+    iteration: int
+    training: dict[str, Any]
+    common: bytes
+    write: BackgroundWrite
+    stall_seconds: float
 
 
 class TrainingState:
@@ -78,48 +106,156 @@ class TrainingState:
         self.settings = dict(settings)
         self.keep_last = keep_last
         self.intermediate = intermediate
+        self.best = BestCheckpoint(directory)
+        self._pending: _Pending | None = None
 
-    def save(self, iteration: int, data_position: Mapping[str, Any]) -> None:
-        """Write the state after update `iteration`. Collective. Raises SaveError on all ranks if any cannot write."""
+    def save(self, iteration: int, data_position: Mapping[str, Any], skips: Mapping[str, Any]) -> None:
+        """Take the state after update `iteration` and begin to write it; `finish` an earlier save first. Collective.
+
+        When this returns, training may change the state. Raises SaveError on all ranks if any cannot begin.
+        """
+        assert self._pending is None, "the checkpoint before is not finished"
+        start = time.perf_counter()
         final = self.directory / f"iter_{iteration:07d}"
-        partial = partial_path(final)
         training = {
             "schema_version": SCHEMA_VERSION,
             "iteration": iteration,
             "data": dict(data_position),
+            "skips": dict(skips),
             "settings": self.settings,
             **self._layout(),
         }
         try:
             agreed(_on_rank_0(lambda: make_partial(final)))
-            common = self._save_tensors(partial)
-            agreed(lambda: write_atomic(partial / f"random_{launch.rank():05d}.pt", _bytes(_random_state())))
+        except SaveError as error:
+            raise self._discard(final, error) from None
+        by_key, common = self._tensors()
+        random_state = {f"random_{launch.rank():05d}.pt": _bytes(_random_state())}
+        write = BackgroundWrite(partial_path(final), by_key, random_state)
+        self._pending = _Pending(iteration, training, _bytes(common), write, time.perf_counter() - start)
 
-            def publish() -> None:
-                write_atomic(partial / "common.pt", _bytes(common))
-                write_atomic(partial / TRAINING, json.dumps(training, indent=2) + "\n")
-                save_backend_config(CheckpointingConfig("torch_dist", 1), str(partial))
-                commit_partial(final)
-                write_atomic(self.directory / TRACKER, f"{iteration}\n")
-                self._drop_old(iteration)
+    def poll(self) -> Saved | None:
+        """`finish` if every rank's files are written; None while they are not. Collective where a save is under way."""
+        if self._pending is None:
+            return None
+        everywhere = torch.tensor(self._pending.write.finished(), dtype=torch.int32, device=current_device())
+        torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN)
+        return self.finish() if everywhere.item() else None
 
-            agreed(_on_rank_0(publish))
-        except SaveError:
-            agreed(_on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True)))
-            raise
+    def finish(self) -> Saved | None:
+        """Wait for the files of the last save and publish it; None if there is none. Collective.
 
-    def resume(self) -> tuple[int, dict[str, Any]] | None:
-        """Load the latest checkpoint into model and optimizer; (iteration, data position), or None if there is none.
+        Raises SaveError on all ranks, and removes the partial checkpoint, if any rank could not write its part.
+        """
+        if self._pending is None:
+            return None
+        pending, self._pending = self._pending, None
+        start = time.perf_counter()
+        final = self.directory / f"iter_{pending.iteration:07d}"
+        written: list[Part] = []
+        try:
+            agreed(lambda: written.append(pending.write.join()))
+            parts: list[Any] = [None] * launch.world_size()
+            torch.distributed.gather_object(written[0], parts if launch.rank() == 0 else None)
+            agreed(_on_rank_0(lambda: self._publish(final, pending, parts)))
+        except SaveError as error:
+            raise self._discard(final, error) from None
+        stall = pending.stall_seconds + time.perf_counter() - start
+        return Saved(pending.iteration, stall, written[0].seconds)
 
-        Removes what a killed save left. Collective. Raises UserError for a checkpoint of a run with other settings, or
-        one that is missing or damaged.
+    def abandon(self) -> None:
+        """After an error: wait until this rank writes no more. What was begun is a leftover for the next start."""
+        if self._pending is not None:
+            self._pending.write.wait()
+
+    def resume(self) -> Resumed | None:
+        """Load the latest whole checkpoint into model and optimizer; None if there is none.
+
+        Removes what a killed save left. A checkpoint that is damaged is passed over for the one before, and stays.
+        Collective. Raises UserError for a checkpoint of a run with other settings, or where all are damaged.
         """
         agreed(_on_rank_0(self._clean))
-        tracker = self.directory / TRACKER
-        if not tracker.exists():
-            return None
-        found = self.directory / f"iter_{int(tracker.read_text()):07d}"
-        training = self._checked(found)
+        found = self._candidates()
+        damaged: list[str] = []
+        for directory in found:
+            problem = self._damage(directory)
+            if problem is None:
+                return self._load(directory)._replace(damaged=damaged)
+            damaged.append(problem)
+        if found:
+            raise UserError(f"{'; '.join(damaged)}; no other checkpoint is left: remove {self.directory} to start over")
+        return None
+
+    def roll_back(self, before: int | None) -> Resumed | None:
+        """Load the latest whole checkpoint that was not saved amid skipped updates; None if there is none.
+
+        `before`: and is older than this iteration. Nothing may be pending. Collective.
+        """
+        damaged = []
+        for directory in self._candidates():
+            if before is not None and _iteration(directory) >= before:
+                continue
+            if problem := self._damage(directory):
+                damaged.append(problem)
+            elif not self._training(directory)["skips"]["in_a_row"]:
+                return self._load(directory)._replace(damaged=damaged)
+        return None
+
+    def _tensors(self) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+        """This rank's sharded tensors and objects by their keys, and what is the same on all ranks and not a tensor."""
+        model_state = self._model_state()
+        optimizer_state = self.optimizer.sharded_state_dict(model_state, metadata=SHARDING)
+        if optimizer_state["param_state"] is None:  # not the first data-parallel rank
+            del optimizer_state["param_state"]
+        sharded, common = save_preprocess({**model_state, "optimizer": optimizer_state})
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+        return by_key, common
+
+    def _publish(self, final: Path, pending: _Pending, parts: list[Part]) -> None:
+        """On rank 0: the files that belong to no rank, the directory's final name, the tracker."""
+        partial = partial_path(final)
+        assert pending.write.metadata is not None
+        pending.write.writer.finish(pending.write.metadata, [part.results for part in parts])
+        write_atomic(partial / "common.pt", pending.common)
+        write_atomic(partial / TRAINING, json.dumps(pending.training, indent=2) + "\n")
+        save_backend_config(CheckpointingConfig("torch_dist", 1), str(partial))
+        files = {name: figures for part in parts for name, figures in part.files.items()}
+        files |= {path.name: checksum(path) for path in partial.iterdir() if path.name not in files}
+        write_checksums(partial, files)
+        commit_partial(final)
+        write_atomic(self.directory / TRACKER, f"{pending.iteration}\n")
+        self._drop_old(pending.iteration)
+
+    def _discard(self, final: Path, error: SaveError) -> SaveError:
+        agreed(_on_rank_0(lambda: shutil.rmtree(partial_path(final), ignore_errors=True)))
+        return SaveError(f"the checkpoint after update {_iteration(final)} could not be written: {error}")
+
+    def _candidates(self) -> list[Path]:
+        """Checkpoints to load from, newest first: what the tracker names, and those before. Collective.
+
+        Without a readable tracker all count: a job may have been killed, or the disk full, between the two renames.
+        """
+
+        def find() -> list[Path]:
+            present = self._present()
+            try:
+                newest = int((self.directory / TRACKER).read_text())
+                present[newest] = self.directory / f"iter_{newest:07d}"
+            except (FileNotFoundError, ValueError):
+                newest = max(present, default=0)
+            return [present[iteration] for iteration in sorted(present, reverse=True) if iteration <= newest]
+
+        return launch.from_rank_0(find)
+
+    def _damage(self, directory: Path) -> str | None:
+        """What is wrong with a checkpoint's files, the same on every rank; each reads a part of them. Collective."""
+        found: list[str | None] = [None] * launch.world_size()
+        torch.distributed.all_gather_object(found, find_damage(directory, launch.rank(), launch.world_size()))
+        return next((problem for problem in found if problem), None)
+
+    def _load(self, found: Path) -> Resumed:
+        training = self._training(found)
+        self._check_settings(found / TRAINING, training)
         check_metadata(found)
         model_state = self._model_state()
         state = {
@@ -134,26 +270,7 @@ class TrainingState:
         self.optimizer.load_state_dict(loaded["optimizer"])
         if all(training[key] == value for key, value in self._layout().items()):
             _restore_random_state(torch.load(found / f"random_{launch.rank():05d}.pt", weights_only=True))
-        return training["iteration"], training["data"]
-
-    def _save_tensors(self, partial: Path) -> dict[str, Any]:
-        """Write every sharded tensor; return what is the same on all ranks and not a tensor."""
-        model_state = self._model_state()
-        optimizer_state = self.optimizer.sharded_state_dict(model_state, metadata=SHARDING)
-        if optimizer_state["param_state"] is None:  # not the first data-parallel rank
-            del optimizer_state["param_state"]
-        state = {**model_state, "optimizer": optimizer_state}
-        sharded, common = save_preprocess(state)
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
-        try:
-            dcp_save(
-                mcore_to_pyt_state_dict(by_key, False),
-                storage_writer=FileSystemWriter(partial, thread_count=1),
-                planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-            )
-        except CheckpointException as error:
-            raise SaveError("; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items())) from None
-        return common
+        return Resumed(training["iteration"], training["data"], training["skips"], [])
 
     def _model_state(self) -> dict[str, Any]:
         state = {f"model{index}": module.sharded_state_dict() for index, module in enumerate(self.student.modules)}
@@ -162,16 +279,12 @@ class TrainingState:
     def _layout(self) -> dict[str, Any]:
         return {"layout": asdict(self.student.layout), "world_size": launch.world_size()}
 
-    def _checked(self, found: Path) -> dict[str, Any]:
-        """`training.json` of a checkpoint, if a run with this one's settings wrote it."""
-        path = found / TRAINING
-        try:
-            training: dict[str, Any] = json.loads(path.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            raise UserError(
-                f"{path}: missing or damaged, though {TRACKER} names it; write an older iteration's number into "
-                f"{TRACKER}, or remove {self.directory} to start over"
-            ) from None
+    def _training(self, directory: Path) -> dict[str, Any]:
+        """`training.json` of a checkpoint that is not damaged. Collective."""
+        return launch.from_rank_0(lambda: json.loads((directory / TRAINING).read_text()))
+
+    def _check_settings(self, path: Path, training: Mapping[str, Any]) -> None:
+        """Raise UserError unless a run with this one's settings wrote the checkpoint."""
         if training.get("schema_version") != SCHEMA_VERSION:
             raise UserError(f"{path}: schema_version {training.get('schema_version')} is not {SCHEMA_VERSION}")
         saved = training["settings"]
@@ -181,7 +294,6 @@ class TrainingState:
                     f"{path}: {key} was {saved.get(key)!r} when this run was interrupted and is "
                     f"{self.settings.get(key)!r} now; restore it, or remove {self.directory} to start over"
                 )
-        return training
 
     def _clean(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -191,16 +303,24 @@ class TrainingState:
             else:
                 partial.unlink()
 
-    def _drop_old(self, newest: int) -> None:
-        """Keep the last `keep_last` checkpoints up to `newest`; later ones belong to an abandoned future."""
+    def _present(self) -> dict[int, Path]:
         names = [path.name for path in self.directory.iterdir() if re.fullmatch(r"iter_\d{7,}", path.name)]
-        found = {int(name.removeprefix("iter_")): self.directory / name for name in names}
-        kept = sorted(iteration for iteration in found if iteration <= newest)[-self.keep_last :]
+        return {_iteration(Path(name)): self.directory / name for name in names}
+
+    def _drop_old(self, newest: int) -> None:
+        """Keep the best and the last `keep_last` checkpoints up to `newest`; later ones are of an abandoned future."""
+        found = self._present()
+        last = sorted(iteration for iteration in found if iteration <= newest)[-self.keep_last :]
+        kept = {*last, self.best.published(newest)}
         for iteration, path in found.items():
             if iteration not in kept:
                 # Renamed first: a removal that is interrupted must not look like a checkpoint.
                 os.rename(path, partial_path(path))
                 shutil.rmtree(partial_path(path))
+
+
+def _iteration(directory: Path) -> int:
+    return int(directory.name.removeprefix("iter_"))
 
 
 def agreed(work: Callable[[], object]) -> None:

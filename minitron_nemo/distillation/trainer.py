@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from megatron.core import parallel_state
-from torch import Tensor
 
 from minitron_nemo.config import TrainConfig
 from minitron_nemo.data.sampler import Sampler, microbatches
 from minitron_nemo.distillation.intermediate import IntermediateLoss
+from minitron_nemo.distillation.nonfinite import Skips, nonfinite_gradients, nonfinite_losses
 from minitron_nemo.distillation.objective import DistillationObjective
-from minitron_nemo.distillation.optimizer import build_optimizer, set_learning_rate
+from minitron_nemo.distillation.optimizer import build_optimizer, set_learning_rate, update
 from minitron_nemo.distillation.phases import Segment, segment_at, segments
 from minitron_nemo.distillation.progress import Progress
 from minitron_nemo.distillation.report import Meter, Report
+from minitron_nemo.distillation.saver import Saver
 from minitron_nemo.distillation.schedule import Schedule
 from minitron_nemo.distillation.signals import StopRequest
-from minitron_nemo.distillation.state import SaveError, TrainingState
+from minitron_nemo.distillation.state import TrainingState
 from minitron_nemo.distillation.status import State, write_status
-from minitron_nemo.distillation.step import SUMS, Step
+from minitron_nemo.distillation.step import Step
 from minitron_nemo.distillation.teacher import TeacherSource
+from minitron_nemo.distillation.watchdog import COMPUTING, READING, Watchdog
 from minitron_nemo.models.build import Model
 from minitron_nemo.parallel import launch
 
@@ -70,40 +72,46 @@ class Trainer:
         )
         self.state = TrainingState(directory, student, self.optimizer, settings, config.keep_last, intermediate)
         self.meter = Meter(objective)
+        self.watchdog = Watchdog(run_dir / "heartbeats", config.hang_timeout, self._fail)
         self.iteration = 0
+        self.skips = Skips()
+        self._went_back_to: int | None = None  # iteration of the last roll-back's checkpoint, until the next save
         self.reports: list[Report] = []
 
     def run(self) -> Outcome:
         """Train to the last step, or until a signal asks to stop; the student then holds the weights of that update.
 
         "stopped" means that the state is saved and `run` of a new Trainer goes on from it. Raises SaveError under
-        `fail_on_save_error`, FloatingPointError when losses or gradients are no longer finite.
+        `fail_on_save_error`, FloatingPointError when losses or gradients stay not finite, RuntimeError with the
+        watchdog's verdict where it ended another rank.
         """
         try:
-            return self._run()
+            with self.watchdog:
+                return self._run()
         except Exception as error:
-            write_status(
-                self.run_dir,
-                "failed",
-                step=self.name,
-                iteration=self.iteration,
-                steps=self.config.steps,
-                reason=f"{type(error).__name__}: {error}",
-            )
+            verdict = self.watchdog.verdict()
+            self._fail(verdict or f"{type(error).__name__}: {error}")
+            if verdict is not None:
+                raise RuntimeError(verdict) from error
             raise
+        finally:
+            self.state.abandon()
 
     def _run(self) -> Outcome:
         resumed = self.state.resume()
         if resumed is not None:
-            self.iteration, position = resumed
-            self.sampler.load_state_dict(position)
+            self.iteration, self.skips = resumed.iteration, Skips(**resumed.skips)
+            self.sampler.load_state_dict(resumed.data)
         with (
             Progress(
                 self.name, self.config.steps, self.iteration, self.directory / "tensorboard", launch.rank() == 0
             ) as progress,
             StopRequest() as stop,
         ):
+            saver = Saver(self.state, self.config, progress, self.watchdog)
             if resumed is not None:
+                for problem in resumed.damaged:
+                    progress.say(f"CHECKPOINT DAMAGED, falling back to the one before: {problem}")
                 progress.say(f"resumed after update {self.iteration} from {self.directory}")
             self._status("running")
             current = self.segments[0] if len(self.segments) == 1 else None
@@ -112,22 +120,34 @@ class Trainer:
                 if segment is not current:
                     progress.say(f"from update {self.iteration + 1} on {segment}")
                     current = segment
-                grad_norm, lr = self._update(segment)
-                if self.iteration % self.config.log_interval == 0 or self.iteration == self.config.steps:
+                grad_norm, lr, nonfinite = self._update(segment)
+                saver.poll()
+                if nonfinite is not None:
+                    self._skip(nonfinite, saver)
+                elif self.iteration % self.config.log_interval == 0 or self.iteration == self.config.steps:
                     self._report(progress, grad_norm, lr)
                 signal = stop.agreed()
                 if signal is not None and self.iteration < self.config.steps:
-                    problem = self._save(progress)
-                    self._status("stopped", reason=f"{signal}{'' if problem is None else f', and {problem}'}")
+                    refused = self._save(saver, wait=True)
+                    self._status("stopped", reason=f"{signal}{'' if refused is None else f', and {refused}'}")
                     return "stopped"
-                if self.iteration % self.config.save_interval == 0 and self.iteration < self.config.steps:
-                    self._save(progress)
+                # Not amid skipped updates: the parameters may be what is wrong.
+                due = self.iteration % self.config.save_interval == 0 and nonfinite is None
+                if due and self.iteration < self.config.steps:
+                    self._save(saver, wait=False)
+                    self._went_back_to = None
+            saver.finish()
+            if self.skips.skipped == self.config.steps:
+                raise FloatingPointError("no update of the run was finite: lower train.lr or check the data")
+            if self.skips.skipped:
+                progress.say(f"{self.skips.skipped} of {self.config.steps} updates did not happen")
         self._wait_for_parameters()
         return "done"
 
-    def _update(self, segment: Segment) -> tuple[float, float]:
-        """One update of the parameters; the gradient norm before clipping, and the learning rate."""
+    def _update(self, segment: Segment) -> tuple[float, float, str | None]:
+        """One update of the parameters: the gradient norm before clipping, the learning rate, why it did not happen."""
         config = self.config
+        self.watchdog.beat(self.iteration, READING)
         blend = self.sampler.blend_at(self.sampler.consumed_samples)
         batches = microbatches(
             blend,
@@ -136,37 +156,57 @@ class Trainer:
             parallel_state.get_data_parallel_world_size(),
             segment.micro_batch_size,
         )
-        lr = self.schedule.learning_rate(self.iteration + 1)
+        self.watchdog.beat(self.iteration, COMPUTING)
+        lr = self.schedule.learning_rate(self.iteration + 1 - self.skips.skipped)
         set_learning_rate(self.optimizer, lr, config.weight_decay)
+        alpha = self.step.alpha
         sums = self.step(batches)
-        self._check_finite(sums)
-        _, grad_norm, _ = self.optimizer.step()
-        if not math.isfinite(grad_norm):
-            raise FloatingPointError(
-                f"the gradient norm of update {self.iteration + 1} is {grad_norm}; "
-                f"lower train.lr or check the data, then start again from the last checkpoint in {self.directory}"
-            )
+        grad_norm = math.nan
+        problem = nonfinite_losses(sums, self.step)
+        if problem is None:
+            grad_norm = update(self.optimizer)
+            if not math.isfinite(grad_norm):
+                problem = nonfinite_gradients(grad_norm, batches)
         self.iteration += 1
-        self.meter.add(sums, segment.tokens_per_step)
-        return grad_norm, lr
+        if problem is None:
+            self.skips.in_a_row = 0
+            self.meter.add(sums, segment.tokens_per_step)
+        else:
+            self.step.alpha = alpha
+        return grad_norm, lr, problem
 
-    def _check_finite(self, sums: Tensor) -> None:
-        """Raise on every rank, before parameters change, if a token of the global batch has no finite loss."""
-        count = sums[SUMS.index("nonfinite")].clone()
-        torch.distributed.all_reduce(count)
-        if count == 0:
-            return
-        found: list[list[str]] = [[] for _ in range(launch.world_size())]
-        mine = [
-            f"data-parallel rank {parallel_state.get_data_parallel_rank()}, {name}" for name in self.step.nonfinite()
-        ]
-        torch.distributed.all_gather_object(found, mine)
-        where = sorted({name for names in found for name in names})  # tensor-parallel ranks say the same
-        raise FloatingPointError(
-            f"update {self.iteration + 1}: the loss is not finite: {'; '.join(where[:4])}"
-            f"{f' and {len(where) - 4} more' if len(where) > 4 else ''}. Nothing of this update was applied: look at "
-            f"these samples, or lower train.lr and start again from the last checkpoint in {self.directory}"
+    def _skip(self, problem: str, saver: Saver) -> None:
+        """Count the update that did not happen; after too many, go back to a checkpoint or give up."""
+        self.skips.skip()
+        saver.progress.say(f"update {self.iteration} did not happen: {problem}")
+        if self.skips.in_a_row >= self.config.max_nonfinite_steps:
+            self._roll_back(problem, saver)
+        saver.progress.scalars(
+            self.iteration, {"train/skipped": self.skips.skipped, "train/roll_backs": self.skips.roll_backs}
         )
+
+    def _roll_back(self, problem: str, saver: Saver) -> None:
+        """Parameters and moments of the last good checkpoint, the data where it stands; an older one the next time."""
+        resumed = None
+        if self.iteration < self.config.steps:
+            saver.finish()
+            with self.watchdog.paused():
+                resumed = self.state.roll_back(before=self._went_back_to)
+        if resumed is None:
+            raise FloatingPointError(
+                f"{self.skips.in_a_row} updates up to {self.iteration} were not finite, and there is no checkpoint "
+                f"left to go back to: {problem}. Look at these samples, or lower train.lr; then start again from the "
+                f"last checkpoint in {self.directory}, or without it"
+            )
+        self._went_back_to = resumed.iteration
+        self.skips.rolled_back(self.iteration, resumed.iteration - resumed.skips["skipped"])
+        saver.progress.say(
+            f"went back to the parameters after update {resumed.iteration}, on with the data of {self.iteration + 1}"
+        )
+
+    def _save(self, saver: Saver, wait: bool) -> str | None:
+        self._wait_for_parameters()
+        return saver.save(self.iteration, self.sampler.state_dict(), asdict(self.skips), wait=wait)
 
     def _report(self, progress: Progress, grad_norm: float, lr: float) -> None:
         report = self.meter.report(self.iteration, lr, grad_norm)
@@ -174,24 +214,16 @@ class Trainer:
         progress.show(report)
         self._status("running")
 
-    def _save(self, progress: Progress) -> str | None:
-        """Save the state; what went wrong, where training may go on without it."""
-        self._wait_for_parameters()
-        try:
-            self.state.save(self.iteration, self.sampler.state_dict())
-        except SaveError as error:
-            if self.config.fail_on_save_error:
-                raise
-            problem = f"the checkpoint after update {self.iteration} could not be written: {error}"
-            progress.say(f"{problem}; training goes on, the previous checkpoint is as it was")
-            return problem
-        return None
-
     def _wait_for_parameters(self) -> None:
         """Under overlap_param_gather the updated parameters arrive during the next forward; here there is none."""
         if self.config.overlap_param_gather:
             for chunk in self.trained:
                 chunk.start_param_sync(force_sync=True)
+
+    def _fail(self, reason: str) -> None:
+        write_status(
+            self.run_dir, "failed", step=self.name, iteration=self.iteration, steps=self.config.steps, reason=reason
+        )
 
     def _status(self, state: State, reason: str | None = None) -> None:
         if launch.rank() == 0:
