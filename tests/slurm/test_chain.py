@@ -122,7 +122,8 @@ def test_a_node_that_crashes_in_the_middle_of_a_step_costs_the_work_since_the_la
 
 @pytest.mark.soak
 def test_a_crashed_node_that_slurm_has_not_missed_yet_is_noticed_by_the_job(tmp_path: Path) -> None:
-    with Cluster(slurmd_timeout=600) as slurm:
+    # Longer than the job needs to notice; Slurm starts a requeued job when it has given up the node as well.
+    with Cluster(slurmd_timeout=150) as slurm:
         assert "a node does not answer; requeued (1 of at most 20)" in survives_a_crash(slurm, tmp_path)
 
 

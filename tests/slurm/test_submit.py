@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,5 +98,7 @@ def test_what_sbatch_refuses_is_one_line(
 def test_the_script_for_login_nodes_submits(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     command = ["bash", HOME / "launch" / "minitron.sh", recipe, "--dry-run"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    # For a checkout without .venv: the environment that runs the tests has a `minitron` too.
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("sbatch --parsable --job-name=tiny ")
