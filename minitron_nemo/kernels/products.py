@@ -1,9 +1,10 @@
-"""The loss's matrix products with fp32 results, per device.
+"""The loss's matrix products, per device: logits in fp32 whatever the operands' dtype, the weight's gradient in fp32.
 
-Rounding bf16 logits to bf16 costs up to 22% of a distillation gradient, because student and teacher probabilities
-cancel as the student converges. So both kinds multiply 16-bit operands exactly and write fp32:
+Rounding logits to bf16 costs up to 22% of a distillation gradient, because student and teacher probabilities cancel as
+the student converges. So both kinds multiply 16-bit operands exactly and write fp32:
 CUDA has products with `out_dtype`; elsewhere blocks of the weight are upcast, and oneDNN is told that multiplying
-bf16 operands held in fp32 may use bf16 instructions (AMX, AVX512-BF16), which is exact for the logits.
+bf16 operands held in fp32 may use bf16 instructions (AMX, AVX512-BF16), which is exact for the logits. Rounding what
+comes after the difference, the logits' gradient, costs 0.15%.
 """
 
 from __future__ import annotations
