@@ -52,6 +52,7 @@ POSITIVE = (
     "train.log_interval",
     "train.save_interval",
     "train.keep_last",
+    "train.max_nonfinite_steps",
     "evaluate.documents",
     "evaluate.micro_batch_size",
     "cluster.nodes",
@@ -220,6 +221,8 @@ def _check_values(recipe: Recipe) -> None:
         raise UserError(f"distill.jsd_beta: {recipe.distill.jsd_beta} must lie between 0 and 1, neither of them")
     if recipe.distill.logits_weight <= 0 and recipe.distill.ce_weight <= 0:
         raise UserError("distill: logits_weight and ce_weight are both 0; there is nothing to train on")
+    if recipe.train.hang_timeout < 0:
+        raise UserError(f"train.hang_timeout: {recipe.train.hang_timeout:g} must not be negative; 0 never ends a job")
     check_alpha(recipe.distill.intermediate.alpha)
     _check_cluster(recipe.cluster)
 
