@@ -13,7 +13,7 @@ from minitron_nemo.arch import Architecture
 from minitron_nemo.arch.counts import forward_flops_per_token, non_embedding_parameters, parameters
 from minitron_nemo.arch.huggingface import hf_warnings
 from minitron_nemo.checkpoint.source import open_source
-from minitron_nemo.config import ClusterConfig, Recipe
+from minitron_nemo.config import ClusterConfig, Recipe, TrainConfig
 from minitron_nemo.data.pypi import cached
 from minitron_nemo.distillation.balance import check_alpha
 from minitron_nemo.distillation.intermediate import AUTO, resolve_pairs
@@ -224,7 +224,15 @@ def _check_values(recipe: Recipe) -> None:
     if recipe.train.hang_timeout < 0:
         raise UserError(f"train.hang_timeout: {recipe.train.hang_timeout:g} must not be negative; 0 never ends a job")
     check_alpha(recipe.distill.intermediate.alpha)
+    _check_reports(recipe.train)
     _check_cluster(recipe.cluster)
+
+
+def _check_reports(train: TrainConfig) -> None:
+    if train.eval_interval < 0:
+        raise UserError(f"train.eval_interval: {train.eval_interval} must not be negative; 0 for no validation")
+    if train.peak_flops is not None and train.peak_flops <= 0:
+        raise UserError(f"train.peak_flops: {train.peak_flops:g} must be greater than 0")
 
 
 def _check_cluster(cluster: ClusterConfig) -> None:

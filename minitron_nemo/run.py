@@ -32,6 +32,7 @@ from minitron_nemo.data.prepare import inputs_stamp, prepare_data
 from minitron_nemo.distillation.status import write_status
 from minitron_nemo.distillation.train import correction_config, train
 from minitron_nemo.errors import SaidByRankZero, UserError
+from minitron_nemo.evaluation.heldout import HeldOut
 from minitron_nemo.evaluation.report import evaluate_models, table
 from minitron_nemo.importance.scores import Scores
 from minitron_nemo.manifest import Manifest, file_fingerprint, step_key
@@ -156,6 +157,7 @@ class Chain:
             work_dir=self.run_dir / "training" / f"{output.name}-{key[:8]}",
             output_dir=output,
             run_dir=self.run_dir,
+            heldout=lambda: HeldOut.from_recipe(self.recipe, self.prepared, self.plan.layout),
         )
         if outcome == "stopped":
             raise Stopped
@@ -266,8 +268,8 @@ def _run_step(step: Step, manifest: Manifest, run_dir: Path) -> None:
 
 def _numerics(config: TrainConfig) -> dict[str, Any]:
     """The settings of `train` that decide the weights; intervals, console and overlap do not."""
-    intervals = ("log_interval", "save_interval", "keep_last", "fail_on_save_error", "async_save")
-    neutral = (*intervals, "max_nonfinite_steps", "hang_timeout", "recompute")
+    intervals = ("log_interval", "eval_interval", "save_interval", "keep_last", "fail_on_save_error", "async_save")
+    neutral = (*intervals, "peak_flops", "max_nonfinite_steps", "hang_timeout", "recompute")
     settings = {key: value for key, value in asdict(config).items() if key not in neutral}
     return {key: value for key, value in settings.items() if not key.startswith("overlap_")}
 

@@ -42,8 +42,9 @@ class MetricsFile:
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            kept = [record for record in read_metrics(path) if record["iteration"] <= done] if done else []
-            write_atomic(path, "".join(map(_line, kept)))
+            kept = "".join(_line(record) for record in read_metrics(path) if record["iteration"] <= done)
+            if kept != path.read_text(errors="replace"):
+                write_atomic(path, kept)
         self.path = path
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._pending = b""

@@ -1,4 +1,4 @@
-"""What a person sees of a training run: a bar on a terminal, plain lines elsewhere, TensorBoard beside them.
+"""What a person sees of a training run: a bar on a terminal, plain lines elsewhere; TensorBoard and metrics.jsonl.
 
 Rank 0 shows it; the other ranks hold a `Progress` that shows nothing.
 """
@@ -6,7 +6,7 @@ Rank 0 shows it; the other ranks hold a `Progress` that shows nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
 
@@ -15,23 +15,27 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from torch.utils.tensorboard import SummaryWriter
 
+from minitron_nemo.distillation.metrics import MetricsFile
 from minitron_nemo.distillation.report import Report
 
 
 class Progress:
-    """Context manager for the console line and TensorBoard's event file of one run."""
+    """Context manager for the console line, TensorBoard's event file and metrics.jsonl of one run."""
 
-    def __init__(self, name: str, steps: int, done: int, tensorboard: Path, shown: bool) -> None:
-        """`done` updates of `steps` were made before; TensorBoard drops what a killed run logged beyond them."""
+    def __init__(self, name: str, steps: int, done: int, directory: Path, shown: bool) -> None:
+        """`done` updates of `steps` were made before; what a killed run logged beyond them is dropped."""
         self.name = name
         self.steps = steps
         self._console = Console(quiet=not shown, soft_wrap=True, highlight=False)
         self._bar: Bar | None = None
         self._writer: SummaryWriter | None = None
+        self._metrics: MetricsFile | None = None
+        self._refused = False  # by the disk: metrics.jsonl waits for room
         self._held = ExitStack()
         if not shown:
             return
-        self._writer = self._held.enter_context(SummaryWriter(str(tensorboard), purge_step=done + 1))
+        self._writer = self._held.enter_context(SummaryWriter(str(directory / "tensorboard"), purge_step=done + 1))
+        self._metrics = self._held.enter_context(closing(MetricsFile(directory / "metrics.jsonl", done)))
         if self._console.is_terminal:
             self._bar = Bar(
                 TextColumn("{task.description}"),
@@ -56,7 +60,7 @@ class Progress:
 
     def show(self, report: Report) -> None:
         """One report: the bar's text or a line of its own, and TensorBoard's scalars."""
-        self.scalars(report.iteration, report.scalars())
+        self.scalars(report.iteration, report.scalars)
         if self._bar is not None:
             self._bar.update(self._task, completed=report.iteration, report=str(report))
         else:
@@ -64,10 +68,15 @@ class Progress:
             self._console.print(f"[{self.name}] {report.iteration}/{self.steps}  {report}  ETA {eta}", markup=False)
 
     def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
-        """TensorBoard's, for what no report holds."""
-        if self._writer is not None:
-            for tag, value in values.items():
-                self._writer.add_scalar(tag, value, iteration)
+        """A record of metrics.jsonl and TensorBoard's scalars."""
+        if self._writer is None or self._metrics is None:
+            return
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, iteration)
+        problem = self._metrics.append(iteration, values)
+        if problem and not self._refused:
+            self.say(f"{problem}; training goes on, and what is not written yet follows when it can")
+        self._refused = problem is not None
 
     def say(self, message: str) -> None:
         """A line that stays."""

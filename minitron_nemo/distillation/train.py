@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from minitron_nemo.distillation.phases import check_phases, segments, stretches
 from minitron_nemo.distillation.schedule import Schedule
 from minitron_nemo.distillation.teacher import ColocatedTeacher
 from minitron_nemo.distillation.trainer import Outcome, Trainer
+from minitron_nemo.distillation.validation import Measures, Validation
 from minitron_nemo.errors import UserError
 from minitron_nemo.models.build import Model, build_model
 from minitron_nemo.models.checkpoint import load_model, save_model
@@ -30,6 +32,8 @@ NEUTRAL = {
     "train": (
         "micro_batch_size",
         "log_interval",
+        "eval_interval",
+        "peak_flops",
         "save_interval",
         "keep_last",
         "fail_on_save_error",
@@ -53,13 +57,15 @@ def train(
     work_dir: Path,
     output_dir: Path,
     run_dir: Path,
+    heldout: Callable[[], Measures] | None = None,
 ) -> Outcome:
     """Train the model in `student_dir` and write its weights to `output_dir`. Called on every rank of the job.
 
     With `teacher_dir`: distillation by `recipe.distill` and `recipe.train`. Without: teacher correction (2408.11796
     section 2), cross-entropy with the steps, learning rates and sample order of `recipe.teacher.correction` and the
     rest of `recipe.train`. `work_dir` holds the training checkpoints; where it holds some, the run goes on from the
-    latest. "stopped" means a signal came and the state is saved; `output_dir` is not written then. Raises UserError.
+    latest. "stopped" means a signal came and the state is saved; `output_dir` is not written then. `heldout` gives,
+    once the job has its layout, what `train.eval_interval` measures the model with. Raises UserError.
     """
     correcting = teacher_dir is None
     config = correction_config(recipe) if correcting else recipe.train
@@ -93,6 +99,10 @@ def train(
             deliveries=deliveries(pairs, model, student),
         )
     blend = open_train(data, prepared)
+    colocated = teacher if isinstance(teacher, ColocatedTeacher) else None
+    validation = None
+    if heldout is not None and config.eval_interval:
+        validation = Validation(heldout(), student, colocated, config.eval_interval)
     trainer = Trainer(
         config,
         objective,
@@ -110,6 +120,8 @@ def train(
             "teacher": None if teacher_dir is None else launch.from_rank_0(lambda: fingerprint(teacher_dir)),
         },
         intermediate=intermediate,
+        teacher_architecture=colocated.model.architecture if colocated else None,
+        validation=validation,
     )
     outcome = trainer.run()
     if outcome == "done":

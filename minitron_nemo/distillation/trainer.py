@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron.core import parallel_state
 
+from minitron_nemo.arch import Architecture
 from minitron_nemo.config import TrainConfig
 from minitron_nemo.data.sampler import Sampler, microbatches
 from minitron_nemo.distillation.intermediate import IntermediateLoss
+from minitron_nemo.distillation.metrics import figures, flops_per_token
 from minitron_nemo.distillation.nonfinite import Skips, nonfinite_gradients, nonfinite_losses
 from minitron_nemo.distillation.objective import DistillationObjective
 from minitron_nemo.distillation.optimizer import build_optimizer, set_learning_rate, update
@@ -26,9 +29,10 @@ from minitron_nemo.distillation.state import TrainingState
 from minitron_nemo.distillation.status import State, write_status
 from minitron_nemo.distillation.step import Step
 from minitron_nemo.distillation.teacher import TeacherSource
+from minitron_nemo.distillation.validation import Validation, summary
 from minitron_nemo.distillation.watchdog import COMPUTING, READING, Watchdog
 from minitron_nemo.models.build import Model
-from minitron_nemo.parallel import launch
+from minitron_nemo.parallel import device, launch
 
 Outcome = Literal["done", "stopped"]
 
@@ -53,6 +57,8 @@ class Trainer:
         name: str,
         settings: Mapping[str, Any],
         intermediate: IntermediateLoss | None = None,
+        teacher_architecture: Architecture | None = None,
+        validation: Validation | None = None,
     ) -> None:
         self.config = config
         self.student = student
@@ -71,8 +77,14 @@ class Trainer:
             intermediate=intermediate,
         )
         self.state = TrainingState(directory, student, self.optimizer, settings, config.keep_last, intermediate)
-        self.meter = Meter(objective)
+        self.meter = Meter(
+            objective,
+            figures(self.optimizer, self.step.teacher_wait, sampler, self.segments),
+            flops_per_token=partial(flops_per_token, student.architecture, teacher_architecture),
+            peak_flops=config.peak_flops or (device.peak_flops() if config.precision == "bf16" else None),
+        )
         self.watchdog = Watchdog(run_dir / "heartbeats", config.hang_timeout, self._fail)
+        self.validation = validation
         self.iteration = 0
         self.skips = Skips()
         self._went_back_to: int | None = None  # iteration of the last roll-back's checkpoint, until the next save
@@ -103,9 +115,7 @@ class Trainer:
             self.iteration, self.skips = resumed.iteration, Skips(**resumed.skips)
             self.sampler.load_state_dict(resumed.data)
         with (
-            Progress(
-                self.name, self.config.steps, self.iteration, self.directory / "tensorboard", launch.rank() == 0
-            ) as progress,
+            Progress(self.name, self.config.steps, self.iteration, self.directory, launch.rank() == 0) as progress,
             StopRequest() as stop,
         ):
             saver = Saver(self.state, self.config, progress, self.watchdog)
@@ -122,11 +132,13 @@ class Trainer:
                     current = segment
                 grad_norm, lr, nonfinite = self._update(segment)
                 saver.poll()
+                signal = stop.agreed()
                 if nonfinite is not None:
                     self._skip(nonfinite, saver)
-                elif self.iteration % self.config.log_interval == 0 or self.iteration == self.config.steps:
+                # What the meter has is not saved, so it is reported before a stop.
+                elif signal or self.iteration % self.config.log_interval == 0 or self.iteration == self.config.steps:
                     self._report(progress, grad_norm, lr)
-                signal = stop.agreed()
+                self._validate(progress)
                 if signal is not None and self.iteration < self.config.steps:
                     refused = self._save(saver, wait=True)
                     self._status("stopped", reason=f"{signal}{'' if refused is None else f', and {refused}'}")
@@ -170,7 +182,7 @@ class Trainer:
         self.iteration += 1
         if problem is None:
             self.skips.in_a_row = 0
-            self.meter.add(sums, segment.tokens_per_step)
+            self.meter.add(sums, segment)
         else:
             self.step.alpha = alpha
         return grad_norm, lr, problem
@@ -213,6 +225,16 @@ class Trainer:
         self.reports.append(report)
         progress.show(report)
         self._status("running")
+
+    def _validate(self, progress: Progress) -> None:
+        if self.validation is None or not self.validation.due(self.iteration, self.config.steps):
+            return
+        self._wait_for_parameters()
+        with self.watchdog.paused(), self.meter.paused():
+            found = self.validation()
+        self.state.best.measured(self.iteration, found["loss"])
+        progress.scalars(self.iteration, {f"validation/{name}": value for name, value in found.items()})
+        progress.say(f"validation after update {self.iteration}: {summary(found)}")
 
     def _wait_for_parameters(self) -> None:
         """Under overlap_param_gather the updated parameters arrive during the next forward; here there is none."""

@@ -21,6 +21,8 @@ from minitron_nemo.distillation.phases import segments, stretches
 from minitron_nemo.distillation.report import Report
 from minitron_nemo.distillation.teacher import ColocatedTeacher
 from minitron_nemo.distillation.trainer import Trainer
+from minitron_nemo.distillation.validation import Validation
+from minitron_nemo.evaluation.heldout import HeldOut
 from minitron_nemo.models.build import build_model
 from minitron_nemo.models.checkpoint import load_model
 from minitron_nemo.parallel import launch
@@ -51,6 +53,9 @@ class MadeUpSource:
             "id": str(index),
             "source": "made up",
         }
+
+
+DOCUMENTS = [MadeUpSource().sample(number) for number in range(1000, 1005)]  # held out; 5: ranks have unequal shares
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """One rank's view of a run: `tensors` are its parameters and its shard of the optimizer."""
+    """One rank's view of a run: `tensors` are its parameters, its shard of the optimizer and its random state."""
 
     outcome: str
     tensors: dict[str, Tensor]
@@ -149,6 +154,9 @@ def run(job: Job, events: Mapping[int, Callable[[], None]] | None = None) -> Res
             micro_batch_size=max(part.micro_batch_size for part in run_segments),
             buffer_bytes=job.buffer_bytes,
         )
+    validation = None
+    if config.eval_interval:
+        validation = Validation(HeldOut(DOCUMENTS, job.layout, 2), student, teacher, config.eval_interval)
     trainer = Trainer(
         config,
         objective,
@@ -160,9 +168,11 @@ def run(job: Job, events: Mapping[int, Callable[[], None]] | None = None) -> Res
         name="distill",
         settings={"train.lr": config.lr, "train.steps": config.steps},
         intermediate=intermediate,
+        teacher_architecture=teacher.model.architecture if teacher else None,
+        validation=validation,
     )
     outcome = trainer.run()
-    tensors = {
+    tensors = {"random state": torch.get_rng_state()} | {
         f"{index}.{name}": parameter.detach().clone()
         for index, module in enumerate(student.modules)
         for name, parameter in module.named_parameters()

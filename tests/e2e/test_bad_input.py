@@ -66,6 +66,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("distill.divergence=backward_kl", "distill.divergence"),
         ("data.sequence_length=4096", "data.sequence_length"),
         ("train.global_batch_size=0", "train.global_batch_size"),
+        ("train.eval_interval=-1", "train.eval_interval"),
+        ("train.peak_flops=0", "train.peak_flops"),
         ("parallel.tensor_model_parallel_size=3 cluster.processes_per_node=3", "tensor_model_parallel_size"),
         ("parallel.pipeline_model_parallel_size=3 cluster.processes_per_node=3", "pipeline_model_parallel_size"),
         ("parallel.context_parallel_size=2 cluster.processes_per_node=2", "context_parallel_size"),
