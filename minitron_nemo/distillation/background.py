@@ -2,7 +2,8 @@
 
     foreground, collective     plan who writes what; copy to host memory what training will change
     a thread of each rank      write, sync, checksum: no collectives, no device
-    foreground, collective     gather the results, write .metadata (`TrainingState`)
+    foreground, collective     every rank's part is written: gather what they wrote
+    a thread of rank 0         write .metadata and what belongs to no rank, publish (`TrainingState`)
 
 torch's own FileSystemWriter and Megatron's planner write the files. Megatron's asynchronous writer forks processes, and
 waits for ever where one of them dies; a thread shares the process's fate.
@@ -11,10 +12,10 @@ waits for ever where one of them dies; a thread shares the process's fate.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -30,6 +31,42 @@ from minitron_nemo.parallel import launch
 FRESH = "optimizer."
 
 
+T = TypeVar("T")
+
+
+class Task(Generic[T]):
+    """Work on files in a thread."""
+
+    def __init__(self, work: Callable[[], T], name: str) -> None:
+        self._results: list[T] = []
+        self._problem = ""
+        self._work = work
+        # A daemon: a process that ends in an error does not wait for a checkpoint that nobody will publish.
+        self._thread = Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def finished(self) -> bool:
+        """Whether it has ended, well or not."""
+        return not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Wait for its end, well or not."""
+        self._thread.join()
+
+    def join(self) -> T:
+        """Wait for its end and return the result. Raises OSError saying what could not be done."""
+        self._thread.join()
+        if not self._results:
+            raise OSError(self._problem)
+        return self._results[0]
+
+    def _run(self) -> None:
+        try:
+            self._results.append(self._work())
+        except Exception as error:  # on a full disk torch raises whatever its writer happened to do; `join` tells all
+            self._problem = str(error) or type(error).__name__
+
+
 class Part(NamedTuple):
     """What one rank wrote."""
 
@@ -39,7 +76,7 @@ class Part(NamedTuple):
 
 
 class BackgroundWrite:
-    """This rank's files of one checkpoint. Made collectively; then a thread writes them, until `join`."""
+    """This rank's files of one checkpoint, made collectively and written by `task`."""
 
     def __init__(self, directory: Path, by_key: dict[str, list[Any]], others: Mapping[str, bytes]) -> None:
         """`by_key` are Megatron's sharded tensors and objects by their keys; `others` are whole files of this rank."""
@@ -53,26 +90,7 @@ class BackgroundWrite:
         self.writer = FileSystemWriter(directory, thread_count=1, per_thread_copy_ahead=0)
         self._planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         self._plan, self.metadata = self._planned(mcore_to_pyt_state_dict(by_key, False))
-        self._part: Part | None = None
-        self._problem: str | None = None
-        # A daemon: a process that ends in an error does not wait for a checkpoint that nobody will publish.
-        self._thread = Thread(target=self._run, name=f"write {directory.name}", daemon=True)
-        self._thread.start()
-
-    def finished(self) -> bool:
-        """Whether the thread has ended, well or not."""
-        return not self._thread.is_alive()
-
-    def join(self) -> Part:
-        """Wait for the thread. Raises OSError saying what could not be written."""
-        self._thread.join()
-        if self._part is None:
-            raise OSError(self._problem)
-        return self._part
-
-    def wait(self) -> None:
-        """Wait until the thread touches the directory no more."""
-        self._thread.join()
+        self.task = Task(self._run, f"write {directory.name}")
 
     def _planned(self, state: dict[str, Any]) -> tuple[SavePlan, Metadata | None]:
         """This rank's plan, and on rank 0 the metadata of all."""
@@ -90,15 +108,12 @@ class BackgroundWrite:
         torch.distributed.scatter_object_list(mine, plans if coordinator else None)
         return self._planner.finish_plan(mine[0]), metadata
 
-    def _run(self) -> None:
+    def _run(self) -> Part:
         start = time.perf_counter()
-        try:
-            results = self.writer.write_data(self._plan, self._planner).wait()
-            for name, content in self.others.items():
-                write_atomic(self.directory / name, content)
-            tensors = self.directory.glob(f"__{launch.rank()}_*.distcp")
-            paths = [*tensors, *(self.directory / name for name in self.others)]
-            files = {path.name: checksum(path) for path in paths}
-            self._part = Part(results, files, time.perf_counter() - start)
-        except Exception as error:  # on a full disk torch raises whatever its writer happened to do; `join` tells all
-            self._problem = str(error) or type(error).__name__
+        results = self.writer.write_data(self._plan, self._planner).wait()
+        for name, content in self.others.items():
+            write_atomic(self.directory / name, content)
+        tensors = self.directory.glob(f"__{launch.rank()}_*.distcp")
+        paths = [*tensors, *(self.directory / name for name in self.others)]
+        files = {path.name: checksum(path) for path in paths}
+        return Part(results, files, time.perf_counter() - start)

@@ -10,7 +10,7 @@
 A save is collective and can fail on any rank at any byte. Every part of it reports its outcome to all ranks before
 the next begins, so they agree: either the tracker names the new checkpoint, or the partial one is removed on all and
 `SaveError` is raised on all. The files are written while training goes on (`background`); the ranks agree on them, and
-rank 0 publishes the checkpoint, when all of them are found to have finished: at a later update, or by waiting.
+rank 0 begins to publish the checkpoint, when all of them are found to have finished: at a later update, or by waiting.
 
 A load checks every file before Megatron sees one: where a rank fails in Megatron's loader, the others wait for it.
 """
@@ -24,7 +24,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +39,7 @@ from megatron.core.tensor_parallel import random as megatron_random
 
 from minitron_nemo.checkpoint.files import commit_partial, make_partial, partial_path, write_atomic
 from minitron_nemo.checkpoint.safe_pickle import check_metadata
-from minitron_nemo.distillation.background import BackgroundWrite, Part
+from minitron_nemo.distillation.background import BackgroundWrite, Part, Task
 from minitron_nemo.distillation.integrity import checksum, find_damage, write_checksums
 from minitron_nemo.distillation.intermediate import IntermediateLoss
 from minitron_nemo.distillation.validation import BestCheckpoint
@@ -80,12 +80,17 @@ class Saved(NamedTuple):
     write_seconds: float
 
 
-class _Pending(NamedTuple):
+@dataclass
+class _Pending:
+    """A save under way: first every rank writes, then rank 0 publishes."""
+
     iteration: int
     training: dict[str, Any]
     common: bytes
     write: BackgroundWrite
     stall_seconds: float
+    write_seconds: float = 0.0
+    publishing: Task[object] | None = None
 
 
 class TrainingState:
@@ -135,38 +140,60 @@ class TrainingState:
         self._pending = _Pending(iteration, training, _bytes(common), write, time.perf_counter() - start)
 
     def poll(self) -> Saved | None:
-        """`finish` if every rank's files are written; None while they are not. Collective where a save is under way."""
-        if self._pending is None:
+        """Bring the save under way one stage further if every rank is ready; what was published, if that ends it.
+
+        Collective where a save is under way. Raises SaveError as `finish` does.
+        """
+        pending = self._pending
+        if pending is None:
             return None
-        everywhere = torch.tensor(self._pending.write.finished(), dtype=torch.int32, device=current_device())
-        torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN)
-        return self.finish() if everywhere.item() else None
+        ready = torch.tensor((pending.publishing or pending.write.task).finished(), dtype=torch.int32)
+        ready = ready.to(current_device())
+        torch.distributed.all_reduce(ready, torch.distributed.ReduceOp.MIN)
+        if not ready.item():
+            return None
+        return self._advance(pending)
 
     def finish(self) -> Saved | None:
-        """Wait for the files of the last save and publish it; None if there is none. Collective.
+        """Wait for the last save until it is published; None if there is none. Collective.
 
         Raises SaveError on all ranks, and removes the partial checkpoint, if any rank could not write its part.
         """
-        if self._pending is None:
-            return None
-        pending, self._pending = self._pending, None
+        saved = None
+        while self._pending is not None:
+            saved = self._advance(self._pending)
+        return saved
+
+    def _advance(self, pending: _Pending) -> Saved | None:
+        """Wait for the present stage, let all ranks agree on it, begin the next; what was published after the last."""
         start = time.perf_counter()
         final = self.directory / f"iter_{pending.iteration:07d}"
-        written: list[Part] = []
+        stage: Task[Any] = pending.publishing or pending.write.task
+        results: list[Any] = []
         try:
-            agreed(lambda: written.append(pending.write.join()))
-            parts: list[Any] = [None] * launch.world_size()
-            torch.distributed.gather_object(written[0], parts if launch.rank() == 0 else None)
-            agreed(_on_rank_0(lambda: self._publish(final, pending, parts)))
+            agreed(lambda: results.append(stage.join()))
         except SaveError as error:
+            self._pending = None
             raise self._discard(final, error) from None
-        stall = pending.stall_seconds + time.perf_counter() - start
-        return Saved(pending.iteration, stall, written[0].seconds)
+        if pending.publishing is None:
+            self._begin_publishing(final, pending, results[0])
+        else:
+            self._pending = None
+        pending.stall_seconds += time.perf_counter() - start
+        if self._pending is not None:
+            return None
+        return Saved(pending.iteration, pending.stall_seconds, pending.write_seconds)
+
+    def _begin_publishing(self, final: Path, pending: _Pending, written: Part) -> None:
+        parts: list[Any] = [None] * launch.world_size()
+        torch.distributed.gather_object(written, parts if launch.rank() == 0 else None)
+        pending.write_seconds = written.seconds
+        pending.publishing = Task(_on_rank_0(lambda: self._publish(final, pending, parts)), f"publish {final.name}")
 
     def abandon(self) -> None:
         """After an error: wait until this rank writes no more. What was begun is a leftover for the next start."""
         if self._pending is not None:
-            self._pending.write.wait()
+            (self._pending.publishing or self._pending.write.task).wait()
 
     def resume(self) -> Resumed | None:
         """Load the latest whole checkpoint into model and optimizer; None if there is none.

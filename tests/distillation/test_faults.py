@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -75,13 +76,13 @@ def listened(function: Callable[..., Result], *args: Any) -> tuple[Result, list[
 # --- asynchronous saves ---------------------------------------------------------------------------------------------
 
 
-def slow_write(delay: float) -> Callable[[Any], None]:
+def slow_write(delay: float) -> Callable[[Any], background.Part]:
     """A background thread that starts late: training has changed everything it may change by then."""
     original = background.BackgroundWrite._run
 
-    def run_late(self: Any) -> None:
+    def run_late(self: Any) -> background.Part:
         time.sleep(delay)
-        original(self)
+        return original(self)
 
     return run_late
 
@@ -119,7 +120,7 @@ def killed_while_writing(job: Job) -> None:
     """Rank 0 is killed when half of its tensors of the save after update 4 are on the disk."""
     original = background.BackgroundWrite._run
 
-    def run_half(self: Any) -> None:
+    def run_half(self: Any) -> background.Part:
         if "0000004" in self.directory.name and launch.rank() == 0:
             found, resolve = [], self._planner.resolve_data
 
@@ -130,7 +131,7 @@ def killed_while_writing(job: Job) -> None:
                 return resolve(item)
 
             self._planner.resolve_data = resolve_half
-        original(self)
+        return original(self)
 
     with replaced(background.BackgroundWrite, "_run", run_half):
         run(job)
@@ -151,6 +152,46 @@ def test_a_rank_killed_while_it_writes_costs_that_checkpoint_alone(
     resumed = run_distributed(world_size, run, killed)
     assert [report.iteration for report in resumed[0].reports] == [3, 4, 5, 6]
     assert_identical(whole, resumed)
+
+
+def full_while_writing(job: Job) -> tuple[Result, list[tuple[str, list[str]]]]:
+    """Rank 0's part of the save after update 4 finds room for half of a checkpoint; what is said, and what is there."""
+    original = background.BackgroundWrite._run
+    ballast = job.directory / "ballast"
+
+    def run_full(self: Any) -> background.Part:
+        if "0000004" not in self.directory.name or launch.rank() != 0:
+            return original(self)
+        size = sum(file.stat().st_size for file in (job.directory / "training" / "iter_0000002").iterdir())
+        ballast.write_bytes(bytes(max(0, shutil.disk_usage(job.directory).free - size // 2)))
+        try:
+            return original(self)
+        finally:
+            ballast.unlink()
+
+    said: list[tuple[str, list[str]]] = []
+    with (
+        replaced(background.BackgroundWrite, "_run", run_full),
+        replaced(Progress, "say", lambda self, message: said.append((message, listing(job)))),
+    ):
+        return run(job), said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["one process", "PP2"])
+def test_a_disk_that_fills_up_behind_the_training_leaves_the_previous_checkpoint(
+    models: tuple[Path, Path], tmp_path: Path, small_disk: Path, name: str
+) -> None:
+    world_size, layout = LAYOUTS[name]
+    job = Job(*models, tmp_path / "whole", layout, {"steps": 7, "save_interval": 2, "keep_last": 1})
+    whole = run_distributed(world_size, run, job)
+    outcomes = run_distributed(world_size, full_while_writing, replace(job, directory=small_disk))
+    for _, said in outcomes:
+        [(line, left)] = [entry for entry in said if "could not be written" in entry[0]]
+        assert re.match(r"the checkpoint after update 4 could not be written: rank 0: .*; training goes on", line)
+        assert left == ["iter_0000002"]
+    assert listing(replace(job, directory=small_disk)) == ["iter_0000006"]
+    assert_identical(whole, [result for result, _ in outcomes])
 
 
 # --- damaged checkpoints --------------------------------------------------------------------------------------------

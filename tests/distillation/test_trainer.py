@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -172,18 +170,6 @@ def test_a_checkpoint_that_is_not_there_is_refused(models: tuple[Path, Path], tm
     shutil.rmtree(tmp_path / "training" / "iter_0000002")
     with pytest.raises(UserError, match="iter_0000002.*start over"):
         run_distributed(1, run, job)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MiB. Mounting needs root."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], check=True)
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def run_on_full_disk(job: Job, room: float) -> tuple[Result, dict[str, list[str]]]:
