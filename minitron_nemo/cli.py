@@ -28,6 +28,7 @@ STEPS = {
     "correct": "fine-tune the teacher with cross-entropy on the distillation data",
     "calibrate": "score every axis in one forward-only pass over the training text",
     "prune": "cut the teacher to the target shape, checkpoint to checkpoint",
+    "cache-teacher": "keep the teacher's likeliest tokens for every sample the training will visit",
     "distill": "train the pruned student against the teacher",
     "evaluate": "measure teacher, pruned and distilled side by side on held-out text",
     "export": "write the distilled student for Hugging Face or Megatron",

@@ -96,9 +96,21 @@ class CorrectionConfig:
 
 
 @dataclass
+class CacheConfig:
+    """The teacher's distributions on disk, for placement: cached."""
+
+    path: str | None = None  # may be shared by runs; None: teacher_cache in the run directory
+    top_k: int = 16  # likeliest entries kept per token
+    tail_samples: int = 16  # draws from the rest, unbiased for forward_kl; 0: only the rest's mass is kept
+    seed: int = 1234  # of the draws
+    precision: str = "fp32"  # fp32 | fp16, of the stored log-probabilities
+
+
+@dataclass
 class TeacherConfig:
-    placement: str = "colocated"
+    placement: str = "colocated"  # colocated | cached (`minitron cache-teacher` runs it once, before the training)
     buffer_bytes: int = 2 * 1024**3  # of teacher states held at once per rank; above it the pass runs in windows
+    cache: CacheConfig = field(default_factory=CacheConfig)
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
 
 

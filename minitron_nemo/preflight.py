@@ -16,6 +16,8 @@ from minitron_nemo.checkpoint.source import open_source
 from minitron_nemo.config import ClusterConfig, Recipe, TrainConfig
 from minitron_nemo.data.pypi import cached
 from minitron_nemo.distillation.balance import check_alpha
+from minitron_nemo.distillation.cache import DTYPES
+from minitron_nemo.distillation.cached import check_cached
 from minitron_nemo.distillation.intermediate import AUTO, resolve_pairs
 from minitron_nemo.distillation.phases import Segment, check_phases, segments
 from minitron_nemo.distillation.schedule import Schedule
@@ -33,7 +35,8 @@ CHOICES = {
     "prune.calibration.sequence_aggregation": ("mean", "l2", "var"),
     "prune.calibration.batch_aggregation": ("mean", "l2", "var"),
     "prune.depth_method": ("block_influence", "contiguous"),
-    "teacher.placement": ("colocated",),
+    "teacher.placement": ("colocated", "cached"),
+    "teacher.cache.precision": tuple(DTYPES),
     "cluster.launcher": ("none", "local"),
     "model.dtype": (None, "bfloat16", "float32", "float16"),
     "export.dtype": (None, "bfloat16", "float32", "float16"),
@@ -43,6 +46,7 @@ POSITIVE = (
     "prune.calibration.samples",
     "prune.calibration.micro_batch_size",
     "teacher.buffer_bytes",
+    "teacher.cache.top_k",
     "distill.temperature",
     "distill.chunk_bytes",
     "train.steps",
@@ -144,6 +148,7 @@ def preflight(recipe: Recipe, world_size: int | None = None) -> Preflight:
     if correction.steps:
         Schedule.from_config(correction).check("teacher.correction")
     pairs = resolve_pairs(recipe.distill.intermediate, teacher, student)
+    check_cached(recipe, bool(pairs))
     if pairs and recipe.distill.logits_weight == 0 and recipe.distill.intermediate.pairs != AUTO:
         raise UserError(
             "distill.logits_weight: 0 means training without the teacher, and distill.intermediate.pairs need it; "

@@ -1,6 +1,6 @@
 """The chain of steps and its manifest.
 
-    convert -> prepare -> (correct) -> calibrate -> prune -> distill -> evaluate -> export
+    convert -> prepare -> (correct) -> calibrate -> prune -> (cache-teacher) -> distill -> evaluate -> export
 
 The chain runs inside the job: every rank walks the same steps, whether torchrun, srun or a plain start made it. Rank 0
 decides whether a step has to run, and records it. A step that was killed is started again and resumes by itself.
@@ -29,6 +29,7 @@ from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.config import Recipe, TrainConfig
 from minitron_nemo.data import pypi
 from minitron_nemo.data.prepare import inputs_stamp, prepare_data
+from minitron_nemo.distillation.cache_teacher import cache_teacher
 from minitron_nemo.distillation.status import write_status
 from minitron_nemo.distillation.train import correction_config, train
 from minitron_nemo.errors import SaidByRankZero, UserError
@@ -41,6 +42,13 @@ from minitron_nemo.preflight import Preflight, preflight
 from minitron_nemo.pruning.calibrate import calibrate
 from minitron_nemo.pruning.plan import make_plan
 from minitron_nemo.pruning.prune import prune
+
+# Why a recipe may lack a step.
+ABSENT = {
+    "correct": "teacher.correction.steps is 0",
+    "cache-teacher": "teacher.placement is not cached, or distill.logits_weight is 0",
+    "export": "export.formats is empty",
+}
 
 
 class Stopped(Exception):
@@ -56,6 +64,7 @@ class Step:
     settings: Mapping[str, Any]
     output: Path
     work: Callable[[str], None]  # called on every rank with the step's key
+    finds_out: bool = False  # whether `work` itself knows what is left to do, and is called each time
 
 
 class Chain:
@@ -70,6 +79,7 @@ class Chain:
         self.corrected = self.run_dir / "corrected"
         self.scores = self.run_dir / "scores.npz"
         self.pruned = self.run_dir / "pruned"
+        self.cached = self.run_dir / "teacher_cache.json"
         self.distilled = self.run_dir / "distilled"
         self.evaluation = self.run_dir / "evaluation.json"
         self.teacher = self.corrected if self.recipe.teacher.correction.steps else self.converted
@@ -96,9 +106,10 @@ class Chain:
         steps += [
             Step("calibrate", {**teacher, **data}, {**calibration, "data": visits}, self.scores, self._calibrate),
             Step("prune", {**teacher, "scores": self.scores}, asdict(recipe.prune), self.pruned, self._prune),
+            *self._caching({**teacher, **data}),
             Step(
                 "distill",
-                {**teacher, "pruned": self.pruned, **data},
+                {**teacher, "pruned": self.pruned, **data, **({"cache": self.cached} if self._reads_cache else {})},
                 {"distill": asdict(recipe.distill), "train": _numerics(recipe.train), "data": visits},
                 self.distilled,
                 self._distill,
@@ -110,6 +121,17 @@ class Chain:
             written = {"to": to, "dtype": recipe.export.dtype}
             steps.append(Step("export", {"distilled": self.distilled}, written, output, self._export(to, output)))
         return steps
+
+    @property
+    def _reads_cache(self) -> bool:
+        return self.recipe.teacher.placement == "cached" and self.recipe.distill.logits_weight != 0
+
+    def _caching(self, inputs: Mapping[str, Path]) -> list[Step]:
+        """The step that fills the teacher's cache. Another run may have filled it, or removed some: it looks itself."""
+        if not self._reads_cache:
+            return []
+        settings = {"cache": asdict(self.recipe.teacher.cache), "temperature": self.recipe.distill.temperature}
+        return [Step("cache-teacher", inputs, settings, self.cached, self._cache_teacher, finds_out=True)]
 
     def _source_identity(self) -> dict[str, Any]:
         """What stands for the source's content: its pin for a package, else names, sizes and times of its files."""
@@ -173,6 +195,9 @@ class Chain:
         plan = make_plan(Scores.load(self.scores), self.plan.teacher, self.recipe.prune)
         prune(self.teacher, plan, self.pruned, launch.rank(), launch.world_size(), launch.barrier)
 
+    def _cache_teacher(self, key: str) -> None:
+        cache_teacher(self.recipe, teacher_dir=self.teacher, prepared=self.prepared, summary=self.cached)
+
     def _distill(self, key: str) -> None:
         self._train(key, self.pruned, self.teacher, self.distilled)
 
@@ -200,7 +225,7 @@ def run_chain(recipe: Recipe, only: str | None = None, until: str | None = None)
     if until is not None:
         steps = steps[: [step.name for step in steps].index(until) + 1]
     if not steps:
-        raise UserError(f"{only}: the recipe has no such step (teacher.correction.steps is 0)")
+        raise UserError(f"{only}: the recipe has no such step ({ABSENT[str(only)]})")
     with _exclusive(chain.run_dir):
         manifest = Manifest(chain.run_dir)
         for step in steps:
@@ -241,7 +266,7 @@ def _run_step(step: Step, manifest: Manifest, run_dir: Path) -> None:
     key = step_key(inputs, step.settings)
     label = f"[{step.name}]"
     record = step.name if step.name != "export" else f"export/{step.output.name}"
-    if launch.from_rank_0(lambda: manifest.done(record, key, _fingerprint(step.output))):
+    if not step.finds_out and launch.from_rank_0(lambda: manifest.done(record, key, _fingerprint(step.output))):
         _say(f"{label} unchanged, not run again: {step.output}")
         return
     _say(f"{label} -> {step.output}")

@@ -13,12 +13,13 @@ from minitron_nemo.checkpoint.fingerprint import fingerprint
 from minitron_nemo.config import Recipe, TrainConfig
 from minitron_nemo.data.dataset import open_train
 from minitron_nemo.data.sampler import Sampler
+from minitron_nemo.distillation.cached import Needed, cached_teacher, checked_caches
 from minitron_nemo.distillation.intermediate import IntermediateLoss, deliveries, resolve_pairs
 from minitron_nemo.distillation.objective import DistillationObjective
 from minitron_nemo.distillation.optimizer import ddp_config, params_dtype
 from minitron_nemo.distillation.phases import check_phases, segments, stretches
 from minitron_nemo.distillation.schedule import Schedule
-from minitron_nemo.distillation.teacher import ColocatedTeacher
+from minitron_nemo.distillation.teacher import ColocatedTeacher, TeacherSource
 from minitron_nemo.distillation.trainer import Outcome, Trainer
 from minitron_nemo.distillation.validation import Measures, Validation
 from minitron_nemo.errors import UserError
@@ -75,15 +76,22 @@ def train(
     layout = Layout.from_config(recipe.parallel)
     longest = Architecture.load(student_dir).max_position_embeddings
     check_phases(config, data, layout, launch.world_size(), longest, section)
+    objective = DistillationObjective.from_config(recipe.distill)
+    caches: list[Needed] = []
+    if teacher_dir is not None and objective.needs_teacher:
+        _check_vocabularies(student_dir, teacher_dir)
+        if recipe.teacher.placement == "cached":
+            caches = checked_caches(recipe, teacher_dir, prepared)
     launch.initialize(layout, config.seed)
     student = _model(student_dir, layout, config, ddp=True)
-    objective = DistillationObjective.from_config(recipe.distill)
-    teacher = intermediate = None
+    teacher: TeacherSource | None = None
+    intermediate = None
     if teacher_dir is None:
         objective = DistillationObjective.cross_entropy(recipe.distill.chunk_bytes)
+    elif caches:
+        teacher = cached_teacher(recipe, caches, layout)
     elif objective.needs_teacher:
         model = _model(teacher_dir, layout, config, ddp=False)
-        _check_vocabularies(student_dir, student, teacher_dir, model)
         pairs = resolve_pairs(recipe.distill.intermediate, model.architecture, student.architecture)
         if pairs:
             intermediate = IntermediateLoss(
@@ -118,6 +126,7 @@ def train(
             "data.separator_weight": data.separator_weight,  # the rest of the data the sampler's state vouches for
             "student": launch.from_rank_0(lambda: fingerprint(student_dir)),
             "teacher": None if teacher_dir is None else launch.from_rank_0(lambda: fingerprint(teacher_dir)),
+            **({"teacher.cache": [asdict(each.identity) for each in caches]} if caches else {}),
         },
         intermediate=intermediate,
         teacher_architecture=colocated.model.architecture if colocated else None,
@@ -160,8 +169,8 @@ def _model(directory: Path, layout: Layout, config: TrainConfig, ddp: bool) -> M
     return model
 
 
-def _check_vocabularies(student_dir: Path, student: Model, teacher_dir: Path, teacher: Model) -> None:
-    own, wanted = student.architecture.vocab_size, teacher.architecture.vocab_size
+def _check_vocabularies(student_dir: Path, teacher_dir: Path) -> None:
+    own, wanted = (Architecture.load(path).vocab_size for path in (student_dir, teacher_dir))
     if own != wanted:
         raise UserError(
             f"{student_dir}: vocab_size {own} is not the {wanted} of {teacher_dir}; teacher and student must share "
