@@ -23,12 +23,16 @@ from minitron_nemo.config import (
     TeacherConfig,
     TextSource,
     TrainConfig,
+    load_recipe,
 )
 from minitron_nemo.data.prepare import prepare_data
 from minitron_nemo.distillation.cache_teacher import cache_teacher
 from minitron_nemo.distillation.cached import check_cached
 from minitron_nemo.distillation.train import train
 from minitron_nemo.errors import UserError
+from minitron_nemo.preflight import preflight
+from minitron_nemo.run import Chain, Step
+from tests.e2e.chain import write_recipe
 from tests.pool import run_distributed
 from tests.text import write_documents
 from tests.tiny import write_tiny_llama
@@ -144,3 +148,19 @@ def test_recipes_that_a_cache_cannot_serve_are_refused(tmp_path: Path, change: d
 def test_pairs_need_states_that_a_cache_has_not(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"distill.intermediate.pairs: need the teacher's states"):
         check_cached(recipe(tmp_path), with_pairs=True)
+
+
+def test_the_chain_fills_the_cache_before_it_distils(tmp_path: Path) -> None:
+    """The step looks itself what is left to do; the distillation depends on what it says, not on where it lies."""
+    of = load_recipe(write_recipe(tmp_path), ["teacher.placement=cached", "distill.intermediate.pairs=[]"])
+    steps = {step.name: step for step in run_distributed(1, chain_steps, of)[0]}
+    names = list(steps)
+    assert names[names.index("prune") :][:3] == ["prune", "cache-teacher", "distill"]
+    assert [name for name, step in steps.items() if step.finds_out] == ["cache-teacher"]
+    assert steps["distill"].inputs["cache"] == steps["cache-teacher"].output
+    names = [step.name for step in run_distributed(1, chain_steps, replace(of, teacher=TeacherConfig()))[0]]
+    assert "cache-teacher" not in names
+
+
+def chain_steps(of: Recipe) -> list[Step]:
+    return [replace(step, work=print) for step in Chain(preflight(of, 2)).steps()]
