@@ -37,6 +37,7 @@ def write_recipe(directory: Path, **sections: dict) -> Path:
             "warmup_steps": 1,
             "precision": "fp32",
             "save_interval": 2,
+            "eval_interval": 3,
         },
         "parallel": {"pipeline_model_parallel_size": 2},
         "evaluate": {"documents": 6, "generate_tokens": 4},

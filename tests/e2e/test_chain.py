@@ -40,6 +40,11 @@ def test_the_run_directory_holds_every_result(finished: Path) -> None:
     assert evaluation["teacher"]["kl_to_teacher"] < 1e-6
     assert evaluation["distilled"]["delta_vs_pruned"] < -2 * evaluation["distilled"]["delta_vs_pruned_se"]
     assert {"delta_vs_teacher", "delta_vs_teacher_se"} <= evaluation["pruned"].keys()
+    # The validation after the last update measured the same weights on the same documents.
+    [metrics] = run.glob("training/distilled-*/metrics.jsonl")
+    validation = [json.loads(line) for line in metrics.read_text().splitlines() if "validation/loss" in line][-1]
+    for key in ("loss", "loss_se", "perplexity", "kl_to_teacher", "top1_agreement"):
+        assert validation[f"validation/{key}"] == evaluation["distilled"][key], key
 
 
 def test_the_export_loads_in_transformers_and_generates(finished: Path) -> None:
