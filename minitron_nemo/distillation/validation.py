@@ -93,14 +93,19 @@ class BestCheckpoint:
         self._losses[iteration] = loss
 
     def published(self, newest: int) -> int | None:
-        """The best of the checkpoints up to the one after update `newest`, which is there now; None if unknown."""
+        """The best of the checkpoints up to the one after update `newest`, which is there now; None if unknown.
+
+        May run in a thread of its own, beside `measured` of later updates.
+        """
         best = self._recorded(newest)
         loss = self._losses.get(newest)
         if loss is not None and (best is None or loss < best[1]):
             best = newest, loss
             record = {"checkpoint": f"iter_{newest:07d}", "iteration": newest, "validation_loss": loss}
             write_atomic(self.directory / BEST, json.dumps(record) + "\n")
-        self._losses = {iteration: loss for iteration, loss in self._losses.items() if iteration > newest}
+        for iteration in [*self._losses]:  # a copy in one step: training may be measuring meanwhile
+            if iteration <= newest:
+                del self._losses[iteration]
         return None if best is None else best[0]
 
     def _recorded(self, newest: int) -> tuple[int, float] | None:

@@ -27,7 +27,6 @@ from minitron_nemo.config import (
     TrainConfig,
 )
 from minitron_nemo.data.prepare import prepare_data
-from minitron_nemo.distillation import metrics
 from minitron_nemo.distillation.metrics import MetricsFile, consumed_tokens, read_metrics
 from minitron_nemo.distillation.phases import Segment
 from minitron_nemo.distillation.train import train
@@ -260,7 +259,7 @@ def test_what_a_full_disk_refuses_follows_when_there_is_room(tmp_path: Path, mon
         room[0] -= written
         return written
 
-    monkeypatch.setattr(metrics.os, "write", limited)
+    monkeypatch.setattr(os, "write", limited)
     file = MetricsFile(tmp_path / "training" / "metrics.jsonl", 0)
     assert "No space left" in file.append(1, {"train/loss": 1.0})
     assert "No space left" in file.append(2, {"train/loss": float("inf")})
