@@ -30,6 +30,8 @@ from tests.pool import run_distributed
 from tests.tiny import write_tiny_llama
 
 PIPELINE = Layout(pipeline_model_parallel_size=2)
+# The pipeline shows most; the others run in the soak.
+MOSTLY_PIPELINE = [pytest.param(name, marks=pytest.mark.soak) for name in ("one process", "DP2")] + ["PP2"]
 LAYOUTS = {"one process": (1, Layout()), "DP2": (2, Layout()), "PP2": (2, PIPELINE)}
 
 
@@ -94,7 +96,7 @@ def saved_late_then_stopped(job: Job, delay: float, update: int) -> Result:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", MOSTLY_PIPELINE)
 def test_what_is_written_late_is_the_state_at_the_save_and_sigterm_waits_for_it(
     models: tuple[Path, Path], tmp_path: Path, name: str
 ) -> None:
@@ -138,7 +140,7 @@ def killed_while_writing(job: Job) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["DP2", "PP2"])
+@pytest.mark.parametrize("name", MOSTLY_PIPELINE[1:])
 def test_a_rank_killed_while_it_writes_costs_that_checkpoint_alone(
     models: tuple[Path, Path], tmp_path: Path, name: str
 ) -> None:
@@ -178,7 +180,7 @@ def full_while_writing(job: Job) -> tuple[Result, list[tuple[str, list[str]]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["one process", "PP2"])
+@pytest.mark.parametrize("name", MOSTLY_PIPELINE)
 def test_a_disk_that_fills_up_behind_the_training_leaves_the_previous_checkpoint(
     models: tuple[Path, Path], tmp_path: Path, small_disk: Path, name: str
 ) -> None:
@@ -222,7 +224,7 @@ def saved_twice(job: Job) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["one process", "DP2", "PP2"])
+@pytest.mark.parametrize("name", ["DP2", pytest.param("PP2", marks=pytest.mark.soak)])
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     models: tuple[Path, Path], tmp_path: Path, name: str
 ) -> None:
@@ -352,7 +354,7 @@ def test_counters_are_training_state_and_logged(models: tuple[Path, Path], tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["one process", "PP2"])
+@pytest.mark.parametrize("name", MOSTLY_PIPELINE)
 def test_too_many_in_a_row_go_back_to_the_last_good_checkpoint_and_on_with_other_data(
     models: tuple[Path, Path], tmp_path: Path, name: str
 ) -> None:
@@ -475,7 +477,7 @@ def test_the_rank_that_holds_the_others_up_is_found(later: dict[int, Beat], expe
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"),
-    [("DP2", "one process"), ("one process", "PP2"), ("PP2", "DP2")],
+    [("DP2", "one process"), pytest.param("one process", "PP2", marks=pytest.mark.soak), ("PP2", "DP2")],
 )
 def test_a_run_resumes_on_another_layout(models: tuple[Path, Path], tmp_path: Path, before: str, after: str) -> None:
     """The first five updates after the resumption agree with those of the undisturbed run within 1e-5 in fp32."""
