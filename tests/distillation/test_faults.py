@@ -17,9 +17,10 @@ import pytest
 import torch
 
 from minitron_nemo.checkpoint.transform import convert
-from minitron_nemo.distillation import background, trainer
+from minitron_nemo.distillation import background, optimizer, trainer
 from minitron_nemo.distillation.objective import DistillationObjective
 from minitron_nemo.distillation.progress import Progress
+from minitron_nemo.distillation.step import Step
 from minitron_nemo.distillation.watchdog import Beat, diagnosis
 from minitron_nemo.errors import UserError
 from minitron_nemo.parallel import launch
@@ -272,7 +273,7 @@ class Poison:
 
     def run(self, job: Job) -> Result:
         calls = []
-        step, update, loss = trainer.Step.__call__, trainer.update, DistillationObjective.loss
+        step, update, loss = Step.__call__, optimizer.update, DistillationObjective.loss
 
         def counted_step(self_: Any, batches: Any) -> torch.Tensor:
             calls.append(len(calls) + 1)
@@ -282,14 +283,14 @@ class Poison:
             factor = float("nan") if self.what == "loss" and calls[-1] in self.updates else 1.0
             return loss(self_, hidden * factor, *args, **kwargs)
 
-        def poisoned_update(optimizer: Any) -> float:
+        def poisoned_update(chained: Any) -> float:
             if self.what == "gradient" and calls[-1] in self.updates:
-                for buffer in optimizer.chained_optimizers[0].buffers:
+                for buffer in chained.chained_optimizers[0].buffers:
                     buffer.grad_data.fill_(float("inf"))
-            return update(optimizer)
+            return update(chained)
 
         with (
-            replaced(trainer.Step, "__call__", counted_step),
+            replaced(Step, "__call__", counted_step),
             replaced(DistillationObjective, "loss", poisoned_loss),
             replaced(trainer, "update", poisoned_update),
         ):
@@ -404,7 +405,7 @@ def asleep(job: Job, where: str) -> None:
     if where == "reading":
         run(job, {3: sleep})
         return
-    loss, calls = trainer.Step._forward_step, []
+    loss, calls = Step._forward_step, []
 
     def sleeping_forward(self: Any, items: Any, chunk: Any) -> Any:
         calls.append(None)
@@ -412,7 +413,7 @@ def asleep(job: Job, where: str) -> None:
             sleep()
         return loss(self, items, chunk)
 
-    with replaced(trainer.Step, "_forward_step", sleeping_forward):
+    with replaced(Step, "_forward_step", sleeping_forward):
         run(job)
 
 
