@@ -130,7 +130,7 @@ class DistillConfig:
     """L = ce_weight * L_CE + logits_weight * L_logits + alpha * L_hidden (2407.14679 section 3)."""
 
     logits_weight: float = 1.0
-    ce_weight: float = 0.0
+    ce_weight: Any = 0.0  # a number; dynamic: L_logits / L_CE of the step before
     divergence: str = "forward_kl"  # forward_kl | reverse_kl | jsd
     jsd_beta: float = 0.5  # of jsd: the teacher's share of the mixture
     temperature: float = 1.0

@@ -15,7 +15,7 @@ from minitron_nemo.arch.huggingface import hf_warnings
 from minitron_nemo.checkpoint.source import open_source
 from minitron_nemo.config import ClusterConfig, Recipe, TrainConfig
 from minitron_nemo.data.pypi import cached
-from minitron_nemo.distillation.balance import check_alpha
+from minitron_nemo.distillation.balance import DYNAMIC, check_weight
 from minitron_nemo.distillation.cache import DTYPES
 from minitron_nemo.distillation.cached import check_cached
 from minitron_nemo.distillation.intermediate import AUTO, resolve_pairs
@@ -224,11 +224,15 @@ def _check_values(recipe: Recipe) -> None:
         raise UserError(f"data.heldout_fraction: {recipe.data.heldout_fraction} must be in [0, 1)")
     if not 0 < recipe.distill.jsd_beta < 1:
         raise UserError(f"distill.jsd_beta: {recipe.distill.jsd_beta} must lie between 0 and 1, neither of them")
-    if recipe.distill.logits_weight <= 0 and recipe.distill.ce_weight <= 0:
-        raise UserError("distill: logits_weight and ce_weight are both 0; there is nothing to train on")
+    check_weight("distill.ce_weight", recipe.distill.ce_weight)
+    check_weight("distill.intermediate.alpha", recipe.distill.intermediate.alpha)
+    if recipe.distill.logits_weight <= 0 and recipe.distill.ce_weight in (0, DYNAMIC):
+        raise UserError(
+            "distill: logits_weight is 0, and ce_weight is 0 or dynamic, which is in proportion to L_logits; there is "
+            "nothing to train on"
+        )
     if recipe.train.hang_timeout < 0:
         raise UserError(f"train.hang_timeout: {recipe.train.hang_timeout:g} must not be negative; 0 never ends a job")
-    check_alpha(recipe.distill.intermediate.alpha)
     _check_reports(recipe.train)
     _check_cluster(recipe.cluster)
 

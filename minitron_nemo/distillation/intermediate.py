@@ -27,7 +27,6 @@ from torch import Tensor
 from minitron_nemo.arch import Architecture
 from minitron_nemo.config import IntermediateConfig
 from minitron_nemo.data.sampler import Microbatch
-from minitron_nemo.distillation.balance import Balance
 from minitron_nemo.errors import UserError
 from minitron_nemo.kernels import attach_loss, linear_hidden_loss
 from minitron_nemo.models.build import Model
@@ -104,7 +103,7 @@ class IntermediateLoss:
     """Watches the student's paired states, adds their loss to its backward, and owns the map between the widths.
 
     Each step: `begin`, for every forward `current = (microbatch, teacher's states)`, after the last backward
-    `reduce_gradients`. `alpha` weighs the losses in the backward passes that follow its setting.
+    `reduce_gradients`. `alpha` is the recipe's, a number or dynamic; `begin` is told what it amounts to.
     """
 
     def __init__(
@@ -114,7 +113,7 @@ class IntermediateLoss:
         self.student = student
         self.pairs = list(pairs)
         self.kind = config.loss
-        self.balance = Balance(config.alpha)
+        self.alpha = config.alpha
         self.current: tuple[Microbatch, dict[int, Tensor]] | None = None
         self._alpha = torch.zeros([], dtype=torch.float32, device=current_device())
         self._sum = torch.zeros([], dtype=torch.float64, device=current_device())
@@ -149,8 +148,8 @@ class IntermediateLoss:
     def _stage(self) -> int:
         return parallel_state.get_pipeline_model_parallel_rank()
 
-    def begin(self) -> None:
-        """Forget the sums and gradients of the last step."""
+    def begin(self, alpha: float) -> None:
+        """Forget the sums and gradients of the last step; `alpha` weighs the losses in the next backward passes."""
         self._sum.zero_()
         self._nonfinite = []
         for waiting in self._waiting.values():
@@ -161,8 +160,7 @@ class IntermediateLoss:
             # Pairs of several chunks, and recomputed layers, deliver gradients more than once per microbatch: the
             # reduction waits for `reduce_gradients`, whatever overlaps.
             self._held.enter_context(chunk.no_sync())
-        if self.balance.alpha is not None:
-            self._alpha.fill_(self.balance.alpha)
+        self._alpha.fill_(alpha)
 
     def sums(self) -> Tensor:
         """fp64 [3] of this rank's pairs since `begin`: loss, alpha * loss, tokens without a finite loss."""
@@ -201,7 +199,7 @@ class IntermediateLoss:
 
     def sharded_state_dict(self) -> dict[str, Any]:
         """What a training checkpoint holds of it; copies of other stages and ranks are replicas."""
-        state: dict[str, Any] = {"alpha": self.balance.alpha}
+        state: dict[str, Any] = {}
         if self.projection is not None:
             replica = (
                 self._stages.index(self._stage),
@@ -216,8 +214,6 @@ class IntermediateLoss:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what a checkpoint of `sharded_state_dict` held. The optimizer loads its own copy of the map."""
-        if self.balance.dynamic:
-            self.balance.alpha = state["alpha"]
         if self.projection is not None:
             self.projection.module.weight.copy_(state["projection"])
 

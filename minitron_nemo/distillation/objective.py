@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from minitron_nemo.config import DistillConfig
+from minitron_nemo.distillation.balance import DYNAMIC
 from minitron_nemo.kernels import LossSums, SparseTeacher, linear_kd_loss
 from minitron_nemo.kernels.linear_kd import CHUNK_BYTES
 from minitron_nemo.kernels.objective import Objective
@@ -25,9 +26,11 @@ class DistillationObjective(Objective):
 
     @staticmethod
     def from_config(config: DistillConfig) -> DistillationObjective:
-        return DistillationObjective(
-            **{field.name: getattr(config, field.name) for field in fields(DistillationObjective)}
-        )
+        """A dynamic `ce_weight` is 0 here: `Step` sets it from step to step."""
+        settings = {field.name: getattr(config, field.name) for field in fields(DistillationObjective)}
+        if settings["ce_weight"] == DYNAMIC:
+            settings["ce_weight"] = 0.0
+        return DistillationObjective(**settings)
 
     @staticmethod
     def cross_entropy(chunk_bytes: int) -> DistillationObjective:

@@ -129,7 +129,7 @@ class Meter:
         return report
 
     def _losses(self) -> dict[str, float]:
-        """Every sum per token, what is minimised, and alpha, the mean over the updates."""
+        """Every sum per token, what is minimised, and the losses' weights, the mean over the updates."""
         # Tensor-parallel ranks hold equal sums, data-parallel ranks parts, stages before the last one zeros.
         for group in (
             parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -138,8 +138,10 @@ class Meter:
             torch.distributed.all_reduce(self._sums, group=group)
         sums = dict(zip(SUMS, self._sums.tolist(), strict=True))
         parts = {name: value / max(sums["tokens"], 1) for name, value in sums.items() if name not in COUNTS}
-        weighted = parts.pop("alpha_hidden")
-        loss = self.objective.logits_weight * parts["logits"] + self.objective.ce_weight * parts["ce"] + weighted
+        weighted, weighted_ce = parts.pop("alpha_hidden"), parts.pop("weighted_ce")
+        loss = self.objective.logits_weight * parts["logits"] + weighted_ce + weighted
+        if weighted_ce:
+            parts["ce_weight"] = weighted_ce / parts["ce"]
         if parts["hidden"]:
             parts["alpha"] = weighted / parts["hidden"]
         else:

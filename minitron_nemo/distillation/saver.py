@@ -20,12 +20,10 @@ class Saver:
         self.progress = progress
         self.watchdog = watchdog
 
-    def save(
-        self, iteration: int, data_position: Mapping[str, Any], skips: Mapping[str, Any], *, wait: bool
-    ) -> str | None:
+    def save(self, iteration: int, state: Mapping[str, Any], *, wait: bool) -> str | None:
         """Save; what went wrong with this save, where training may go on without it and it is known already."""
         self.finish()
-        problem = self._tried(lambda: self.state.save(iteration, data_position, skips))
+        problem = self._tried(lambda: self.state.save(iteration, state))
         if problem is None and (wait or not self.config.async_save):
             problem = self.finish()
         return problem

@@ -69,6 +69,7 @@ class Resumed(NamedTuple):
     iteration: int
     data: dict[str, Any]
     skips: dict[str, Any]
+    balance: dict[str, Any]
     damaged: list[str]
 
 
@@ -114,9 +115,10 @@ class TrainingState:
         self.best = BestCheckpoint(directory)
         self._pending: _Pending | None = None
 
-    def save(self, iteration: int, data_position: Mapping[str, Any], skips: Mapping[str, Any]) -> None:
+    def save(self, iteration: int, state: Mapping[str, Any]) -> None:
         """Take the state after update `iteration` and begin to write it; `finish` an earlier save first. Collective.
 
+        `state` has what is no tensor: `data`, `skips` and `balance`, which `Resumed` brings back.
         When this returns, training may change the state. Raises SaveError on all ranks if any cannot begin.
         """
         assert self._pending is None, "the checkpoint before is not finished"
@@ -125,8 +127,7 @@ class TrainingState:
         training = {
             "schema_version": SCHEMA_VERSION,
             "iteration": iteration,
-            "data": dict(data_position),
-            "skips": dict(skips),
+            **state,
             "settings": self.settings,
             **self._layout(),
         }
@@ -297,7 +298,7 @@ class TrainingState:
         self.optimizer.load_state_dict(loaded["optimizer"])
         if all(training[key] == value for key, value in self._layout().items()):
             _restore_random_state(torch.load(found / f"random_{launch.rank():05d}.pt", weights_only=True))
-        return Resumed(training["iteration"], training["data"], training["skips"], [])
+        return Resumed(training["iteration"], training["data"], training["skips"], training["balance"], [])
 
     def _model_state(self) -> dict[str, Any]:
         state = {f"model{index}": module.sharded_state_dict() for index, module in enumerate(self.student.modules)}

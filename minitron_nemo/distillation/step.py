@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from minitron_nemo.data.sampler import Microbatch
+from minitron_nemo.distillation.balance import Balance
 from minitron_nemo.distillation.intermediate import IntermediateLoss
 from minitron_nemo.distillation.objective import DistillationObjective
 from minitron_nemo.distillation.teacher import TeacherSignal, TeacherSource
@@ -33,9 +35,9 @@ from minitron_nemo.models.states import gather_sequence
 from minitron_nemo.parallel.device import Stopwatch, current_device
 
 # The sums a step reports: of the weighted divergence, of the weighted cross-entropy, of tokens, of their weights, of
-# tokens whose loss is not finite; of the intermediate losses, without and with their alpha.
+# tokens whose loss is not finite; of the intermediate losses; of these and the cross-entropy with their own weights.
 LOGITS_SUMS = ("logits", "ce", "tokens", "weight", "nonfinite")
-SUMS = (*LOGITS_SUMS, "hidden", "alpha_hidden")
+SUMS = (*LOGITS_SUMS, "hidden", "alpha_hidden", "weighted_ce")
 # A microbatch, the teacher's final states or what is known instead, and the states that intermediate losses here need.
 Final = Tensor | SparseTeacher | None
 Item = tuple[Microbatch, Final, dict[int, Tensor]]
@@ -51,13 +53,19 @@ class Step:
         objective: DistillationObjective,
         *,
         intermediate: IntermediateLoss | None = None,
+        ce_weight: float | str | None = None,
     ) -> None:
+        """`ce_weight`: a number or dynamic; None: the objective's."""
         self.student = student
         self.intermediate = intermediate
         self.teacher = teacher
         self.objective = objective
+        self.balance = Balance(
+            objective.ce_weight if ce_weight is None else ce_weight, 0.0 if intermediate is None else intermediate.alpha
+        )
         tp = student.layout.tensor_model_parallel_size
         self.tp_group = parallel_state.get_tensor_model_parallel_group() if tp > 1 else None
+        self._objective = objective  # with the weights of the present step
         self._tokens: Tensor = torch.zeros([], dtype=torch.int, device=current_device())
         self._sums: LossSums | None = None
         self.teacher_wait = Stopwatch()
@@ -65,7 +73,7 @@ class Step:
         self._signal = TeacherSignal([], None)
 
     def __call__(self, microbatches: Sequence[Microbatch]) -> Tensor:
-        """Leave the mean gradient of the global batch in `main_grad` and return this rank's `SUMS`, fp64 [7].
+        """Leave the mean gradient of the global batch in `main_grad` and return this rank's `SUMS`, fp64 [8].
 
         Every rank passes its data-parallel share of the batch: microbatches of one shape, which may differ from call
         to call. Gradients: as Megatron leaves them, reduced over the
@@ -73,34 +81,21 @@ class Step:
         is not 0. The sums are this data-parallel rank's, on the last pipeline stage; zero on the other stages, but for
         the intermediate losses, which count where they are.
         """
-        if self.intermediate is not None and self.intermediate.balance.alpha is None:
-            # The first dynamic alpha comes from a pass of its own: its ratio is known when all forwards are done.
-            self._update_alpha(self._run(microbatches, forward_only=True))
+        if not self.balance.measured:
+            # The first dynamic weights come from a pass of its own: ratios are known when all forwards are done.
+            self.balance.update(dict(zip(SUMS, self._run(microbatches, forward_only=True), strict=True)))
         sums = self._run(microbatches)
-        if self.intermediate is not None:
-            self._update_alpha(sums)
+        self.balance.update(dict(zip(SUMS, sums, strict=True)))
         return sums
-
-    @property
-    def alpha(self) -> float | None:
-        """Weight of the intermediate losses in the next call; None without them, or not measured yet."""
-        return None if self.intermediate is None else self.intermediate.balance.alpha
-
-    @alpha.setter
-    def alpha(self, value: float | None) -> None:
-        if self.intermediate is not None:
-            self.intermediate.balance.alpha = value
-
-    def _update_alpha(self, sums: Tensor) -> None:
-        assert self.intermediate is not None
-        self.intermediate.balance.update(sums[SUMS.index("logits")], sums[SUMS.index("hidden")])
 
     def _run(self, microbatches: Sequence[Microbatch], forward_only: bool = False) -> Tensor:
         """This rank's `SUMS` over the batch; with `forward_only` no gradient is touched."""
         for chunk in self.student.chunks:
             chunk.zero_grad_buffer()
         if self.intermediate is not None:
-            self.intermediate.begin()
+            self.intermediate.begin(self.balance.weight("alpha"))
+        ce_weight = self.balance.weight("ce_weight")
+        self._objective = replace(self.objective, ce_weight=ce_weight)
         self._tokens.zero_()
         self._reports = []
         size = len(microbatches) if self.teacher is None else self.teacher.window
@@ -118,8 +113,9 @@ class Step:
         if self.intermediate is not None:
             self.intermediate.current = None
             hidden, weighted, nonfinite = self.intermediate.sums()
-            sums[len(LOGITS_SUMS) :] = torch.stack([hidden, weighted])
+            sums[SUMS.index("hidden")], sums[SUMS.index("alpha_hidden")] = hidden, weighted
             sums[SUMS.index("nonfinite")] += nonfinite
+        sums[SUMS.index("weighted_ce")] = ce_weight * sums[SUMS.index("ce")]
         return sums
 
     def nonfinite(self) -> list[str]:
@@ -190,7 +186,7 @@ class Step:
         states = final if isinstance(final, Tensor) else None
         if states is not None and not sequence_parallel:
             states = gather_sequence(states)
-        total, self._sums = self.objective.loss(
+        total, self._sums = self._objective.loss(
             hidden,
             weight,
             states,

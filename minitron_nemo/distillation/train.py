@@ -129,6 +129,7 @@ def train(
             **({"teacher.cache": [asdict(each.identity) for each in caches]} if caches else {}),
         },
         intermediate=intermediate,
+        ce_weight=None if teacher_dir is None else recipe.distill.ce_weight,
         teacher_architecture=colocated.model.architecture if colocated else None,
         validation=validation,
     )

@@ -57,6 +57,7 @@ class Trainer:
         name: str,
         settings: Mapping[str, Any],
         intermediate: IntermediateLoss | None = None,
+        ce_weight: float | str | None = None,
         teacher_architecture: Architecture | None = None,
         validation: Validation | None = None,
     ) -> None:
@@ -70,12 +71,7 @@ class Trainer:
         self.segments = segments(config, sampler.blend.sequence_length)
         self.trained = [*student.chunks, *(intermediate.chunks if intermediate else [])]
         self.optimizer = build_optimizer(config, student, self.trained[len(student.chunks) :])
-        self.step = Step(
-            student,
-            teacher,
-            objective,
-            intermediate=intermediate,
-        )
+        self.step = Step(student, teacher, objective, intermediate=intermediate, ce_weight=ce_weight)
         self.state = TrainingState(directory, student, self.optimizer, settings, config.keep_last, intermediate)
         self.meter = Meter(
             objective,
@@ -113,6 +109,7 @@ class Trainer:
         resumed = self.state.resume()
         if resumed is not None:
             self.iteration, self.skips = resumed.iteration, Skips(**resumed.skips)
+            self.step.balance.load_state_dict(resumed.balance)
             self.sampler.load_state_dict(resumed.data)
         with (
             Progress(self.name, self.config.steps, self.iteration, self.directory, launch.rank() == 0) as progress,
@@ -171,7 +168,7 @@ class Trainer:
         self.watchdog.beat(self.iteration, COMPUTING)
         lr = self.schedule.learning_rate(self.iteration + 1 - self.skips.skipped)
         set_learning_rate(self.optimizer, lr, config.weight_decay)
-        alpha = self.step.alpha
+        balance = self.step.balance.state_dict()
         sums = self.step(batches)
         grad_norm = math.nan
         problem = nonfinite_losses(sums, self.step)
@@ -184,7 +181,7 @@ class Trainer:
             self.skips.in_a_row = 0
             self.meter.add(sums, segment)
         else:
-            self.step.alpha = alpha
+            self.step.balance.load_state_dict(balance)
         return grad_norm, lr, problem
 
     def _skip(self, problem: str, saver: Saver) -> None:
@@ -211,6 +208,7 @@ class Trainer:
                 f"last checkpoint in {self.directory}, or without it"
             )
         self._went_back_to = resumed.iteration
+        self.step.balance.load_state_dict(resumed.balance)
         self.skips.rolled_back(self.iteration, resumed.iteration - resumed.skips["skipped"])
         saver.progress.say(
             f"went back to the parameters after update {resumed.iteration}, on with the data of {self.iteration + 1}"
@@ -218,7 +216,12 @@ class Trainer:
 
     def _save(self, saver: Saver, wait: bool) -> str | None:
         self._wait_for_parameters()
-        return saver.save(self.iteration, self.sampler.state_dict(), asdict(self.skips), wait=wait)
+        state = {
+            "data": self.sampler.state_dict(),
+            "skips": asdict(self.skips),
+            "balance": self.step.balance.state_dict(),
+        }
+        return saver.save(self.iteration, state, wait=wait)
 
     def _report(self, progress: Progress, grad_norm: float, lr: float) -> None:
         report = self.meter.report(self.iteration, lr, grad_norm)

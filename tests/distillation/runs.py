@@ -106,6 +106,7 @@ class Job:
     config: dict[str, Any] = field(default_factory=dict)
     buffer_bytes: int = 2**30
     intermediate: IntermediateConfig = field(default_factory=lambda: IntermediateConfig(pairs=[]))
+    ce_weight: float | str = 0.1
 
     def train_config(self) -> TrainConfig:
         settings: dict[str, Any] = {
@@ -140,7 +141,7 @@ def run(job: Job, events: Mapping[int, Callable[[], None]] | None = None) -> Res
     load_model(student, job.student)
     objective, teacher, intermediate = DistillationObjective.cross_entropy(2**20), None, None
     if job.teacher is not None:
-        objective = DistillationObjective(ce_weight=0.1)
+        objective = DistillationObjective()
         model = build_model(Architecture.load(job.teacher), job.layout, dtype=dtype)
         load_model(model, job.teacher)
         run_segments = segments(config, SEQUENCE)
@@ -168,6 +169,7 @@ def run(job: Job, events: Mapping[int, Callable[[], None]] | None = None) -> Res
         name="distill",
         settings={"train.lr": config.lr, "train.steps": config.steps},
         intermediate=intermediate,
+        ce_weight=None if job.teacher is None else job.ce_weight,
         teacher_architecture=teacher.model.architecture if teacher else None,
         validation=validation,
     )

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 from minitron_nemo.arch import Architecture
 from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.config import IntermediateConfig, TrainConfig
-from minitron_nemo.distillation.balance import check_alpha
+from minitron_nemo.distillation.balance import check_weight
 from minitron_nemo.distillation.intermediate import IntermediateLoss, Pair, deliveries, resolve_pairs
 from minitron_nemo.distillation.objective import DistillationObjective
 from minitron_nemo.distillation.optimizer import ddp_config
@@ -274,7 +274,7 @@ def interrupted(job: Job, at: int) -> list[Result]:
 
 
 @pytest.mark.parametrize("layout", ["PP2", pytest.param("TP2 SP", marks=pytest.mark.slow), "DP2"])
-def test_a_resumed_run_with_dynamic_alpha_is_bit_identical(
+def test_a_resumed_run_with_dynamic_weights_is_bit_identical(
     models: dict[str, Path], layout: str, tmp_path: Path
 ) -> None:
     world_size, sizes = LAYOUTS[layout]
@@ -284,25 +284,27 @@ def test_a_resumed_run_with_dynamic_alpha_is_bit_identical(
         tmp_path / "whole",
         layout=sizes,
         intermediate=IntermediateConfig(pairs=PAIRS),
+        ce_weight="dynamic",
     )
     whole = run_distributed(world_size, run, job)
     parts = run_distributed(world_size, interrupted, replace(job, directory=tmp_path / "parts"), 3)
     assert all(first.outcome == "stopped" for first, _ in parts)
     assert all("projection" in result.tensors for result in whole)
     assert_identical(whole, [second for _, second in parts])
-    alphas = [[report.alpha for report in result.reports] for result in whole]
-    assert all(len(set(values)) >= 5 for values in alphas), "the first two are of the same batch and parameters"
-    assert [report.alpha for _, second in parts for report in second.reports] == [
-        value for values in alphas for value in values[3:]
-    ]
+    for name in ("train/alpha", "train/ce_weight"):
+        weights = [[report.scalars[name] for report in result.reports] for result in whole]
+        assert all(len(set(values)) >= 5 for values in weights), "the first two are of the same batch and parameters"
+        assert [report.scalars[name] for _, second in parts for report in second.reports] == [
+            value for values in weights for value in values[3:]
+        ]
     if world_size > 1:
         assert torch.equal(whole[0].tensors["projection"], whole[1].tensors["projection"])
 
 
-def test_alpha_is_the_ratio_of_the_step_before_and_the_same_on_every_layout(
+def test_dynamic_weights_are_ratios_of_the_step_before_and_the_same_on_every_layout(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Losses, alpha, gradient norms: copies of the map on other ranks count once."""
+    """Losses, weights, gradient norms: copies of the map on other ranks count once."""
     reports = {}
     for layout in ("TP1 PP1", "PP2 VPP2", "TP2"):
         world_size, sizes = LAYOUTS[layout]
@@ -312,13 +314,19 @@ def test_alpha_is_the_ratio_of_the_step_before_and_the_same_on_every_layout(
             tmp_path / layout,
             layout=sizes,
             intermediate=IntermediateConfig(pairs=PAIRS),
+            ce_weight="dynamic",
         )
         results = run_distributed(world_size, run, job)
         reports[layout] = results[0].reports
     first = reports["TP1 PP1"]
     for before, after in zip(first, first[1:], strict=False):
         assert after.alpha == pytest.approx(before.logits / before.hidden, rel=1e-6)
-    # The first alpha is of the first batch itself.
+        assert after.scalars["train/ce_weight"] == pytest.approx(before.logits / before.ce, rel=1e-6)
+        assert after.loss == pytest.approx(
+            after.logits + after.alpha * after.hidden + after.scalars["train/ce_weight"] * after.ce, rel=1e-6
+        )
+    # The first weights are of the first batch itself.
+    assert first[0].scalars["train/ce_weight"] == pytest.approx(first[0].logits / first[0].ce, rel=1e-6)
     assert first[0].alpha == pytest.approx(first[0].logits / first[0].hidden, rel=1e-6)
     for others in reports.values():
         for one, other in zip(first[:4], others[:4], strict=True):
@@ -406,4 +414,4 @@ def test_automatic_pairs_only_where_depth_is_cut(models: dict[str, Path]) -> Non
 @pytest.mark.parametrize("alpha", ["dynamical", -1, float("nan"), True, None], ids=str)
 def test_a_weight_that_is_none_is_refused(alpha: Any) -> None:
     with pytest.raises(UserError, match="distill.intermediate.alpha"):
-        check_alpha(alpha)
+        check_weight("distill.intermediate.alpha", alpha)

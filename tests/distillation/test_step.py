@@ -14,7 +14,7 @@ from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.config import TrainConfig
 from minitron_nemo.distillation.objective import DistillationObjective
 from minitron_nemo.distillation.optimizer import ddp_config
-from minitron_nemo.distillation.step import Step
+from minitron_nemo.distillation.step import SUMS, Step
 from minitron_nemo.distillation.teacher import ColocatedTeacher, window_size
 from minitron_nemo.models.build import Model, build_model
 from minitron_nemo.models.checkpoint import load_model
@@ -60,6 +60,7 @@ def built_step(
     buffer_bytes: int = 2**30,
     config: TrainConfig | None = None,
     micro_batch_size: int = 1,
+    ce_weight: float | str | None = None,
 ) -> Step:
     launch.initialize(layout, seed=1)
     config = config or TrainConfig(steps=1, global_batch_size=4, precision="fp32")
@@ -72,7 +73,7 @@ def built_step(
         teacher = ColocatedTeacher(
             model, sequence_length=SEQUENCE, micro_batch_size=micro_batch_size, buffer_bytes=buffer_bytes
         )
-    return Step(student, teacher, objective)
+    return Step(student, teacher, objective, ce_weight=ce_weight)
 
 
 def _architecture(directory: Path) -> Any:
@@ -189,6 +190,27 @@ def test_other_divergences_match_the_fp64_formula_too(models: dict[str, Path], w
         expected,
     )
     check(outcomes, expected, sizes.pipeline_model_parallel_size, sizes.data_parallel_size(world_size))
+
+
+@pytest.mark.parametrize("layout", ["TP2 SP", "PP2 VPP2", "DP2"])
+def test_a_dynamic_cross_entropy_weighs_as_much_as_the_divergence(models: dict[str, Path], layout: str) -> None:
+    """The first step takes the ratio of its own batch, over all data-parallel ranks."""
+    world_size, sizes = LAYOUTS[layout]
+    paths, batches = (models["student_hf"], models["teacher_hf"]), random_microbatches(4, sequence_length=SEQUENCE)
+    alone = expected_step(*paths, batches)
+    expected = expected_step(*paths, batches, ce_weight=alone.logits / alone.ce)
+    outcomes = run_distributed(
+        world_size,
+        one_step,
+        sizes,
+        (models["student"], models["teacher"]),
+        DistillationObjective(),
+        expected,
+        ce_weight="dynamic",
+    )
+    check(outcomes, expected, sizes.pipeline_model_parallel_size, sizes.data_parallel_size(world_size))
+    for sums, _, _ in outcomes:
+        assert sums[SUMS.index("weighted_ce")] == pytest.approx(sums[SUMS.index("logits")], rel=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["TP1 PP1", "PP2"])
