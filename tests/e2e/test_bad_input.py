@@ -64,6 +64,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("prune.num_attention_heads=6", "prune.num_attention_heads"),
         ("prune.drop_layers=[0,9]", "prune.drop_layers"),
         ("distill.divergence=backward_kl", "distill.divergence"),
+        ("distill.ce_weight=some", "distill.ce_weight"),
+        ("distill.ce_weight=dynamic distill.logits_weight=0", "logits_weight is 0"),
         ("data.sequence_length=4096", "data.sequence_length"),
         ("train.global_batch_size=0", "train.global_batch_size"),
         ("train.eval_interval=-1", "train.eval_interval"),
