@@ -48,7 +48,7 @@ def _deliver_weight_grad(weight: Tensor, grad: Tensor, upstream: Tensor) -> Tens
         return _scale(grad, upstream).to(weight.dtype)
     main_grad.addcmul_(grad, upstream)
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    return torch.zeros_like(weight)
+    return weight.new_zeros(()).expand_as(weight)  # one zero: no memory of the weight's size beside the gradient's
 
 
 def _scale(grad: Tensor, upstream: Tensor) -> Tensor:
