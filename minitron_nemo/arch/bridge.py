@@ -31,7 +31,8 @@ def architecture_from_bridge(model: Mapping[str, Any], origin: str, tokenizer_si
 
     Raises UserError, naming `origin`, for a class of another family and for a feature that the family does not have.
     """
-    fields = {**model, **(model.get("transformer") or {})}
+    nested = model.get("transformer")
+    fields = {**model, **(nested if isinstance(nested, Mapping) else {})}
     target = str(model.get("_target_"))
     if not target.startswith(_MODULES):
         raise UserError(f"{origin}._target_ {target} is not supported; known: {', '.join(PROVIDERS.values())}")

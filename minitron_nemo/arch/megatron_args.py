@@ -35,7 +35,6 @@ def architecture_from_args(args: Mapping[str, Any], origin: str, tokenizer_size:
         fields["position_embedding_type"] = "rope"
     fields["share_embeddings_and_output_weights"] = not args.get("untie_embeddings_and_output_weights")
     fields["vocab_size"] = args.get("vocab_size") or tokenizer_size or args.get("padded_vocab_size")
-    fields["window_size"] = None if args.get("window_size") is None else list(args["window_size"])
     return architecture_from_fields(
         fields,
         origin,

@@ -79,6 +79,8 @@ class LegacySource:
             (found for found in (directory / tokenizer.DIRECTORY, path / tokenizer.DIRECTORY) if found.is_dir()), path
         )
         ranks = [[_Shard(file) for file in stages] for stages in self._grid]
+        if len({len(shard.models) for stages in ranks for shard in stages}) != 1:
+            raise UserError(f"{directory}: the ranks have different numbers of virtual stages")
         first = ranks[0][0]
         self.architecture = architecture_from_args(first.args, f"{first.path}: args", self.tokenizer_size())
         stored = [_numbered(stages) for stages in ranks]
@@ -95,6 +97,10 @@ class LegacySource:
             if tensor.name not in names:
                 raise UserError(f"{self.path}: tensor {tensor.name} is missing in tensor-parallel rank {rank}")
         slices = [of_rank[tensor.name] for of_rank in stored]
+        if any(len(part.shape) != len(tensor.spec.dims) for part in slices):
+            raise UserError(
+                f"{self.path}: tensor {tensor.name} does not have {len(tensor.spec.dims)} dims in every rank"
+            )
         parts = list(_parts(tensor, slices))
         rows = sum(part.length for part in parts) if parts[0].column is None else parts[0].length
         columns = slices[0].shape[1:] if parts[0].column is None else (sum(part.stored.shape[1] for part in parts),)
@@ -181,7 +187,7 @@ class _Shard:
                     {_canonical(name): self._stored(window, entries, view) for name, view in _flat(model)}
                     for model in models
                 ]
-        except (*MALFORMED, zipfile.BadZipFile, OSError) as error:
+        except (*MALFORMED, zipfile.BadZipFile, OSError, RecursionError) as error:
             raise UserError(f"{path}: refused: {' '.join(str(error).split())[:200]}") from None
 
     def _stored(self, window: Window, entries: Mapping[str, zipfile.ZipInfo], view: Any) -> StoredTensor:

@@ -61,7 +61,7 @@ def read_context(directory: Path) -> Context:
         return Context(
             Call(config.target, values), _tokenizer(objects, model, directory), _generation(objects, config, directory)
         )
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path}: not a context of NeMo 2: {type(error).__name__}: {error}") from None
 
 

@@ -102,6 +102,7 @@ def _class(module: str, name: str) -> Callable[[dict[str, Any]], None]:
         (lambda data: data.update(version="0.0.2"), "'0.0.2'"),
         (lambda data: data.pop("root"), "not a context"),
         (lambda data: data.update(objects=[1]), "not a context"),
+        (lambda data: _object(data, "<root>.model").update(items=["config"]), "not a context"),
         (lambda data: data.update(root="<root>"), "not a context"),
     ],
 )

@@ -105,7 +105,7 @@ def _write(hf: Path, directory: Path, ranks: int, stages: list[list[list[int]]],
             for virtual, layers in enumerate(chunks):
                 first = stage == virtual == 0
                 last = stage == len(stages) - 1 and virtual == len(chunks) - 1
-                model = {}
+                model: dict[str, torch.Tensor | None] = {}
                 if first:
                     embedding = _vocabulary(original["model.embed_tokens.weight"], rank, ranks)
                     model["embedding.word_embeddings.weight"] = embedding
@@ -239,6 +239,9 @@ FC2 = "decoder.layers.2.mlp.linear_fc2.weight"
         (lambda s: _edit(s, lambda c: c["model"].pop(FC2)), f"{FC2} is missing in tensor-parallel rank 1"),
         (lambda s: _edit(s, lambda c: c["model"].update({FC2: torch.ones(64, 47)})), "fc2.weight has shape"),
         (lambda s: _edit(s, lambda c: c["model"].update({FC2: torch.ones(48, 64).t()})), "strides"),
+        (lambda s: _edit(s, lambda c: c["model"].update({FC2: torch.ones(9)})), "fc2.weight does not have 2 dims"),
+        (lambda s: _edit(s, lambda c: c.update(model0=c["model"], model1=c.pop("model"))), "virtual stages"),
+        (lambda s: _edit(s, lambda c: c["model"].update(x=c["model"])), "refused: maximum recursion"),
         (lambda s: _edit(s, lambda c: c["model"].update({FC2: torch.ones(64, 48).int()})), "IntStorage"),
         (_compress, "compressed"),
         (lambda s: (s / "iter_0000010/mp_rank_01/model_optim_rng.pt").unlink(), "rank 1, stage 0 is not there"),
