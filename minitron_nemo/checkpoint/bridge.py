@@ -60,7 +60,7 @@ def _plain(value: Any) -> Any:
 
 
 class BridgeSink(MegatronSink):
-    """Writes iteration 0 of what Megatron-Bridge's AutoBridge and trainer load."""
+    """Writes iteration 0 of what Megatron-Bridge's AutoBridge loads."""
 
     subdirectory = iteration_name(0)
     common = MappingProxyType({"checkpoint_version": 3.0, "iteration": 0})

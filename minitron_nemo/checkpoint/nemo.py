@@ -63,7 +63,7 @@ class NemoSource(TorchDistSource):
 
 
 class NemoSink(MegatronSink):
-    """Writes what NeMo 2.7's `io.load_context`, `llm.export_ckpt` and `nl.AutoResume` read."""
+    """Writes what NeMo 2.7's `io.load_context` and `llm.export_ckpt` read."""
 
     prefix = "module."
     subdirectory = WEIGHTS
