@@ -16,8 +16,10 @@ from minitron_nemo.checkpoint import transform
 from minitron_nemo.checkpoint.inspect import describe
 from minitron_nemo.checkpoint.source import open_source
 from minitron_nemo.checkpoint.transform import convert
+from minitron_nemo.cli import main
 from minitron_nemo.errors import UserError
 from tests.checkpoint.weights import architecture_of, random_plan, same_weights, sliced, weights
+from tests.e2e.chain import write_recipe
 from tests.tiny import LLAMA3_ROPE, write_tiny_llama
 
 LLAMA31_ROPE = {**LLAMA3_ROPE, "original_max_position_embeddings": 8192}  # what Megatron-core's own scaling fixes
@@ -165,6 +167,18 @@ def test_what_bridge_saves_beside_the_sizes_is_read(tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump(config))
     assert target.endswith("GPTModelProvider")
     assert open_source(tmp_path / "out").architecture == architecture_of(original)
+
+
+def test_the_command_line_and_recipes_take_every_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(write_recipe(tmp_path))
+    for to in FORMATS:
+        source = str(tmp_path / to)
+        assert main(["convert", str(tmp_path / "model"), source, "--to", to]) == 0
+        assert main(["inspect", source]) == 0
+        assert f"format: {to}" in capsys.readouterr().out.splitlines()
+        assert main(["plan", recipe, f"model.source={source}", "export.formats=[nemo,bridge]"]) == 0
+    assert main(["plan", recipe, "export.formats=[nemo,gptq]"]) == 2
+    assert "export.formats: 'gptq' is not one of hf, megatron, nemo, bridge" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
