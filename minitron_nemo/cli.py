@@ -31,7 +31,7 @@ STEPS = {
     "cache-teacher": "keep the teacher's likeliest tokens for every sample the training will visit",
     "distill": "train the pruned student against the teacher",
     "evaluate": "measure teacher, pruned and distilled side by side on held-out text",
-    "export": "write the distilled student for Hugging Face or Megatron",
+    "export": "write the distilled student in the formats of export.formats",
     "prepare": "tokenise the text and split off held-out documents",
     "run": "the whole chain; unchanged steps are not run again, interrupted ones resume",
 }
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         "source", help="checkpoint directory or .gguf file, or a recipe: then its model.source is converted"
     )
     convert.add_argument("rest", nargs="*", metavar="DST | key=value", help="where to write; overrides after a recipe")
-    convert.add_argument("--to", choices=("hf", "megatron"), help="format to write")
+    convert.add_argument("--to", choices=("hf", "megatron", "nemo", "bridge"), help="format to write")
     convert.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="data type to write; default: as stored"
     )
@@ -96,7 +96,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 CONVERT = """Convert SRC DST --to FORMAT: one read and one write, slice by slice, in bounded memory. Reads Hugging Face
-safetensors, Megatron torch_dist and GGUF; writes Hugging Face (hf) and Megatron torch_dist (megatron)."""
+safetensors, Megatron torch_dist, NeMo 2, Megatron-Bridge, legacy Megatron-LM and GGUF; writes Hugging Face (hf),
+Megatron torch_dist (megatron), NeMo 2 (nemo) and Megatron-Bridge (bridge)."""
 
 
 def _recipe_verb(verbs: argparse._SubParsersAction, name: str, description: str) -> argparse.ArgumentParser:
@@ -146,7 +147,7 @@ def _convert(options: argparse.Namespace) -> int:
         options.recipe, options.overrides, options.until = Path(options.source), options.rest, None
         return _steps(options)
     if len(options.rest) != 1 or options.to is None:
-        raise UserError("convert: give SRC DST --to hf|megatron, or a recipe")
+        raise UserError("convert: give SRC DST --to hf|megatron|nemo|bridge, or a recipe")
     import torch
 
     from minitron_nemo.checkpoint.transform import convert

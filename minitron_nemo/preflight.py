@@ -12,6 +12,7 @@ from typing import Any
 from minitron_nemo.arch import Architecture
 from minitron_nemo.arch.counts import forward_flops_per_token, non_embedding_parameters, parameters
 from minitron_nemo.arch.huggingface import hf_warnings
+from minitron_nemo.checkpoint.sink import FORMATS
 from minitron_nemo.checkpoint.source import open_source
 from minitron_nemo.config import ClusterConfig, Recipe, TrainConfig
 from minitron_nemo.data.pypi import cached
@@ -213,8 +214,8 @@ def _check_values(recipe: Recipe) -> None:
     for key in POSITIVE:
         if _get(recipe, key) <= 0:
             raise UserError(f"{key}: {_get(recipe, key)} must be greater than 0")
-    if unknown := set(recipe.export.formats) - {"hf", "megatron"}:
-        raise UserError(f"export.formats: {sorted(unknown)[0]!r} is not one of hf, megatron")
+    if unknown := set(recipe.export.formats) - set(FORMATS):
+        raise UserError(f"export.formats: {sorted(unknown)[0]!r} is not one of {', '.join(FORMATS)}")
     batch = recipe.teacher.correction.global_batch_size
     if batch is not None and batch < 1:
         raise UserError(f"teacher.correction.global_batch_size: {batch} must be greater than 0")

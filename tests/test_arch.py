@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from minitron_nemo.arch import Architecture, Axis, Plan
 from minitron_nemo.arch.axes import AxisDim, Dim, GatedDim, HeadsDim, QKVDim
 from minitron_nemo.arch.counts import non_embedding_parameters, parameters
 from minitron_nemo.arch.huggingface import architecture_from_hf, hf_config, hf_warnings
+from minitron_nemo.arch.nemo import architecture_from_nemo, nemo_config
 from minitron_nemo.arch.tensors import tensors
 from minitron_nemo.errors import UserError
 from tests.tiny import LLAMA3_ROPE
@@ -172,3 +174,24 @@ def test_plans_that_do_not_fit_are_refused(change: dict, named: str) -> None:
     Plan(**fitting)
     with pytest.raises(UserError, match=named):
         Plan(**fitting | change)
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("llama.Llama31Config8B", LLAMA_31_8B),
+        ("mistral.MistralNeMoConfig12B", replace(MISTRAL_NEMO_12B, max_position_embeddings=4096)),
+    ],
+)
+def test_nemos_classes_are_the_published_models(name: str, published: Architecture) -> None:
+    scaling = published.model_type == "llama" and {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    class_name = f"nemo.collections.llm.gpt.model.{name}"
+    found = architecture_from_nemo(class_name, {}, "config", published.vocab_size)
+    assert found == replace(published, rope_scaling=scaling or None)
+    assert architecture_from_nemo(*nemo_config(found, "bfloat16"), "config", None) == found

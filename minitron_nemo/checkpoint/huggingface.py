@@ -16,7 +16,7 @@ from minitron_nemo.arch.tensors import tensors
 from minitron_nemo.checkpoint import tokenizer
 from minitron_nemo.checkpoint.files import fsync, partial_path
 from minitron_nemo.checkpoint.safetensors_files import StoredTensor, lay_out, read_header
-from minitron_nemo.checkpoint.sink import Chunk
+from minitron_nemo.checkpoint.sink import Chunk, main_dtype
 from minitron_nemo.checkpoint.source import Source, check_tensors
 from minitron_nemo.checkpoint.tensor_io import read_tensor, write_tensor
 from minitron_nemo.errors import UserError
@@ -175,7 +175,7 @@ class HuggingFaceSink:
                 "weight_map": {name: stored.path.name for name, stored in self._stored.items()},
             }
             (partial / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-        config = hf_config(self.architecture, _main_dtype(self.architecture, self.dtypes))
+        config = hf_config(self.architecture, main_dtype(self.architecture, self.dtypes))
         config |= tokenizer.special_ids(partial)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -191,12 +191,3 @@ def _shards(sizes: Mapping[str, int]) -> list[list[str]]:
         shards[-1].append(name)
         filled += size
     return shards
-
-
-def _main_dtype(architecture: Architecture, dtypes: Mapping[str, torch.dtype]) -> str:
-    """The data type that most of the weights have, as transformers spells it."""
-    counts: dict[torch.dtype, int] = {}
-    for tensor in tensors(architecture):
-        dtype = dtypes[tensor.name]
-        counts[dtype] = counts.get(dtype, 0) + prod(tensor.spec.shape(architecture))
-    return str(max(counts, key=lambda dtype: counts[dtype])).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Megatron-core torch_dist directories, written at any layout, read by rows.
+"""Megatron-core torch_dist directories, written at any layout, read by rows: also those of NeMo and Megatron-Bridge.
 
 A key of `.metadata` is a global tensor cut into chunks. A canonical tensor is found, in this order, under its own
 per-layer name, as the two halves `_w` (gate) and `_v` (up) that `singleton_local_shards` makes of a gated matrix,
@@ -37,22 +37,26 @@ class Segment(NamedTuple):
     length: int
 
 
-class MegatronSource:
-    """Reads a torch_dist directory that carries its architecture.json."""
+class TorchDistSource:
+    """Reads the torch_dist directory `weights` of checkpoint `path`, a model of `architecture`.
 
-    format = "megatron"
+    `tokenizer_files` is the directory of the Hugging Face tokenizer files, which need not exist.
+    """
 
-    def __init__(self, path: Path) -> None:
+    format: str
+
+    def __init__(self, path: Path, weights: Path, architecture: Architecture, tokenizer_files: Path) -> None:
         self.path = path
-        self.architecture = Architecture.load(path)
-        self._keys = stored_keys(path, load_metadata(path))
+        self.architecture = architecture
+        self.tokenizer_files = tokenizer_files
+        self._keys = stored_keys(weights, load_metadata(weights))
         self._tensors = {tensor.name: tensor for tensor in tensors(self.architecture)}
         self._segments = {name: self._find(tensor) for name, tensor in self._tensors.items()}
         used = {segment.key for segments in self._segments.values() for segment in segments}
         known_parts = tuple(prefix + part for prefix in PREFIXES for part in MODEL_PARTS)
         extra = {key for key in self._keys if key.startswith(known_parts)} - used
         check_tensors(path, {}, {}, extra)
-        file_sizes = {file: file.stat().st_size for file in path.glob("*") if file.is_file()}
+        file_sizes = {file: file.stat().st_size for file in weights.glob("*") if file.is_file()}
         for key in used:
             self._keys[key].check_complete(path, key, file_sizes)
 
@@ -120,10 +124,19 @@ class MegatronSource:
         )
 
     def tokenizer_size(self) -> int | None:
-        return tokenizer.tokenizer_size(self.path / tokenizer.DIRECTORY)
+        return tokenizer.tokenizer_size(self.tokenizer_files)
 
     def copy_tokenizer(self, directory: Path) -> None:
-        tokenizer.copy_files(self.path / tokenizer.DIRECTORY, directory)
+        tokenizer.copy_files(self.tokenizer_files, directory)
+
+
+class MegatronSource(TorchDistSource):
+    """Reads a torch_dist directory that carries its architecture.json."""
+
+    format = "megatron"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, path, Architecture.load(path), path / tokenizer.DIRECTORY)
 
 
 def _writer(chunk: StoredChunk) -> int:

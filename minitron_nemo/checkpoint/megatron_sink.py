@@ -12,6 +12,7 @@ import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -45,7 +46,15 @@ FORMAT = {
 
 
 class MegatronSink:
-    """Keys stack the layers, without a prefix; chunks are rows of one layer, all columns."""
+    """Keys stack the layers; chunks are rows of one layer, all columns.
+
+    What NeMo and Megatron-Bridge do otherwise: the prefix of the keys, the subdirectory that the weights are in, and
+    what else is in the checkpoint.
+    """
+
+    prefix = ""
+    subdirectory = ""
+    common: Mapping[str, Any] = MappingProxyType({})  # the content of common.pt
 
     def __init__(self, path: Path, architecture: Architecture, dtypes: Mapping[str, torch.dtype]) -> None:
         self.path = path
@@ -55,11 +64,15 @@ class MegatronSink:
             if dtypes[tensor.name] != dtypes[tensor.spec.name.format(layer=0)]:
                 raise UserError(f"{path}: {tensor.name} has another data type than layer 0; give one dtype for all")
 
+    @property
+    def _weights(self) -> Path:
+        return partial_path(self.path) / self.subdirectory
+
     def prepare(self) -> None:
-        """Nothing is shared between the writers."""
+        self._weights.mkdir(exist_ok=True)
 
     def write(self, blocks: Iterable[tuple[Chunk, torch.Tensor]], rank: int) -> None:
-        file = partial_path(self.path) / f"__{rank}_0.distcp"
+        file = self._weights / f"__{rank}_0.distcp"
         places: list[Any] = []
         with open(file, "wb", buffering=0) as opened, _no_checksums():
             stream = AppendingFile(opened.fileno())
@@ -67,11 +80,14 @@ class MegatronSink:
                 origin, sizes = self._position(chunk)
                 offset = stream.end
                 _write_tensor(stream, block.reshape(sizes))
-                places.append((_key(chunk.tensor.spec), origin, sizes, file.name, offset, stream.end - offset))
+                places.append((self._key(chunk.tensor.spec), origin, sizes, file.name, offset, stream.end - offset))
             if rank == 0:
                 places += [(key, None, None, *_write_object(stream, file.name)) for key in self._extra_states()]
         fsync(file)
-        _places_file(self.path, rank).write_text(json.dumps(places))
+        (self._weights / f".places-{rank}.json").write_text(json.dumps(places))
+
+    def _key(self, spec: TensorSpec) -> str:
+        return self.prefix + spec.name.replace("{layer}.", "")
 
     def _position(self, chunk: Chunk) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Origin and sizes of a chunk in its stacked key."""
@@ -85,14 +101,13 @@ class MegatronSink:
         layers = self.architecture.num_layers
         for spec in table(self.architecture):
             if spec.per_layer and len(spec.dims) > 1:
-                module = _key(spec).removesuffix(".weight")
+                module = self._key(spec).removesuffix(".weight")
                 yield from (f"{module}._extra_state/shard_{layer}_{layers}" for layer in range(layers))
 
     def finish(self, source: Source) -> None:
-        partial = partial_path(self.path)
-        specs = {_key(spec): spec for spec in table(self.architecture)}
+        specs = {self._key(spec): spec for spec in table(self.architecture)}
         places: list[Any] = []
-        for file in sorted(partial.glob(".places-*.json")):
+        for file in sorted(self._weights.glob(".places-*.json")):
             places += json.loads(file.read_text())
             file.unlink()
         tensors: dict[str, list[ChunkStorageMetadata]] = {key: [] for key in specs}
@@ -111,19 +126,15 @@ class MegatronSink:
             dtype = self.dtypes[spec.name.format(layer=0)]
             metadata[key] = TensorStorageMetadata(TensorProperties(dtype), torch.Size(stacked), tensors[key])
         complete = Metadata(metadata, None, storage, StorageMeta(), CURRENT_DCP_VERSION)
-        torch.save({}, partial / "common.pt")
-        (partial / "metadata.json").write_text(json.dumps(FORMAT))
+        torch.save(dict(self.common), self._weights / "common.pt")
+        (self._weights / "metadata.json").write_text(json.dumps(FORMAT))
+        self.describe(partial_path(self.path), source)
+        (self._weights / METADATA_FILE).write_bytes(pickle.dumps(complete))
+
+    def describe(self, partial: Path, source: Source) -> None:
+        """Write what the weights do not tell into the directory of the checkpoint."""
         self.architecture.save(partial)
         source.copy_tokenizer(partial / tokenizer.DIRECTORY)
-        (partial / METADATA_FILE).write_bytes(pickle.dumps(complete))
-
-
-def _key(spec: TensorSpec) -> str:
-    return spec.name.replace("{layer}.", "")
-
-
-def _places_file(path: Path, rank: int) -> Path:
-    return partial_path(path) / f".places-{rank}.json"
 
 
 def _write_tensor(stream: AppendingFile, tensor: torch.Tensor) -> None:

@@ -112,6 +112,42 @@ class TensorUnpickler(pickle.Unpickler):
         return storage_class, key, elements
 
 
+class ShardUnpickler(TensorUnpickler):
+    """Builds the content of a legacy Megatron-LM file: tensors as `TensorUnpickler` has them, arguments as a Record.
+
+    Random states, enums and TransformerEngine's state become empty Records; any other global is refused.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in (("argparse", "Namespace"), ("types", "SimpleNamespace")):
+            return type(name, (Record,), {})
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda tensor, *_: tensor
+        if (module, name) in _PLAIN_TYPES:
+            return _PLAIN_TYPES[module, name]
+        if (module, name) in _WITHOUT_MEANING or module.partition(".")[0] in ("megatron", "numpy"):
+            return type("Ignored", (_Ignored,), {})
+        return super().find_class(module, name)
+
+
+class _Ignored(Record):
+    """Something that reading weights has no use for, whatever it is made from."""
+
+    def __new__(cls, *_: Any, **__: Any) -> _Ignored:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Nothing is kept."""
+
+
+_WITHOUT_MEANING = {
+    ("_codecs", "encode"),
+    ("_io", "BytesIO"),
+    ("torch", "device"),
+    ("torch.serialization", "_get_layout"),
+}
+
+
 def _dtype(module: str, name: str) -> torch.dtype:
     value = getattr(torch, name, None) if module == "torch" else None
     if not isinstance(value, torch.dtype):

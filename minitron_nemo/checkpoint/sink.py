@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -12,11 +12,13 @@ import torch
 
 from minitron_nemo.arch import Architecture
 from minitron_nemo.arch.tensors import NamedTensor, tensors
+from minitron_nemo.checkpoint.iterations import iteration_name
+from minitron_nemo.checkpoint.nemo_context import FILE_NAME as IO_FILE
 from minitron_nemo.checkpoint.safe_pickle import METADATA_FILE
 from minitron_nemo.checkpoint.source import Source
 from minitron_nemo.errors import UserError
 
-FORMATS = ("hf", "megatron")
+FORMATS = ("hf", "megatron", "nemo", "bridge")
 
 
 class Chunk(NamedTuple):
@@ -48,13 +50,15 @@ class Sink(Protocol):
 
 
 def open_sink(path: Path, to: str, architecture: Architecture, dtypes: Mapping[str, torch.dtype]) -> Sink:
-    """A Sink for format `to` ("hf" | "megatron") that will take the place of directory `path`.
+    """A Sink for format `to` (one of FORMATS) that will take the place of directory `path`.
 
     Raises UserError for another format, when `path` holds something that is not a checkpoint, and when the disk
     has no room for the result beside what is there.
     """
+    from minitron_nemo.checkpoint.bridge import BridgeSink
     from minitron_nemo.checkpoint.huggingface import HuggingFaceSink
     from minitron_nemo.checkpoint.megatron_sink import MegatronSink
+    from minitron_nemo.checkpoint.nemo import NemoSink
 
     if to not in FORMATS:
         raise UserError(f"format {to!r} is not known; choose one of {', '.join(FORMATS)}")
@@ -62,7 +66,8 @@ def open_sink(path: Path, to: str, architecture: Architecture, dtypes: Mapping[s
     if path.exists() and not _is_checkpoint_or_empty(path):
         raise UserError(f"{path}: exists and is not a checkpoint; it would be replaced: give another destination")
     _check_room(path, sum(tensor_bytes(tensor, architecture, dtypes) for tensor in tensors(architecture)))
-    return (HuggingFaceSink if to == "hf" else MegatronSink)(path, architecture, dtypes)
+    sinks: tuple[Callable[..., Sink], ...] = (HuggingFaceSink, MegatronSink, NemoSink, BridgeSink)
+    return dict(zip(FORMATS, sinks, strict=True))[to](path, architecture, dtypes)
 
 
 def tensor_bytes(tensor: NamedTensor, architecture: Architecture, dtypes: Mapping[str, torch.dtype]) -> int:
@@ -70,10 +75,23 @@ def tensor_bytes(tensor: NamedTensor, architecture: Architecture, dtypes: Mappin
     return prod(tensor.spec.shape(architecture)) * dtypes[tensor.name].itemsize
 
 
+def main_dtype(architecture: Architecture, dtypes: Mapping[str, torch.dtype]) -> str:
+    """The data type that most of the weights have, as torch spells it."""
+    counts: dict[torch.dtype, int] = {}
+    for tensor in tensors(architecture):
+        dtype = dtypes[tensor.name]
+        counts[dtype] = counts.get(dtype, 0) + prod(tensor.spec.shape(architecture))
+    return str(max(counts, key=lambda dtype: counts[dtype])).removeprefix("torch.")
+
+
 def _is_checkpoint_or_empty(path: Path) -> bool:
+    """Whether a directory may be replaced: a training's directory of several iterations may not."""
     if not path.is_dir():
         return False
-    return not any(path.iterdir()) or (path / METADATA_FILE).exists() or (path / "config.json").exists()
+    iterations = [entry.name for entry in path.glob("iter_*")]
+    marks = (METADATA_FILE, "config.json", f"context/{IO_FILE}", f"{iteration_name(0)}/{METADATA_FILE}")
+    is_checkpoint = any((path / mark).exists() for mark in marks) and iterations in ([], [iteration_name(0)])
+    return is_checkpoint or not any(path.iterdir())
 
 
 def _check_room(path: Path, needed: int) -> None:

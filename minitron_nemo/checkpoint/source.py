@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +18,7 @@ class Source(Protocol):
     """A checkpoint on disk, read by rows of canonical per-layer tensors (`arch.tensors`)."""
 
     path: Path
-    format: str  # "huggingface" | "megatron" | "gguf"
+    format: str  # "huggingface" | "megatron" | "nemo" | "bridge" | "legacy" | "gguf"
     architecture: Architecture
 
     def dtype(self, name: str) -> torch.dtype:
@@ -57,8 +58,6 @@ def open_source(path: Path) -> Source:
 
 def _open(path: Path) -> Source:
     from minitron_nemo.checkpoint.gguf import GGUFSource
-    from minitron_nemo.checkpoint.huggingface import HuggingFaceSource
-    from minitron_nemo.checkpoint.megatron import MegatronSource
 
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint")
@@ -66,16 +65,34 @@ def _open(path: Path) -> Source:
         if path.suffix != ".gguf":
             raise UserError(f"{path}: not a checkpoint; give a directory or a .gguf file")
         return GGUFSource(path)
-    if (path / METADATA_FILE).exists():
-        return MegatronSource(path)
-    if (path / "config.json").exists():
-        return HuggingFaceSource(path)
+    if (reader := directory_reader(path)) is not None:
+        return reader(path)
     ggufs = sorted(path.glob("*.gguf"))
     if len(ggufs) == 1:
         return GGUFSource(ggufs[0])
     raise UserError(
-        f"{path}: not a checkpoint; expected config.json (Hugging Face), .metadata (Megatron torch_dist) or one .gguf"
+        f"{path}: not a checkpoint; expected config.json (Hugging Face), .metadata (Megatron torch_dist), context/ "
+        "(NeMo 2), iter_*/run_config.yaml (Megatron-Bridge), mp_rank_*/ (legacy Megatron-LM) or one .gguf"
     )
+
+
+def directory_reader(path: Path) -> Callable[[Path], Source] | None:
+    """What reads the format of a directory; None where it has the marks of none."""
+    from minitron_nemo.checkpoint.bridge import BridgeSource, bridge_directory
+    from minitron_nemo.checkpoint.huggingface import HuggingFaceSource
+    from minitron_nemo.checkpoint.legacy import LegacySource, legacy_directory
+    from minitron_nemo.checkpoint.megatron import MegatronSource
+    from minitron_nemo.checkpoint.nemo import NemoSource, is_nemo
+
+    if is_nemo(path):
+        return NemoSource
+    if bridge_directory(path) is not None:
+        return BridgeSource
+    if (path / METADATA_FILE).exists():
+        return MegatronSource
+    if (path / "config.json").exists():
+        return HuggingFaceSource
+    return LegacySource if legacy_directory(path) is not None else None
 
 
 def check_tensors(

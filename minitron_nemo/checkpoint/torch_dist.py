@@ -7,7 +7,6 @@ zip's directory says where they start, so rows are read without the rest of the 
 from __future__ import annotations
 
 import io
-import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,9 +18,8 @@ import torch
 
 from minitron_nemo.checkpoint.safe_pickle import MALFORMED, Record, TensorUnpickler
 from minitron_nemo.checkpoint.tensor_io import read_tensor
+from minitron_nemo.checkpoint.torch_zip import STORAGES, Window, check_byte_order, content, entries_of, rows_offset
 from minitron_nemo.errors import UserError
-
-LOCAL_HEADER_BYTES = 30  # of a zip entry, before its name
 
 
 @dataclass(frozen=True)
@@ -127,34 +125,6 @@ def _chunk(directory: Path, key: str, chunk: Record, places: dict) -> StoredChun
     return StoredChunk(directory / place.relative_path, place.offset, place.length, origin, sizes)
 
 
-class _Window(io.RawIOBase):
-    """`length` bytes of an open file from `offset`, as a file of its own."""
-
-    def __init__(self, descriptor: int, offset: int, length: int) -> None:
-        self.descriptor, self.offset, self.length = descriptor, offset, length
-        self.position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence]
-        if base + position < 0:
-            raise OSError("seek before the start")
-        self.position = base + position
-        return self.position
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        count = max(0, min(len(buffer), self.length - self.position))
-        data = os.pread(self.descriptor, count, self.offset + self.position)
-        buffer[: len(data)] = data
-        self.position += len(data)
-        return len(data)
-
-
 def payload_offset(chunk: StoredChunk, dtype: torch.dtype) -> int:
     """Where in its file a chunk's first byte is.
 
@@ -163,49 +133,17 @@ def payload_offset(chunk: StoredChunk, dtype: torch.dtype) -> int:
     """
     try:
         with open(chunk.path, "rb", buffering=0) as file:
-            window = _Window(file.fileno(), chunk.offset, chunk.length)
+            window = Window(file.fileno(), chunk.offset, chunk.length)
             with zipfile.ZipFile(window) as blob:
                 return chunk.offset + _payload_in_blob(blob, window, chunk, dtype)
     except (*MALFORMED, zipfile.BadZipFile, OSError) as error:
         raise UserError(f"{chunk.path}: refused: the blob at offset {chunk.offset}: {error}") from None
 
 
-def _payload_in_blob(blob: zipfile.ZipFile, window: _Window, chunk: StoredChunk, dtype: torch.dtype) -> int:
-    entries = {entry.filename.split("/", 1)[-1]: entry for entry in blob.infolist()}
-    storage, first, shape, stride = TensorUnpickler(io.BytesIO(_content(window, entries["data.pkl"]))).load()
-    storage_class, key, _ = storage
-    if storage_class != _STORAGES[dtype] or shape != chunk.sizes:
-        raise ValueError(f"holds {storage_class} {list(shape)}, .metadata says {dtype} {list(chunk.sizes)}")
-    if "byteorder" in entries and _content(window, entries["byteorder"]) != b"little":
-        raise ValueError("is not little-endian")
-    contiguous = tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
-    if any(step != wanted for step, wanted, size in zip(stride, contiguous, shape, strict=True) if size > 1):
-        raise ValueError(f"is not stored row by row: strides {list(stride)}")
-    payload = entries[f"data/{key}"]
-    if payload.file_size < (first + prod(shape)) * dtype.itemsize:
-        raise ValueError(f"holds {payload.file_size} bytes for {list(shape)} of {dtype}")
-    return _content_offset(window, payload) + first * dtype.itemsize
-
-
-def _content_offset(window: _Window, entry: zipfile.ZipInfo) -> int:
-    """Where an uncompressed entry's bytes start in the zip; its local header repeats the name and pads it."""
-    if entry.compress_type != zipfile.ZIP_STORED:
-        raise ValueError("is compressed")
-    window.seek(entry.header_offset)
-    header = window.read(LOCAL_HEADER_BYTES) or b""
-    name_length, extra_length = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
-    return entry.header_offset + LOCAL_HEADER_BYTES + name_length + extra_length
-
-
-def _content(window: _Window, entry: zipfile.ZipInfo) -> bytes:
-    """An entry's bytes, without its CRC32, which torch.save may have left out."""
-    window.seek(_content_offset(window, entry))
-    return window.read(entry.file_size) or b""
-
-
-_STORAGES = {
-    torch.float64: "DoubleStorage",
-    torch.float32: "FloatStorage",
-    torch.float16: "HalfStorage",
-    torch.bfloat16: "BFloat16Storage",
-}
+def _payload_in_blob(blob: zipfile.ZipFile, window: Window, chunk: StoredChunk, dtype: torch.dtype) -> int:
+    entries = entries_of(blob)
+    storage, first, shape, stride = TensorUnpickler(io.BytesIO(content(window, entries["data.pkl"]))).load()
+    if storage[0] != STORAGES[dtype] or shape != chunk.sizes:
+        raise ValueError(f"holds {storage[0]} {list(shape)}, .metadata says {dtype} {list(chunk.sizes)}")
+    check_byte_order(window, entries)
+    return rows_offset(window, entries, (storage, first, shape, stride), dtype)

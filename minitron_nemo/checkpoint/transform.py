@@ -48,7 +48,7 @@ def convert(
     barrier: Callable[[], None] = _alone,
     progress: bool = True,
 ) -> None:
-    """Write `source`, cut to `plan`, to directory `destination` in format `to` ("hf" | "megatron").
+    """Write `source`, cut to `plan`, to directory `destination` in format `to` (one of `sink.FORMATS`).
 
     Weights keep their data type where `dtype` is None; GGUF becomes bfloat16. All processes of a job call this with
     their `rank`. An existing checkpoint at `destination` is replaced at the end, in one piece. Raises UserError.

@@ -20,21 +20,9 @@ from minitron_nemo.checkpoint.safe_pickle import check_metadata
 from minitron_nemo.checkpoint.source import open_source
 from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.errors import UserError
+from tests.checkpoint.refusals import Hostile, refused
 from tests.checkpoint.weights import same_weights
 from tests.tiny import write_tiny_llama
-
-
-def _refused(source: Path, named: str, tmp_path: Path) -> None:
-    """Converting `source` fails with one line that names `named`; an earlier result stays, no new one appears."""
-    kept = write_tiny_llama(tmp_path / "kept", seed=5)
-    for destination in (kept, tmp_path / "new"):
-        for to in ("hf", "megatron"):
-            with pytest.raises(UserError, match=named) as caught:
-                convert(source, destination, to, progress=False)
-            assert len(str(caught.value).splitlines()) == 1
-            assert str(source.name) in str(caught.value)
-    assert same_weights(kept, write_tiny_llama(tmp_path / "again", seed=5))
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(("new", "kept."))]
 
 
 def _truncate(directory: Path) -> None:
@@ -100,11 +88,11 @@ UP = "model.layers.2.mlp.up_proj.weight"
 def test_damaged_huggingface_directory(tmp_path: Path, damage: Callable[[Path], Any], named: str) -> None:
     source = write_tiny_llama(tmp_path / "source")
     damage(source)
-    _refused(source, named, tmp_path)
+    refused(source, named, tmp_path)
 
 
 def test_tokenizer_larger_than_the_vocabulary(tmp_path: Path) -> None:
-    _refused(write_tiny_llama(tmp_path / "source", vocab_size=258), "259 entries.*wrong tokenizer size", tmp_path)
+    refused(write_tiny_llama(tmp_path / "source", vocab_size=258), "259 entries.*wrong tokenizer size", tmp_path)
 
 
 def test_tokenizer_smaller_than_the_vocabulary_is_fine(tmp_path: Path) -> None:
@@ -115,17 +103,7 @@ def test_tokenizer_smaller_than_the_vocabulary_is_fine(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["nothing", "empty"])
 def test_not_a_checkpoint(tmp_path: Path, path: str) -> None:
     (tmp_path / "empty").mkdir()
-    _refused(tmp_path / path, "checkpoint", tmp_path)
-
-
-class Hostile:
-    """Unpickles as a call of any function."""
-
-    def __init__(self, function: Callable, *arguments: Any) -> None:
-        self.call = (function, arguments)
-
-    def __reduce__(self) -> tuple:
-        return self.call
+    refused(tmp_path / path, "checkpoint", tmp_path)
 
 
 @pytest.fixture
@@ -166,7 +144,7 @@ def test_pickles_in_metadata_run_nothing(tmp_path: Path, megatron: Path, call: C
         _metadata(megatron, change)
         with pytest.raises(UserError, match="refused: it names"):
             check_metadata(megatron)
-        _refused(megatron, "refused: it names", tmp_path)
+        refused(megatron, "refused: it names", tmp_path)
     assert not marker.exists()
 
 
@@ -186,7 +164,7 @@ def test_paths_in_metadata_stay_inside(tmp_path: Path, megatron: Path, where: st
     _metadata(megatron, lambda metadata: setattr(_first_place(metadata), "relative_path", where))
     with pytest.raises(UserError, match="outside the checkpoint"):
         check_metadata(megatron)
-    _refused(megatron, "outside the checkpoint", tmp_path)
+    refused(megatron, "outside the checkpoint", tmp_path)
 
 
 def test_objects_that_megatron_would_unpickle_run_nothing(tmp_path: Path, megatron: Path) -> None:
@@ -243,11 +221,11 @@ def _compressed(blob: io.BytesIO, tensor: torch.Tensor) -> None:
         (lambda blob, tensor: torch.save(tensor, blob, _use_new_zipfile_serialization=False), "not a zip"),
     ],
 )
-def test_blobs_that_are_not_plain_rows_are_refused(
+def test_blobs_that_are_not_plain_rows_arerefused(
     tmp_path: Path, megatron: Path, write: Callable[[io.BytesIO, Any], None], named: str
 ) -> None:
     _rewrite_blob(megatron, write)
-    _refused(megatron, named, tmp_path)
+    refused(megatron, named, tmp_path)
 
 
 def test_a_view_inside_a_larger_storage_reads_right(tmp_path: Path, megatron: Path) -> None:
@@ -263,12 +241,12 @@ def test_a_view_inside_a_larger_storage_reads_right(tmp_path: Path, megatron: Pa
 def test_truncated_torch_dist_file(tmp_path: Path, megatron: Path) -> None:
     file = megatron / "__0_0.distcp"
     os.truncate(file, file.stat().st_size // 2)
-    _refused(megatron, "truncated", tmp_path)
+    refused(megatron, "truncated", tmp_path)
 
 
 def test_missing_torch_dist_file(tmp_path: Path, megatron: Path) -> None:
     (megatron / "__0_0.distcp").unlink()
-    _refused(megatron, "not found", tmp_path)
+    refused(megatron, "not found", tmp_path)
 
 
 def _without_a_chunk(metadata: Any) -> None:
@@ -300,12 +278,12 @@ def _other_depth(metadata: Any) -> None:
 )
 def test_damaged_metadata(tmp_path: Path, megatron: Path, change: Callable[[Any], Any], named: str) -> None:
     _metadata(megatron, change)
-    _refused(megatron, named, tmp_path)
+    refused(megatron, named, tmp_path)
 
 
 def test_megatron_directory_without_its_architecture(tmp_path: Path, megatron: Path) -> None:
     (megatron / "architecture.json").unlink()
-    _refused(megatron, "architecture.json", tmp_path)
+    refused(megatron, "architecture.json", tmp_path)
 
 
 @pytest.fixture

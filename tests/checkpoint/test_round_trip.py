@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from minitron_nemo.checkpoint.fingerprint import fingerprint
 from minitron_nemo.checkpoint.source import open_source
 from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.errors import UserError
-from tests.checkpoint.weights import architecture_of, random_plan, same_weights, sliced, weights
+from tests.checkpoint.weights import architecture_of, peak_memory, random_plan, same_weights, sliced, weights
 from tests.tiny import LLAMA3_ROPE, write_tiny_llama
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -145,20 +143,6 @@ def test_what_a_killed_run_left_behind_does_no_harm(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
-_PEAK = """
-import resource, sys
-from pathlib import Path
-import torch
-from minitron_nemo.arch import Plan
-from minitron_nemo.checkpoint.transform import convert
-torch.ones(8).bfloat16().float()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-plan = Plan.load(Path(sys.argv[4])) if len(sys.argv) > 4 else None
-convert(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], plan=plan, progress=False)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-"""
-
-
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     # 0.4 GB in fp32, of which one tensor is 0.3 GB
@@ -167,13 +151,14 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     )
     random_plan(architecture_of(original)).save(tmp_path / "plan.json")
 
-    def peak(*arguments: str) -> float:
-        command = [sys.executable, "-c", _PEAK, *(str(tmp_path / name) for name in arguments[:2]), *arguments[2:]]
-        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    def peak(source: str, destination: str, *rest: str) -> float:
+        return peak_memory(tmp_path / source, tmp_path / destination, *rest)
 
     assert peak("hf", "megatron", "megatron") < 200
     assert peak("megatron", "back", "hf") < 200
     assert peak("megatron", "student", "megatron", str(tmp_path / "plan.json")) < 200
+    assert peak("hf", "nemo", "nemo") < 200
+    assert peak("nemo", "bridge", "bridge", str(tmp_path / "plan.json")) < 200
 
 
 def test_fingerprint_sees_weights_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

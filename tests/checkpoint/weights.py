@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -88,3 +90,23 @@ def sliced(tensors: dict[str, torch.Tensor], plan: Plan) -> dict[str, torch.Tens
 
 def rows_of(heads: Sequence[int], head_dim: int) -> list[int]:
     return [head * head_dim + channel for head in heads for channel in range(head_dim)]
+
+
+_PEAK = """
+import resource, sys
+from pathlib import Path
+import torch
+from minitron_nemo.arch import Plan
+from minitron_nemo.checkpoint.transform import convert
+torch.ones(8).bfloat16().float()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+plan = Plan.load(Path(sys.argv[4])) if len(sys.argv) > 4 else None
+convert(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], plan=plan, progress=False)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def peak_memory(*arguments: object) -> float:
+    """MiB above torch itself that converting SOURCE to DESTINATION in FORMAT takes, by the plan in a FILE if given."""
+    command = [sys.executable, "-c", _PEAK, *map(str, arguments)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
