@@ -21,6 +21,7 @@ from minitron_nemo.distillation.cached import check_cached
 from minitron_nemo.distillation.intermediate import AUTO, resolve_pairs
 from minitron_nemo.distillation.phases import Segment, check_phases, segments
 from minitron_nemo.distillation.schedule import Schedule
+from minitron_nemo.distillation.teacher import colocated_layout
 from minitron_nemo.distillation.train import correction_config
 from minitron_nemo.errors import UserError
 from minitron_nemo.kernels.objective import DIVERGENCES
@@ -73,6 +74,7 @@ class Preflight:
     teacher: Architecture
     student: Architecture
     layout: Layout
+    teacher_layout: Layout  # while the student trains
     world_size: int
     warnings: tuple[str, ...]
 
@@ -142,6 +144,7 @@ def preflight(recipe: Recipe, world_size: int | None = None) -> Preflight:
     layout = Layout.from_config(recipe.parallel)
     for architecture in (teacher, student):
         layout.check(architecture, world_size)
+    layout.check_split("student", student.num_layers)
     train = recipe.train
     Schedule.from_config(train).check("train")
     correction = correction_config(recipe)
@@ -149,6 +152,7 @@ def preflight(recipe: Recipe, world_size: int | None = None) -> Preflight:
         Schedule.from_config(correction).check("teacher.correction")
     pairs = resolve_pairs(recipe.distill.intermediate, teacher, student)
     check_cached(recipe, bool(pairs))
+    teacher_layout = colocated_layout(recipe.teacher, teacher, layout, world_size)
     if pairs and recipe.distill.logits_weight == 0 and recipe.distill.intermediate.pairs != AUTO:
         raise UserError(
             "distill.logits_weight: 0 means training without the teacher, and distill.intermediate.pairs need it; "
@@ -164,7 +168,7 @@ def preflight(recipe: Recipe, world_size: int | None = None) -> Preflight:
     if correction.steps:
         check_phases(correction, recipe.data, layout, world_size, longest, "teacher.correction")
     warnings = hf_warnings(student) if "hf" in recipe.export.formats else []
-    return Preflight(recipe, teacher, student, layout, world_size, tuple(warnings))
+    return Preflight(recipe, teacher, student, layout, teacher_layout, world_size, tuple(warnings))
 
 
 def teacher_architecture(recipe: Recipe) -> Architecture:
@@ -201,6 +205,7 @@ def text(plan: Preflight) -> str:
         *((f"tokens, {name}", f"{count:,}") for name, count in plan.tokens.items()),
         *((f"FLOPs, {name}", f"{count:.3e} (arithmetic)") for name, count in plan.flops.items()),
         ("processes", f"{plan.world_size}: {layout} dp={data_parallel_size}"),
+        *([("teacher's layout", str(plan.teacher_layout))] if plan.teacher_layout != layout else []),
         *(("warning", warning) for warning in plan.warnings),
     ]
     return "\n".join(f"{name:<22}{value}" for name, value in rows)
