@@ -18,6 +18,7 @@ from minitron_nemo.data.pypi import cached
 from minitron_nemo.distillation.balance import DYNAMIC, check_weight
 from minitron_nemo.distillation.cache import DTYPES
 from minitron_nemo.distillation.cached import check_cached
+from minitron_nemo.distillation.communication import Transfer, Update, transfers, wire_bytes
 from minitron_nemo.distillation.intermediate import AUTO, resolve_pairs
 from minitron_nemo.distillation.phases import Segment, check_phases, segments
 from minitron_nemo.distillation.schedule import Schedule
@@ -115,6 +116,14 @@ class Preflight:
             "distillation": distillation,
         }
 
+    @property
+    def communication(self) -> list[list[Transfer]]:
+        """By pipeline rank, what one of its ranks communicates in the distillation's largest update."""
+        update = Update.of_recipe(
+            self.recipe, self.teacher, self.student, self.layout, self.teacher_layout, self.world_size
+        )
+        return [transfers(update, rank) for rank in range(self.layout.pipeline_model_parallel_size)]
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.recipe.name,
@@ -126,6 +135,10 @@ class Preflight:
             "tokens": self.tokens,
             "flops": self.flops,
             "processes": self.world_size,
+            "communication": [
+                [{**asdict(transfer), "wire_bytes": transfer.wire_bytes} for transfer in of_rank]
+                for of_rank in self.communication
+            ],
             "data_parallel_size": self.layout.data_parallel_size(self.world_size),
             "warnings": list(self.warnings),
         }
@@ -206,9 +219,20 @@ def text(plan: Preflight) -> str:
         *((f"FLOPs, {name}", f"{count:.3e} (arithmetic)") for name, count in plan.flops.items()),
         ("processes", f"{plan.world_size}: {layout} dp={data_parallel_size}"),
         *([("teacher's layout", str(plan.teacher_layout))] if plan.teacher_layout != layout else []),
+        ("sent per update", _sent(plan.communication)),
         *(("warning", warning) for warning in plan.warnings),
     ]
     return "\n".join(f"{name:<22}{value}" for name, value in rows)
+
+
+def _sent(communication: list[list[Transfer]]) -> str:
+    """Of a rank of the stage that sends most."""
+    totals = [wire_bytes(of_rank) for of_rank in communication]
+    stage = max(range(len(totals)), key=lambda rank: sum(totals[rank].values()))
+    if not totals[stage]:
+        return "nothing: one process"
+    parts = ", ".join(f"{group} {amount / 1e9:.3g} GB" for group, amount in totals[stage].items())
+    return f"{parts}, by each rank of pipeline rank {stage} (arithmetic)"
 
 
 def _check_values(recipe: Recipe) -> None:
