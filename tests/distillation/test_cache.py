@@ -232,7 +232,7 @@ def test_over_draws_of_the_tail_a_step_has_the_exact_gradient_in_the_mean(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
     """Of every weight, through cache and model, against the fp64 formula; the error falls like 1 / sqrt(draws)."""
-    kind = identity(top_k=4, tail_samples=2)
+    kind = identity(top_k=64, tail_samples=24)
     paths = models["student"], models["teacher"]
     (drawn,) = run_distributed(1, gradients_of_draws, tmp_path, paths, kind, timeout=900.0)
     expected = expected_step(models["student_hf"], models["teacher_hf"], microbatches(1), temperature=TEMPERATURE)
@@ -243,8 +243,8 @@ def test_over_draws_of_the_tail_a_step_has_the_exact_gradient_in_the_mean(
         samples = samples[:, : len(exact)].double()
         assert rate_of_convergence(samples, exact) == pytest.approx(-0.5, abs=0.1), name
         variance = samples.var(0).sum() / DRAWN
-        assert (samples.mean(0) - exact).square().sum() < 2 * variance, name
-        assert variance.sqrt() < 0.1 * exact.norm(), f"{name}: too few draws to tell"
+        assert (samples.mean(0) - exact).square().sum() < 3 * variance, name  # 1 is expected
+        assert variance.sqrt() < 0.2 * exact.norm(), f"{name}: too few draws to tell"
 
 
 def content(directory: Path) -> dict[str, str]:
