@@ -9,7 +9,7 @@
 
 As Megatron-core's own layers and schedules communicate; `benchmarks/communication.py` counts the same while an update
 runs. Left out are messages of a few numbers (token counts, norms, sums of losses), what attention exchanges between
-context-parallel ranks, and the forward pass from which a dynamic alpha starts.
+context-parallel ranks, and the forward pass from which dynamic weights start.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from minitron_nemo.config import Recipe
 from minitron_nemo.distillation.intermediate import Pair, resolve_pairs
 from minitron_nemo.distillation.optimizer import params_dtype
 from minitron_nemo.distillation.phases import segments
-from minitron_nemo.distillation.stages import buffer_elements, held_elements, layers_of, owner
+from minitron_nemo.distillation.stages import buffer_elements, held_elements, layers_of
 from minitron_nemo.kernels.rows import ALL_COLUMNS, STUDENT_COLUMNS
 from minitron_nemo.models.build import padded_vocab_size
+from minitron_nemo.models.states import owners
 from minitron_nemo.parallel.layout import Layout
 
 STATISTIC_BYTES = 8  # fp64
@@ -257,9 +258,11 @@ def _pairs(update: Update, rank: int) -> Iterator[Message]:
         return
     layout, teacher_layout = update.layout, update.teacher_layout or update.layout
     sequence_parallel = layout.sequence_parallel
-    targets = [owner(update.student, layout, pair.student) for pair in update.pairs]
     separate = update.placement == "separate"
-    sources = [-1 if separate else owner(update.teacher, teacher_layout, pair.teacher) for pair in update.pairs]
+    of_student = owners(update.student.num_layers, layout)
+    of_teacher = owners(update.teacher.num_layers, teacher_layout)
+    targets = [of_student[pair.student] for pair in update.pairs]
+    sources = [-1 if separate else of_teacher[pair.teacher] for pair in update.pairs]
     shard = update.microbatches * update.states(update.teacher, sharded=True)
     states = [pair.teacher for pair in update.pairs]
     for _, source, target in set(zip(states, sources, targets, strict=True)):

@@ -1,9 +1,8 @@
-"""Which layers, states and parameters a pipeline rank has, by arithmetic: no model is built."""
+"""Which layers and parameters a pipeline rank has, by arithmetic: no model is built."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from math import lcm, prod
 
 from minitron_nemo.arch import Architecture
@@ -18,14 +17,6 @@ PARAMETER_ALIGNMENT, BUFFER_ALIGNMENT = 64, 128
 def layers_of(model: Architecture, layout: Layout, rank: int) -> int:
     """Layers of a pipeline rank, over all its virtual stages."""
     return sum(layout.layers_per_stage(model.num_layers)[rank :: layout.pipeline_model_parallel_size])
-
-
-def owner(model: Architecture, layout: Layout, state: int) -> int:
-    """Pipeline rank with the norm that reads `state` (see `models.states`): the next layer's, or the final one."""
-    reader = min(state + 1, model.num_layers - 1)  # the final norm is where the last layer is
-    ends = accumulate(layout.layers_per_stage(model.num_layers))
-    stage = next(stage for stage, end in enumerate(ends) if reader < end)
-    return stage % layout.pipeline_model_parallel_size
 
 
 def held_elements(model: Architecture, layout: Layout, stage: int) -> list[tuple[str, int]]:

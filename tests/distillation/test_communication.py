@@ -52,7 +52,7 @@ CASES: dict[str, tuple[int, Layout, Layout | None, Architecture, dict[str, Any]]
 def test_predicted_bytes_are_those_that_an_update_communicates(case: str) -> None:
     world_size, layout, teacher_layout, student, options = CASES[case]
     outcomes = run_distributed(
-        world_size, counted, layout, teacher_layout, TEACHER, student, **{"pairs": PAIRS, **options}
+        world_size, counted, layout, teacher_layout, TEACHER, student, timeout=240.0, **{"pairs": PAIRS, **options}
     )
     for measured, predicted, small in outcomes:
         assert measured
