@@ -61,7 +61,13 @@ def main() -> None:
     batches = random_batches(options)
     step = Step(
         student,
-        ColocatedTeacher(teacher, sequence_length=options.sequence_length, micro_batch_size=1, buffer_bytes=2**31),
+        ColocatedTeacher(
+            teacher,
+            sequence_length=options.sequence_length,
+            micro_batch_size=1,
+            buffer_bytes=2**31,
+            student_layout=layout,
+        ),
         DistillationObjective(),
     )
     parts: dict[str, Callable[[], Any]] = {

@@ -109,6 +109,7 @@ class CacheConfig:
 @dataclass
 class TeacherConfig:
     placement: str = "colocated"  # colocated | cached (`minitron cache-teacher` runs it once, before the training)
+    layout: ParallelConfig | None = None  # the teacher's own, while the student trains; None: the student's
     buffer_bytes: int = 2 * 1024**3  # of teacher states held at once per rank; above it the pass runs in windows
     cache: CacheConfig = field(default_factory=CacheConfig)
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
@@ -191,6 +192,9 @@ class ParallelConfig:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
+    # Layers of every stage in the model's order, virtual stages included; in `parallel` those of the student, in
+    # `teacher.layout` those of the teacher. None, and for a model of another depth: as even as possible.
+    num_layers_per_stage: list[int] | None = None
     context_parallel_size: int = 1
     sequence_parallel: bool = False
 

@@ -19,9 +19,11 @@ from minitron_nemo.data.pypi import cached
 from minitron_nemo.distillation.balance import DYNAMIC, check_weight
 from minitron_nemo.distillation.cache import DTYPES
 from minitron_nemo.distillation.cached import check_cached
+from minitron_nemo.distillation.communication import Transfer, Update, transfers, wire_bytes
 from minitron_nemo.distillation.intermediate import AUTO, resolve_pairs
 from minitron_nemo.distillation.phases import Segment, check_phases, segments
 from minitron_nemo.distillation.schedule import Schedule
+from minitron_nemo.distillation.teacher import colocated_layout
 from minitron_nemo.distillation.train import correction_config
 from minitron_nemo.errors import UserError
 from minitron_nemo.kernels.objective import DIVERGENCES
@@ -74,6 +76,7 @@ class Preflight:
     teacher: Architecture
     student: Architecture
     layout: Layout
+    teacher_layout: Layout  # while the student trains
     world_size: int
     warnings: tuple[str, ...]
 
@@ -114,6 +117,14 @@ class Preflight:
             "distillation": distillation,
         }
 
+    @property
+    def communication(self) -> list[list[Transfer]]:
+        """By pipeline rank, what one of its ranks communicates in the distillation's largest update."""
+        update = Update.of_recipe(
+            self.recipe, self.teacher, self.student, self.layout, self.teacher_layout, self.world_size
+        )
+        return [transfers(update, rank) for rank in range(self.layout.pipeline_model_parallel_size)]
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.recipe.name,
@@ -125,6 +136,10 @@ class Preflight:
             "tokens": self.tokens,
             "flops": self.flops,
             "processes": self.world_size,
+            "communication": [
+                [{**asdict(transfer), "wire_bytes": transfer.wire_bytes} for transfer in of_rank]
+                for of_rank in self.communication
+            ],
             "data_parallel_size": self.layout.data_parallel_size(self.world_size),
             "warnings": list(self.warnings),
         }
@@ -143,6 +158,7 @@ def preflight(recipe: Recipe, world_size: int | None = None) -> Preflight:
     layout = Layout.from_config(recipe.parallel)
     for architecture in (teacher, student):
         layout.check(architecture, world_size)
+    layout.check_split("student", student.num_layers)
     train = recipe.train
     Schedule.from_config(train).check("train")
     correction = correction_config(recipe)
@@ -150,6 +166,7 @@ def preflight(recipe: Recipe, world_size: int | None = None) -> Preflight:
         Schedule.from_config(correction).check("teacher.correction")
     pairs = resolve_pairs(recipe.distill.intermediate, teacher, student)
     check_cached(recipe, bool(pairs))
+    teacher_layout = colocated_layout(recipe.teacher, teacher, layout, world_size)
     if pairs and recipe.distill.logits_weight == 0 and recipe.distill.intermediate.pairs != AUTO:
         raise UserError(
             "distill.logits_weight: 0 means training without the teacher, and distill.intermediate.pairs need it; "
@@ -165,7 +182,7 @@ def preflight(recipe: Recipe, world_size: int | None = None) -> Preflight:
     if correction.steps:
         check_phases(correction, recipe.data, layout, world_size, longest, "teacher.correction")
     warnings = hf_warnings(student) if "hf" in recipe.export.formats else []
-    return Preflight(recipe, teacher, student, layout, world_size, tuple(warnings))
+    return Preflight(recipe, teacher, student, layout, teacher_layout, world_size, tuple(warnings))
 
 
 def teacher_architecture(recipe: Recipe) -> Architecture:
@@ -202,9 +219,21 @@ def text(plan: Preflight) -> str:
         *((f"tokens, {name}", f"{count:,}") for name, count in plan.tokens.items()),
         *((f"FLOPs, {name}", f"{count:.3e} (arithmetic)") for name, count in plan.flops.items()),
         ("processes", f"{plan.world_size}: {layout} dp={data_parallel_size}"),
+        *([("teacher's layout", str(plan.teacher_layout))] if plan.teacher_layout != layout else []),
+        ("sent per update", _sent(plan.communication)),
         *(("warning", warning) for warning in plan.warnings),
     ]
     return "\n".join(f"{name:<22}{value}" for name, value in rows)
+
+
+def _sent(communication: list[list[Transfer]]) -> str:
+    """Of a rank of the stage that sends most."""
+    totals = [wire_bytes(of_rank) for of_rank in communication]
+    stage = max(range(len(totals)), key=lambda rank: sum(totals[rank].values()))
+    if not totals[stage]:
+        return "nothing: one process"
+    parts = ", ".join(f"{group} {amount / 1e9:.3g} GB" for group, amount in totals[stage].items())
+    return f"{parts}, by each rank of pipeline rank {stage} (arithmetic)"
 
 
 def _check_values(recipe: Recipe) -> None:

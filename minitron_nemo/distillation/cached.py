@@ -21,7 +21,7 @@ from minitron_nemo.data.dataset import Blend, open_train
 from minitron_nemo.data.sampler import Microbatch, Sampler
 from minitron_nemo.distillation.cache import Identity, TeacherCache, Visits, import_zarr
 from minitron_nemo.distillation.phases import segments, stretches
-from minitron_nemo.distillation.teacher import TeacherSignal, window_size
+from minitron_nemo.distillation.teacher import TeacherSignal, interleaved_microbatches, window_size
 from minitron_nemo.errors import UserError
 from minitron_nemo.kernels import SparseEntries, SparseTeacher
 from minitron_nemo.parallel import launch
@@ -50,7 +50,7 @@ class CachedTeacher:
             * sequence_length
             * ((identity.top_k + identity.tail_samples) * entry_bytes + 4),
             buffer_bytes=buffer_bytes,
-            multiple_of=layout.pipeline_model_parallel_size if layout.virtual_pipeline_model_parallel_size else 1,
+            multiple_of=interleaved_microbatches(layout),
         )
         self.last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
 
@@ -90,6 +90,11 @@ def check_cached(recipe: Recipe, with_pairs: bool) -> None:
         raise UserError(
             f"teacher.cache.tail_samples: {cache.tail_samples} draws are unbiased for distill.divergence forward_kl "
             f"alone, not for {recipe.distill.divergence}; set them to 0"
+        )
+    if recipe.teacher.layout is not None:
+        raise UserError(
+            "teacher.layout: a cached teacher does not run beside the student; leave it out, and give cache-teacher "
+            "another `parallel` where it needs one"
         )
     if recipe.parallel.context_parallel_size > 1:
         raise UserError("teacher.placement: cached does not go with parallel.context_parallel_size above 1")

@@ -14,12 +14,15 @@ from typing import Protocol
 
 from torch import Tensor
 
+from minitron_nemo.arch import Architecture
+from minitron_nemo.config import TeacherConfig
 from minitron_nemo.data.sampler import Microbatch
 from minitron_nemo.errors import UserError
 from minitron_nemo.kernels import SparseTeacher
 from minitron_nemo.models.build import Model
 from minitron_nemo.models.forward import forward_only
 from minitron_nemo.models.states import Delivery, StateCapture, shard_sequence
+from minitron_nemo.parallel.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,12 @@ class TeacherSource(Protocol):
 
 
 class ColocatedTeacher:
-    """The teacher on the student's ranks, with the student's layout: a forward-only pipeline pass per window.
+    """The teacher on the student's ranks: a forward-only pipeline pass per window.
 
-    Frozen, without gradients and without DDP. States stay sequence-sharded over the tensor-parallel group until the
-    loss gathers them, microbatch by microbatch; `buffer_bytes` bounds what is held of them per rank, for microbatches
-    of at most `micro_batch_size` x `sequence_length` tokens.
+    Its layout is the student's, but for the split into virtual stages and layers (`colocated_layout`). Frozen, without
+    gradients and without DDP. States stay sequence-sharded over the tensor-parallel group until the loss gathers them,
+    microbatch by microbatch; `buffer_bytes` bounds what is held of them per rank, for microbatches of at most
+    `micro_batch_size` x `sequence_length` tokens.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class ColocatedTeacher:
         sequence_length: int,
         micro_batch_size: int,
         buffer_bytes: int,
+        student_layout: Layout,
         deliveries: Sequence[Delivery] = (),
     ) -> None:
         """`deliveries` are the states that intermediate losses need, and the pipeline ranks that need them."""
@@ -82,7 +87,7 @@ class ColocatedTeacher:
             # The final states, and those of the pairs on the rank with most of them.
             state_bytes=(1 + self.capture.states_held()) * tokens * model.architecture.hidden_size * element_size,
             buffer_bytes=buffer_bytes,
-            multiple_of=layout.pipeline_model_parallel_size if layout.virtual_pipeline_model_parallel_size else 1,
+            multiple_of=interleaved_microbatches(layout, student_layout),
         )
         for chunk in model.chunks:
             chunk.requires_grad_(False)
@@ -111,6 +116,37 @@ class ColocatedTeacher:
     def _keep(self, output: Tensor, microbatch: Microbatch) -> Tensor:
         # [b, s, h] -> [s, b, h]; the sequence is [s/tp] already under sequence parallelism
         return shard_sequence(output.transpose(0, 1), self.model.layout)
+
+
+def colocated_layout(config: TeacherConfig, teacher: Architecture, student: Layout, world_size: int) -> Layout:
+    """The layout of a teacher on the student's ranks: the student's, or another split of the layers over them.
+
+    Raises UserError for one that differs in more or that the teacher does not fit.
+    """
+    if config.layout is None:
+        return student
+    layout = Layout.from_config(config.layout)
+    for key in (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "context_parallel_size",
+        "sequence_parallel",
+    ):
+        own, wanted = getattr(layout, key), getattr(student, key)
+        if own != wanted:
+            raise UserError(
+                f"teacher.layout.{key}: {own} is not the {wanted} of parallel.{key}, and a colocated teacher shares "
+                "the student's ranks; make them equal or use placement separate"
+            )
+    layout.check(teacher, world_size, "teacher.layout")
+    layout.check_split("teacher", teacher.num_layers, "teacher.layout")
+    return layout
+
+
+def interleaved_microbatches(*layouts: Layout) -> int:
+    """The pipeline size where one of its models has virtual stages: microbatches come in multiples of it; or 1."""
+    interleaved = any(layout.virtual_pipeline_model_parallel_size for layout in layouts)
+    return layouts[0].pipeline_model_parallel_size if interleaved else 1
 
 
 def window_size(*, state_bytes: int, buffer_bytes: int, multiple_of: int) -> int:

@@ -19,7 +19,7 @@ from minitron_nemo.distillation.objective import DistillationObjective
 from minitron_nemo.distillation.optimizer import ddp_config, params_dtype
 from minitron_nemo.distillation.phases import check_phases, segments, stretches
 from minitron_nemo.distillation.schedule import Schedule
-from minitron_nemo.distillation.teacher import ColocatedTeacher, TeacherSource
+from minitron_nemo.distillation.teacher import ColocatedTeacher, TeacherSource, colocated_layout
 from minitron_nemo.distillation.trainer import Outcome, Trainer
 from minitron_nemo.distillation.validation import Measures, Validation
 from minitron_nemo.errors import UserError
@@ -78,6 +78,8 @@ def train(
     check_phases(config, data, layout, launch.world_size(), longest, section)
     objective = DistillationObjective.from_config(recipe.distill)
     caches: list[Needed] = []
+    if teacher_dir is not None:
+        layout.check_split("student", Architecture.load(student_dir).num_layers)
     if teacher_dir is not None and objective.needs_teacher:
         _check_vocabularies(student_dir, teacher_dir)
         if recipe.teacher.placement == "cached":
@@ -91,7 +93,8 @@ def train(
     elif caches:
         teacher = cached_teacher(recipe, caches, layout)
     elif objective.needs_teacher:
-        model = _model(teacher_dir, layout, config, ddp=False)
+        teacher_layout = colocated_layout(recipe.teacher, Architecture.load(teacher_dir), layout, launch.world_size())
+        model = _model(teacher_dir, teacher_layout, config, ddp=False)
         pairs = resolve_pairs(recipe.distill.intermediate, model.architecture, student.architecture)
         if pairs:
             intermediate = IntermediateLoss(
@@ -104,6 +107,7 @@ def train(
             sequence_length=largest.sequence_length,
             micro_batch_size=largest.micro_batch_size,
             buffer_bytes=recipe.teacher.buffer_bytes,
+            student_layout=layout,
             deliveries=deliveries(pairs, model, student),
         )
     blend = open_train(data, prepared)

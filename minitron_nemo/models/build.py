@@ -89,14 +89,16 @@ def build_model(
 ) -> Model:
     """Build this rank's part of the model, with undefined weights, in training mode.
 
-    `launch.initialize(layout, ...)` must have been called. With `ddp` the chunks are wrapped and the config's
-    `finalize_model_grads_func` and `no_sync_func` set, as Megatron's schedules expect. `recompute` recomputes the
-    activations of whole layers in the backward pass. Raises UserError for a layout that the architecture does not fit.
+    `launch.initialize` must have been called, with this layout or one of the same groups. With `ddp` the chunks are
+    wrapped and the config's `finalize_model_grads_func` and `no_sync_func` set, as Megatron's schedules expect.
+    `recompute` recomputes the activations of whole layers in the backward pass. Raises UserError for a layout that the
+    architecture does not fit.
     """
     layout.check(architecture, launch.world_size())
     config = _transformer_config(architecture, layout, dtype, recompute)
     stages: list[int | None] = list(range(layout.virtual_pipeline_model_parallel_size or 0)) or [None]
-    chunks = [_build_chunk(architecture, layout, config, stage) for stage in stages]
+    with launch.virtual_stages(layout):
+        chunks = [_build_chunk(architecture, layout, config, stage) for stage in stages]
     if ddp is not None:
         chunks = [
             # Only the first chunk's gradient reduction overlaps with computation, so only it needs buckets.

@@ -80,7 +80,8 @@ def _write(model: Model, directory: Path, tokenizer_from: Path) -> None:
 
 def _sharded_state(model: Model) -> dict[str, Any]:
     """Megatron's description of where this rank's tensors belong in the whole; keys in the files carry no chunk."""
-    return {f"chunk{index}": module.sharded_state_dict() for index, module in enumerate(model.modules)}
+    with launch.virtual_stages(model.layout):
+        return {f"chunk{index}": module.sharded_state_dict() for index, module in enumerate(model.modules)}
 
 
 def _check_architecture(wanted: Architecture, directory: Path) -> None:

@@ -14,6 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from minitron_nemo.models.build import Model
+from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.device import current_device
 
 Microbatch = dict[str, Any]
@@ -44,7 +45,7 @@ def forward_only(
     items = _filled(batches, num_microbatches, scheduled)
     iterators = list(itertools.tee(items, len(chunks)))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), launch.virtual_stages(model.layout):
             results = get_forward_backward_func()(
                 forward_step_func=partial(_forward_step, collect),
                 data_iterator=iterators if len(chunks) > 1 else iterators[0],

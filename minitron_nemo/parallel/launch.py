@@ -10,7 +10,8 @@ import os
 import queue
 import subprocess
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -203,6 +204,23 @@ def initialize(layout: Layout, seed: int) -> None:
         _active_layout = layout
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+@contextmanager
+def virtual_stages(layout: Layout) -> Iterator[None]:
+    """Let Megatron-core see the virtual stages of `layout`, whose groups are those of the active one.
+
+    It keeps their number in its global state, reads it while a model is built, loaded and run, and so knows one model
+    at a time; a teacher on the student's ranks may have others.
+    """
+    from megatron.core import parallel_state
+
+    active = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(layout.virtual_pipeline_model_parallel_size)
+    try:
+        yield
+    finally:
+        parallel_state.set_virtual_pipeline_model_parallel_world_size(active)
 
 
 def _drop_groups() -> None:

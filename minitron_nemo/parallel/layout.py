@@ -19,17 +19,19 @@ class Layout:
     virtual_pipeline_model_parallel_size: int | None = None
     context_parallel_size: int = 1
     sequence_parallel: bool = False
+    num_layers_per_stage: tuple[int, ...] | None = None
 
     @staticmethod
     def from_config(config: ParallelConfig) -> Layout:
         """The layout a recipe asks for. One virtual stage is the same as none."""
-        virtual = config.virtual_pipeline_model_parallel_size
+        virtual, split = config.virtual_pipeline_model_parallel_size, config.num_layers_per_stage
         return Layout(
             tensor_model_parallel_size=config.tensor_model_parallel_size,
             pipeline_model_parallel_size=config.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=None if virtual == 1 else virtual,
             context_parallel_size=config.context_parallel_size,
             sequence_parallel=config.sequence_parallel,
+            num_layers_per_stage=None if split is None else tuple(split),
         )
 
     @property
@@ -48,9 +50,11 @@ class Layout:
     def layers_per_stage(self, num_layers: int) -> list[int]:
         """Layers of every stage, in the order of the model; stage i is virtual stage i // pp of pipeline rank i % pp.
 
-        As even as possible. What is left over goes to the middle: the first stage also has the embedding, the last one
-        the output projection and the loss.
+        `num_layers_per_stage`, where it is of a model of this depth. Otherwise as even as possible; what is left over
+        goes to the middle: the first stage also has the embedding, the last one the output projection and the loss.
         """
+        if self.num_layers_per_stage is not None and sum(self.num_layers_per_stage) == num_layers:
+            return list(self.num_layers_per_stage)
         least, left_over = divmod(num_layers, self.stages)
         first = (self.stages - left_over) // 2
         return [least + (first <= stage < first + left_over) for stage in range(self.stages)]
@@ -61,11 +65,13 @@ class Layout:
             text += f" vpp={self.virtual_pipeline_model_parallel_size}"
         if self.context_parallel_size > 1:
             text += f" cp={self.context_parallel_size}"
+        if self.num_layers_per_stage:
+            text += f" layers={'+'.join(map(str, self.num_layers_per_stage))}"
         return text + (" sp" if self.sequence_parallel else "")
 
-    def check(self, architecture: Architecture, world_size: int) -> None:
-        """Raise UserError, naming the recipe's key, unless `architecture` runs on this layout and `world_size`."""
-        self.check_processes(world_size)
+    def check(self, architecture: Architecture, world_size: int, section: str = "parallel") -> None:
+        """Raise UserError, naming the key of the recipe's `section`, unless `architecture` runs on this layout."""
+        self.check_processes(world_size, section)
         tp = self.tensor_model_parallel_size
         for size, name in (
             (architecture.num_query_groups, "num_query_groups"),
@@ -75,15 +81,24 @@ class Layout:
             if size % tp:
                 fitting = [n for n in range(1, min(size, world_size) + 1) if _fits(architecture, n)]
                 raise UserError(
-                    f"parallel.tensor_model_parallel_size: {tp} does not divide the model's {name} {size}; "
+                    f"{section}.tensor_model_parallel_size: {tp} does not divide the model's {name} {size}; "
                     f"use one of {fitting}, or pipeline stages instead"
                 )
         if architecture.num_layers < self.stages:
             virtual = self.virtual_pipeline_model_parallel_size
             key = "virtual_pipeline_model_parallel_size" if virtual else "pipeline_model_parallel_size"
             raise UserError(
-                f"parallel.{key}: {architecture.num_layers} layers are too few for {self.stages} stages; "
+                f"{section}.{key}: {architecture.num_layers} layers are too few for {self.stages} stages; "
                 f"make pipeline times virtual stages {architecture.num_layers} at most"
+            )
+
+    def check_split(self, model: str, num_layers: int, section: str = "parallel") -> None:
+        """Raise UserError unless an explicit split is of `model`, student or teacher, with its `num_layers`."""
+        split = self.num_layers_per_stage
+        if split is not None and sum(split) != num_layers:
+            raise UserError(
+                f"{section}.num_layers_per_stage: {list(split)} are {sum(split)} layers, and the {model} has "
+                f"{num_layers}; give all of them, or leave it out for an even split"
             )
 
     def check_batches(
@@ -109,7 +124,7 @@ class Layout:
                 f"{self.tensor_model_parallel_size}, over which hidden states are split; change one of them"
             )
 
-    def check_processes(self, world_size: int) -> None:
+    def check_processes(self, world_size: int, section: str = "parallel") -> None:
         """The part of `check` that needs no model."""
         sizes = {
             "tensor_model_parallel_size": self.tensor_model_parallel_size,
@@ -120,24 +135,31 @@ class Layout:
             sizes["virtual_pipeline_model_parallel_size"] = self.virtual_pipeline_model_parallel_size
         for name, size in sizes.items():
             if size < 1:
-                raise UserError(f"parallel.{name}: {size} is not a size; use 1 or more")
+                raise UserError(f"{section}.{name}: {size} is not a size; use 1 or more")
         if self.context_parallel_size > 1 and not has_transformer_engine():
             raise UserError(
-                f"parallel.context_parallel_size: {self.context_parallel_size} needs TransformerEngine and a GPU; use 1"
+                f"{section}.context_parallel_size: {self.context_parallel_size} needs TransformerEngine and a GPU; "
+                "use 1"
             )
         if self.virtual_pipeline_model_parallel_size and self.pipeline_model_parallel_size == 1:
             raise UserError(
-                "parallel.virtual_pipeline_model_parallel_size: virtual stages need pipeline_model_parallel_size of 2 "
-                "or more; leave it out"
+                f"{section}.virtual_pipeline_model_parallel_size: virtual stages need pipeline_model_parallel_size of "
+                "2 or more; leave it out"
+            )
+        split = self.num_layers_per_stage
+        if split is not None and (len(split) != self.stages or min(split) < 1):
+            raise UserError(
+                f"{section}.num_layers_per_stage: {list(split)} must give each of the {self.stages} stages (pipeline "
+                "times virtual ones) a layer or more"
             )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise UserError(
-                "parallel.sequence_parallel: it splits the sequence over tensor-parallel ranks, and "
+                f"{section}.sequence_parallel: it splits the sequence over tensor-parallel ranks, and "
                 "tensor_model_parallel_size is 1; set it to false"
             )
         if world_size % self.model_parallel_size:
             raise UserError(
-                f"parallel: {self} needs a multiple of {self.model_parallel_size} processes, and this job has "
+                f"{section}: {self} needs a multiple of {self.model_parallel_size} processes, and this job has "
                 f"{world_size}; change the sizes or cluster.nodes and cluster.processes_per_node"
             )
 

@@ -103,6 +103,7 @@ class Job:
     teacher: Path | None
     directory: Path
     layout: Layout = field(default_factory=Layout)
+    teacher_layout: Layout | None = None  # the same as `layout`
     config: dict[str, Any] = field(default_factory=dict)
     buffer_bytes: int = 2**30
     intermediate: IntermediateConfig = field(default_factory=lambda: IntermediateConfig(pairs=[]))
@@ -142,7 +143,7 @@ def run(job: Job, events: Mapping[int, Callable[[], None]] | None = None) -> Res
     objective, teacher, intermediate = DistillationObjective.cross_entropy(2**20), None, None
     if job.teacher is not None:
         objective = DistillationObjective()
-        model = build_model(Architecture.load(job.teacher), job.layout, dtype=dtype)
+        model = build_model(Architecture.load(job.teacher), job.teacher_layout or job.layout, dtype=dtype)
         load_model(model, job.teacher)
         run_segments = segments(config, SEQUENCE)
         pairs = resolve_pairs(job.intermediate, model.architecture, student.architecture)
@@ -154,6 +155,7 @@ def run(job: Job, events: Mapping[int, Callable[[], None]] | None = None) -> Res
             sequence_length=max(part.sequence_length for part in run_segments),
             micro_batch_size=max(part.micro_batch_size for part in run_segments),
             buffer_bytes=job.buffer_bytes,
+            student_layout=job.layout,
         )
     validation = None
     if config.eval_interval:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from megatron.core import parallel_state
+from torch import Tensor
 
 from minitron_nemo.arch import Architecture
 from minitron_nemo.checkpoint.transform import convert
@@ -26,9 +27,10 @@ from minitron_nemo.models.build import build_model
 from minitron_nemo.models.checkpoint import load_model
 from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
-from tests.distillation.reference import VOCAB, Expected, expected_step
+from tests.distillation.reference import VOCAB, Expected, expected_step, rank_slice
 from tests.distillation.runs import MadeUpSource
 from tests.distillation.test_step import SEQUENCE, built_step, check, own_share, whole_gradients, worst_gradient
+from tests.kernels.test_sparsify import rate_of_convergence
 from tests.pool import run_distributed
 from tests.tiny import write_tiny_llama
 
@@ -193,6 +195,56 @@ def test_a_step_is_the_fp64_formula_of_the_stored_numbers(
         )
         total += divergence.item()
     assert sums[0] == pytest.approx(total, rel=1e-5)
+
+
+DRAWN = 200
+
+
+def gradients_of_draws(directory: Path, paths: tuple[Path, Path], kind: Identity) -> dict[str, Tensor]:
+    """On a rank: a cache for each of DRAWN seeds and the gradients of a step from it, [DRAWN, ...] by name."""
+    launch.initialize(Layout(), seed=1)
+    model = build_model(Architecture.load(paths[1]), Layout(), dtype=torch.float32)
+    load_model(model, paths[1])
+    assert model.output_layer is not None
+    model.output_layer.mode = "hidden"
+    step = built_step(paths[0], None, Layout(), DistillationObjective(temperature=TEMPERATURE))
+    blend: Any = SomeBlend()
+    found: dict[str, list[Tensor]] = {}
+    for seed in range(DRAWN):
+        place, own = directory / str(seed), replace(kind, seed=seed)
+        blocks = TeacherCache.create(place, own).plan(some_visits(SAMPLES))
+        write_blocks(model, TeacherCache(place, own), blocks, blend, SAMPLES, chunk_bytes=2**20)
+        step.teacher = CachedTeacher(
+            {SEQUENCE: TeacherCache(place, own)},
+            Layout(),
+            sequence_length=SEQUENCE,
+            micro_batch_size=SAMPLES,
+            buffer_bytes=2**30,
+        )
+        step(microbatches(SAMPLES))
+        for name, gradient in whole_gradients(step.student).items():
+            found.setdefault(name, []).append(gradient)
+    return {name: torch.stack(gradients) for name, gradients in found.items()}
+
+
+@pytest.mark.soak
+def test_over_draws_of_the_tail_a_step_has_the_exact_gradient_in_the_mean(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Of every weight, through cache and model, against the fp64 formula; the error falls like 1 / sqrt(draws)."""
+    kind = identity(top_k=64, tail_samples=24)
+    paths = models["student"], models["teacher"]
+    (drawn,) = run_distributed(1, gradients_of_draws, tmp_path, paths, kind, timeout=900.0)
+    expected = expected_step(models["student_hf"], models["teacher_hf"], microbatches(1), temperature=TEMPERATURE)
+    assert len(drawn) == len(expected.gradients) - 3 * 4  # queries, keys and values are one, as gate and up are
+    for name, samples in drawn.items():
+        layer = int(name.split("layers.")[1].split(".")[0]) if "layers." in name else -1
+        exact = rank_slice(expected.gradients, name, layer, tp=1, tp_rank=0, groups=4)
+        samples = samples[:, : len(exact)].double()
+        assert rate_of_convergence(samples, exact) == pytest.approx(-0.5, abs=0.1), name
+        variance = samples.var(0).sum() / DRAWN
+        assert (samples.mean(0) - exact).square().sum() < 3 * variance, name  # 1 is expected
+        assert variance.sqrt() < 0.2 * exact.norm(), f"{name}: too few draws to tell"
 
 
 def content(directory: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("teacher", "student", "other"):
         convert(root / f"{name}_hf", root / name, "megatron")
     prepare_data(recipe(root).data, root / "teacher" / "tokenizer", root / "prepared")
+    shutil.copytree(root / "teacher" / "tokenizer", root / "tokenizer")
+    other = json.loads((root / "tokenizer" / "tokenizer.json").read_text())
+    numbers = other["model"]["vocab"]
+    numbers["a"], numbers["b"] = numbers["b"], numbers["a"]
+    (root / "tokenizer" / "tokenizer.json").write_text(json.dumps(other))
+    prepare_data(recipe(root).data, root / "tokenizer", root / "prepared_otherwise")
     return root
 
 
@@ -67,14 +74,14 @@ def recipe(root: Path, placement: str = "cached", **cache: Any) -> Recipe:
     )
 
 
-def trained(place: Path, work: Path, of: Recipe, teacher: str = "teacher") -> None:
+def trained(place: Path, work: Path, of: Recipe, teacher: str = "teacher", prepared: str = "prepared") -> None:
     run_distributed(
         2,
         train,
         of,
         student_dir=place / "student",
         teacher_dir=place / teacher,
-        prepared=place / "prepared",
+        prepared=place / prepared,
         work_dir=work / "training",
         output_dir=work / "output",
         run_dir=work,
@@ -127,6 +134,15 @@ def test_a_cache_that_does_not_fit_is_refused(place: Path, tmp_path: Path) -> No
             trained(place, tmp_path, other)
     with pytest.raises(UserError, match="cache.json: the teacher was"):
         trained(place, tmp_path, of, teacher="other")
+    with pytest.raises(UserError, match="made for other data: .* the tokenizer changed"):
+        trained(place, tmp_path, of, prepared="prepared_otherwise")
+    shorter = replace(of, data=replace(of.data, sequence_length=16))
+    with pytest.raises(UserError, match="cache/16/cache.json: not there; run `minitron cache-teacher`"):
+        trained(place, tmp_path, shorter)
+    shutil.copytree(tmp_path / "cache" / "32", tmp_path / "cache" / "16")
+    with pytest.raises(UserError, match="cache/16/cache.json: data.sequence_length was 32 .* is 16 now"):
+        trained(place, tmp_path, shorter)
+    assert not (tmp_path / "training").exists(), "refused before anything was trained"
     with pytest.raises(UserError, match="distill.temperature was"):
         cached(place, tmp_path, replace(of, distill=DistillConfig(temperature=2.0)))
     trained(place, tmp_path, of)

@@ -47,8 +47,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     write_tiny_llama(root / "student_hf", hidden_size=48, ffn_hidden_size=64, seed=1)
     write_tiny_llama(root / "tied_hf", hidden_size=48, ffn_hidden_size=64, tied=True, seed=2)
     write_tiny_llama(root / "wide_hf", ffn_hidden_size=64, num_layers=3, seed=3)
+    write_tiny_llama(root / "deep_hf", num_layers=6, seed=4)
     paths: dict[str, Path] = {}
-    for name in ("teacher", "student", "tied", "wide"):
+    for name in ("teacher", "student", "tied", "wide", "deep"):
         convert(root / f"{name}_hf", root / name, "megatron")
         paths |= {name: root / name, f"{name}_hf": root / f"{name}_hf"}
     return paths
@@ -78,11 +79,16 @@ def states_of(model: LlamaForCausalLM) -> dict[int, Tensor]:
 
 
 def expected_intermediate(
-    models: dict[str, Path], student: str, pairs: list[list[int]], kind: str, alpha: float = ALPHA
+    models: dict[str, Path],
+    student: str,
+    pairs: list[list[int]],
+    kind: str,
+    alpha: float = ALPHA,
+    teacher: str = "teacher",
 ) -> Expected:
     """By the book: the gradient of (sum of KL + alpha * sum over pairs of the distance) / tokens."""
     own = LlamaForCausalLM.from_pretrained(models[f"{student}_hf"], dtype=torch.float64, attn_implementation="eager")
-    other = LlamaForCausalLM.from_pretrained(models["teacher_hf"], dtype=torch.float64, attn_implementation="eager")
+    other = LlamaForCausalLM.from_pretrained(models[f"{teacher}_hf"], dtype=torch.float64, attn_implementation="eager")
     own_states, other_states = states_of(own), states_of(other)
     projection = projection_of(models, student)
     if projection is not None:
@@ -112,12 +118,13 @@ def built_step(
     train: TrainConfig,
     projection: Tensor | None,
     buffer_bytes: int = 2**30,
+    teacher_layout: Layout | None = None,
 ) -> Step:
     launch.initialize(layout, seed=1)
     student = build_model(
         Architecture.load(paths[0]), layout, dtype=torch.float32, ddp=ddp_config(train), recompute=train.recompute
     )
-    model = build_model(Architecture.load(paths[1]), layout, dtype=torch.float32)
+    model = build_model(Architecture.load(paths[1]), teacher_layout or layout, dtype=torch.float32)
     load_model(student, paths[0])
     load_model(model, paths[1])
     pairs = resolve_pairs(config, model.architecture, student.architecture)
@@ -129,6 +136,7 @@ def built_step(
         sequence_length=SEQUENCE,
         micro_batch_size=1,
         buffer_bytes=buffer_bytes,
+        student_layout=layout,
         deliveries=deliveries(pairs, model, student),
     )
     return Step(
@@ -198,6 +206,64 @@ def test_loss_and_gradients_match_the_fp64_formula(models: dict[str, Path], layo
         expected=expected,
     )
     check(outcomes, expected, owners=world_size)
+
+
+DEEP_PAIRS = [[-1, -1], [5, 0], [3, 2], [0, 3]]  # with the teacher of six layers
+
+
+def check_other_split(
+    models: dict[str, Path], world_size: int, student: Layout, teacher: Layout, owners: int, buffer_bytes: int
+) -> None:
+    """The student of four layers and the teacher of six on the same ranks, each with its own stages."""
+    expected = expected_intermediate(models, "student", DEEP_PAIRS, "cosine", teacher="deep")
+    outcomes = run_distributed(
+        world_size,
+        one_step,
+        student,
+        (models["student"], models["deep"]),
+        IntermediateConfig(pairs=DEEP_PAIRS, alpha=ALPHA),
+        train_config(),
+        projection_of(models, "student"),
+        expected=expected,
+        buffer_bytes=buffer_bytes,
+        teacher_layout=teacher,
+        timeout=400.0,
+    )
+    check(outcomes, expected, owners)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        (Layout(1, 2, num_layers_per_stage=(1, 3)), Layout(1, 2, 2, num_layers_per_stage=(2, 1, 2, 1))),
+        (Layout(1, 2, 2), Layout(1, 2, num_layers_per_stage=(2, 4))),
+    ],
+    ids=str,
+)
+def test_a_colocated_teacher_may_have_its_own_stages(models: dict[str, Path], student: Layout, teacher: Layout) -> None:
+    """In windows as small as the pipeline allows."""
+    check_other_split(models, 2, student, teacher, owners=2, buffer_bytes=1)
+
+
+def run_twice(job: Job, other: Layout) -> list[Result]:
+    return [run(job), run(replace(job, teacher_layout=other, directory=job.directory.with_name("other")))]
+
+
+def test_another_split_of_the_teacher_changes_no_bit_of_a_training(models: dict[str, Path], tmp_path: Path) -> None:
+    """With validations and a checkpoint in between."""
+    job = Job(
+        models["student"],
+        models["deep"],
+        tmp_path / "same",
+        layout=Layout(1, 2, 2),
+        config={"eval_interval": 2, "save_interval": 3},
+        intermediate=IntermediateConfig(pairs=DEEP_PAIRS),
+        buffer_bytes=1,
+    )
+    results = run_distributed(2, run_twice, job, Layout(1, 2, num_layers_per_stage=(4, 2)))
+    assert_identical([same for same, _ in results], [other for _, other in results])
+    for name in ("same", "other"):
+        assert (tmp_path / name / "training" / "iter_0000003").is_dir()
 
 
 @pytest.mark.parametrize("student", ["tied", "wide"])

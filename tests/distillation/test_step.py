@@ -61,6 +61,7 @@ def built_step(
     config: TrainConfig | None = None,
     micro_batch_size: int = 1,
     ce_weight: float | str | None = None,
+    teacher_layout: Layout | None = None,
 ) -> Step:
     launch.initialize(layout, seed=1)
     config = config or TrainConfig(steps=1, global_batch_size=4, precision="fp32")
@@ -68,10 +69,14 @@ def built_step(
     load_model(student, student_dir)
     teacher = None
     if teacher_dir is not None:
-        model = build_model(_architecture(teacher_dir), layout, dtype=torch.float32)
+        model = build_model(_architecture(teacher_dir), teacher_layout or layout, dtype=torch.float32)
         load_model(model, teacher_dir)
         teacher = ColocatedTeacher(
-            model, sequence_length=SEQUENCE, micro_batch_size=micro_batch_size, buffer_bytes=buffer_bytes
+            model,
+            sequence_length=SEQUENCE,
+            micro_batch_size=micro_batch_size,
+            buffer_bytes=buffer_bytes,
+            student_layout=layout,
         )
     return Step(student, teacher, objective, ce_weight=ce_weight)
 
@@ -271,7 +276,9 @@ def kept_states(layout: Layout, teacher_dir: Path) -> list[Tensor]:
     launch.initialize(layout, seed=1)
     model = build_model(_architecture(teacher_dir), layout, dtype=torch.float32)
     load_model(model, teacher_dir)
-    teacher = ColocatedTeacher(model, sequence_length=SEQUENCE, micro_batch_size=2, buffer_bytes=2**30)
+    teacher = ColocatedTeacher(
+        model, sequence_length=SEQUENCE, micro_batch_size=2, buffer_bytes=2**30, student_layout=layout
+    )
     signal = teacher.step(random_microbatches(3, sequence_length=SEQUENCE, micro_batch_size=2))
     assert all(state.shape == (SEQUENCE // layout.tensor_model_parallel_size, 2, 64) for state in signal.hidden)
     return [gather_sequence(state) for state in signal.hidden]

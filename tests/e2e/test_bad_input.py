@@ -55,6 +55,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+PP2 = "parallel.pipeline_model_parallel_size=2 cluster.processes_per_node=2"
+TEACHER_PP2 = "teacher.layout.pipeline_model_parallel_size=2"
+
+
 @pytest.mark.parametrize(
     ("override", "key"),
     [
@@ -74,6 +78,20 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("parallel.pipeline_model_parallel_size=3 cluster.processes_per_node=3", "pipeline_model_parallel_size"),
         ("parallel.context_parallel_size=2 cluster.processes_per_node=2", "context_parallel_size"),
         ("model.source=/nowhere", "/nowhere"),
+        (
+            f"{PP2} parallel.num_layers_per_stage=[1,2]",
+            "parallel.num_layers_per_stage: [1, 2] are 3 layers, and the student",
+        ),
+        (
+            f"{PP2} teacher.layout.pipeline_model_parallel_size=1",
+            "teacher.layout.pipeline_model_parallel_size: 1 is not the 2",
+        ),
+        (
+            f"{PP2} {TEACHER_PP2} teacher.layout.num_layers_per_stage=[1,1]",
+            "teacher.layout.num_layers_per_stage: [1, 1]",
+        ),
+        (f"{PP2} {TEACHER_PP2} teacher.layout.virtual_pipeline_model_parallel_size=3", "teacher.layout.virtual"),
+        (f"{TEACHER_PP2} teacher.placement=cached distill.intermediate.pairs=[]", "teacher.layout: a cached teacher"),
     ],
 )
 def test_plan_names_the_key_that_is_wrong(refused: Callable[..., str], recipe: Path, override: str, key: str) -> None:

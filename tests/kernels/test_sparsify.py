@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron_nemo.kernels import SparseEntries, linear_kd_loss, sparse_entries
+from minitron_nemo.kernels import SparseEntries, SparseTeacher, linear_kd_loss, sparse_entries
 from minitron_nemo.kernels.reference import reference_loss
 from tests.kernels.inputs import PADDED_VOCAB_SIZE, VOCAB_SIZE, inputs, relative_error
 from tests.kernels.sparse_teachers import projected_formula, teacher_log_probs
@@ -35,6 +36,20 @@ def _expected_draws(log_probs: Tensor, top: Tensor, uniforms: Tensor) -> Tensor:
     mass = log_probs.exp().scatter(1, top, 0.0)
     positions = (torch.arange(uniforms.shape[1]) + uniforms) / uniforms.shape[1]
     return torch.searchsorted(mass.cumsum(1), positions * mass.sum(1, keepdim=True), right=True)
+
+
+def rate_of_convergence(samples: Tensor, exact: Tensor) -> float:
+    """Slope, in logarithms, of the mean's error over the number of samples in it: -1/2 without a bias.
+
+    samples: [200, ...]; the error of n is the root mean square over the 200 / n means of n samples each.
+    """
+    counts = torch.tensor([1.0, 2.0, 4.0, 8.0, 20.0, 40.0])
+    errors = [
+        (samples.unflatten(0, (-1, int(count))).mean(1) - exact).flatten(1).square().sum(1).mean().sqrt()
+        for count in counts
+    ]
+    x, y = counts.log(), torch.stack(errors).float().log()
+    return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
@@ -115,16 +130,26 @@ def test_loss_against_the_entries_is_their_fp64_formula(top_k: int, draws: int) 
 
 
 def test_the_mean_over_draws_converges_to_the_exact_loss_and_gradient() -> None:
-    """Within 4 standard errors over 200 draws, and a plain top-k without its tail is not."""
+    """Within 4 standard errors over 200 draws, an error like 1 / sqrt(draws); top-k without its tail is far off."""
     tensors = inputs()
     options: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "temperature": 2.0}
-    exact = torch.autograd.grad(reference_loss(*tensors, **options)[0], tensors[0])[0].double()
-    gradients = []
-    for seed in range(200):
-        teacher = _entries(8, _uniforms(seed=seed), 2.0).teacher()
+    exact_loss, *_ = reference_loss(*tensors, **options)
+    exact = torch.autograd.grad(exact_loss, tensors[0])[0].double()
+
+    def loss_and_gradient(teacher: SparseTeacher) -> tuple[Tensor, Tensor]:
         total, _ = linear_kd_loss(*tensors[:2], None, None, *tensors[4:], sparse_teacher=teacher, **options)
-        gradients.append(torch.autograd.grad(total, tensors[0])[0].double())
-    stacked = torch.stack(gradients)
+        return total.detach().double(), torch.autograd.grad(total, tensors[0])[0].double()
+
+    losses, gradients = zip(
+        *(loss_and_gradient(_entries(8, _uniforms(seed=seed), 2.0).teacher()) for seed in range(200)), strict=True
+    )
+    drawn, stacked = torch.stack(losses), torch.stack(gradients)
+    assert abs(drawn.mean() - exact_loss) < 4 * drawn.std() / len(losses) ** 0.5
+    assert rate_of_convergence(stacked, exact) == pytest.approx(-0.5, abs=0.08)
+    teacher = _entries(8, _uniforms(), 2.0).teacher()
+    assert teacher.weights is not None
+    cut = replace(teacher, weights=teacher.weights.index_fill(1, torch.arange(8, 8 + DRAWS), 0.0))
+    assert (loss_and_gradient(cut)[1] - exact).norm() > 4 * (stacked.mean(0) - exact).norm()
     used = tensors[5] != 0
     z = (stacked.mean(0) - exact)[used] / (stacked.std(0)[used] / len(gradients) ** 0.5)
     assert z.std().item() == pytest.approx(1.0, abs=0.15)

@@ -70,6 +70,16 @@ def test_a_layout_that_fits_is_accepted(layout: Layout, world_size: int) -> None
         (Layout(sequence_parallel=True), 1, r"parallel.sequence_parallel: .* set it to false"),
         (Layout(context_parallel_size=2), 2, r"parallel.context_parallel_size: 2 needs TransformerEngine"),
         (Layout(tensor_model_parallel_size=0), 1, r"parallel.tensor_model_parallel_size: 0 is not a size"),
+        (
+            Layout(pipeline_model_parallel_size=2, num_layers_per_stage=(10, 10, 10)),
+            2,
+            r"parallel.num_layers_per_stage: \[10, 10, 10\] must give each of the 2 stages",
+        ),
+        (
+            Layout(pipeline_model_parallel_size=2, num_layers_per_stage=(30, 0)),
+            2,
+            r"parallel.num_layers_per_stage: \[30, 0\] must give each of the 2 stages .* a layer or more",
+        ),
         (Layout(pipeline_model_parallel_size=2), 3, r"tp=1 pp=2 needs a multiple of 2 processes, and this job has 3"),
     ],
 )
@@ -119,3 +129,13 @@ def test_layers_that_are_left_over_go_to_the_middle_stages(
 ) -> None:
     layout = Layout(pipeline_model_parallel_size=pipeline, virtual_pipeline_model_parallel_size=virtual)
     assert layout.layers_per_stage(30) == layers
+
+
+def test_an_explicit_split_is_of_one_model_and_others_are_split_evenly() -> None:
+    config = ParallelConfig(pipeline_model_parallel_size=2, num_layers_per_stage=[10, 20])
+    layout = Layout.from_config(config)
+    assert layout.layers_per_stage(30) == [10, 20]
+    assert layout.layers_per_stage(32) == [16, 16]
+    layout.check_split("student", 30)
+    with pytest.raises(UserError, match=r"parallel.num_layers_per_stage: \[10, 20\] are 30 layers, .* student has 32"):
+        layout.check_split("student", 32)

@@ -1,4 +1,7 @@
-"""Intermediate losses and the logits' loss together, against the fp64 formula, in 26 layouts of up to 8 processes."""
+"""Intermediate losses and the logits' loss together, against the fp64 formula, in layouts of up to 8 processes.
+
+26 with the teacher's stages where the student's are, 12 with other ones, each of these with windows and without.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from tests.distillation.test_intermediate import (
     ALPHA,
     PAIRS,
     check,
+    check_other_split,
     expected_intermediate,
     models,  # noqa: F401
     one_step,
@@ -54,3 +58,38 @@ def test_loss_and_gradients_match_the_fp64_formula(
     )
     # The third of four stages owns no pair, and so no copy of the map.
     check(outcomes, expected, owners=tp * dp * min(pp, 3))
+
+
+def split(tp: int, sp: bool, pp: int, vpp: int | None, *layers: int) -> Layout:
+    return Layout(tp, pp, vpp, sequence_parallel=sp, num_layers_per_stage=layers or None)
+
+
+# Processes, the layout of the student of four layers, that of the teacher of six.
+OTHER_SPLITS = [
+    (2, split(1, False, 2, None), split(1, False, 2, 2)),
+    (2, split(1, False, 2, None, 3, 1), split(1, False, 2, 3)),
+    (2, split(1, False, 2, 2), split(1, False, 2, None)),
+    (2, split(1, False, 2, 2), split(1, False, 2, 2, 2, 1, 1, 2)),
+    (3, split(1, False, 3, None), split(1, False, 3, 2)),
+    (4, split(1, False, 2, 2), split(1, False, 2, None, 5, 1)),
+    (4, split(2, False, 2, None), split(2, False, 2, 2, 1, 1, 1, 3)),
+    (4, split(2, True, 2, 2), split(2, True, 2, None, 1, 5)),
+    (4, split(1, False, 4, None), split(1, False, 4, None, 3, 1, 1, 1)),
+    (8, split(2, True, 2, 2), split(2, True, 2, 3)),
+    (8, split(2, True, 4, None), split(2, True, 4, None, 1, 1, 1, 3)),
+    (8, split(4, True, 2, None, 1, 3), split(4, True, 2, 2)),
+]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("buffer_bytes", [2**30, 1])
+@pytest.mark.parametrize(("world_size", "student", "teacher"), OTHER_SPLITS, ids=str)
+def test_loss_and_gradients_with_other_stages_of_the_teacher(
+    models: dict[str, Path],  # noqa: F811
+    world_size: int,
+    student: Layout,
+    teacher: Layout,
+    buffer_bytes: int,
+) -> None:
+    without_pairs = world_size // 4 if student.pipeline_model_parallel_size == 4 else 0  # the third stage
+    check_other_split(models, world_size, student, teacher, world_size - without_pairs, buffer_bytes)
