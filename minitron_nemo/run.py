@@ -233,13 +233,13 @@ def run_chain(recipe: Recipe, only: str | None = None, until: str | None = None)
                 with _stopped_by_signals():
                     _run_step(step, manifest, chain.run_dir)
             except Stopped as stop:
-                if stop.args and launch.rank() == 0:  # a training says so by itself
+                if stop.args and launch.job_rank() == 0:  # a training says so by itself
                     write_status(chain.run_dir, "stopped", step=step.name, reason=stop.args[0])
                 raise
             except SaidByRankZero:
                 raise
             except Exception as error:
-                write_status(chain.run_dir, "failed", step=step.name, reason=f"rank {launch.rank()}: {error}")
+                write_status(chain.run_dir, "failed", step=step.name, reason=f"rank {launch.job_rank()}: {error}")
                 raise
         launch.from_rank_0(lambda: write_status(chain.run_dir, "done", step=only or until))
 

@@ -80,8 +80,8 @@ def parse_pairs(config: IntermediateConfig) -> list[Pair]:
 
 
 def deliveries(pairs: Sequence[Pair], teacher: Model, student: Model) -> list[Delivery]:
-    """Which teacher states go from where to where, for both models on the same ranks. Collective."""
-    sources, targets = owners(teacher), owners(student)
+    """Which teacher states go from which pipeline rank to which."""
+    sources, targets = (owners(model.architecture.num_layers, model.layout) for model in (teacher, student))
     return [Delivery(pair.teacher, sources[pair.teacher], targets[pair.student]) for pair in pairs]
 
 
@@ -109,7 +109,7 @@ class IntermediateLoss:
     def __init__(
         self, student: Model, teacher: Architecture, pairs: Sequence[Pair], config: IntermediateConfig, seed: int
     ) -> None:
-        """Collective. `student` has its chunks wrapped in DDP; the hooks stay on its modules."""
+        """`student` has its chunks wrapped in DDP; the hooks stay on its modules."""
         self.student = student
         self.pairs = list(pairs)
         self.kind = config.loss
@@ -125,7 +125,7 @@ class IntermediateLoss:
         for pair in self.pairs:
             if watch(student, pair.student, partial(self._see, pair)):
                 self._waiting[pair] = deque()
-        by_state = owners(student)
+        by_state = owners(student.architecture.num_layers, student.layout)
         self._stages = sorted({by_state[pair.student] for pair in self.pairs})
         self.projection: DistributedDataParallel | None = None
         self._held = ExitStack()

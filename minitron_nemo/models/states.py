@@ -59,12 +59,12 @@ def _norms(model: Model) -> dict[int, Any]:
     return found
 
 
-def owners(model: Model) -> dict[int, int]:
-    """Pipeline rank of every state of the model. Collective over the pipeline group."""
-    group = parallel_state.get_pipeline_model_parallel_group()
-    found: list[Any] = [None] * group.size()
-    torch.distributed.all_gather_object(found, sorted(_norms(model)), group=group)
-    return {state: rank for rank, states in enumerate(found) for state in states}
+def owners(num_layers: int, layout: Layout) -> dict[int, int]:
+    """Pipeline rank of every state of a model of that depth."""
+    stages = enumerate(layout.layers_per_stage(num_layers))
+    readers = [stage % layout.pipeline_model_parallel_size for stage, layers in stages for _ in range(layers)]
+    last = layout.pipeline_model_parallel_size - 1
+    return dict(enumerate([*readers, last], start=EMBEDDING))
 
 
 def shard_sequence(states: Tensor, layout: Layout) -> Tensor:

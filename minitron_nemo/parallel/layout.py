@@ -63,9 +63,9 @@ class Layout:
             text += f" cp={self.context_parallel_size}"
         return text + (" sp" if self.sequence_parallel else "")
 
-    def check(self, architecture: Architecture, world_size: int) -> None:
-        """Raise UserError, naming the recipe's key, unless `architecture` runs on this layout and `world_size`."""
-        self.check_processes(world_size)
+    def check(self, architecture: Architecture, world_size: int, section: str = "parallel") -> None:
+        """Raise UserError, naming the key of the recipe's `section`, unless `architecture` runs on this layout."""
+        self.check_processes(world_size, section)
         tp = self.tensor_model_parallel_size
         for size, name in (
             (architecture.num_query_groups, "num_query_groups"),
@@ -75,14 +75,14 @@ class Layout:
             if size % tp:
                 fitting = [n for n in range(1, min(size, world_size) + 1) if _fits(architecture, n)]
                 raise UserError(
-                    f"parallel.tensor_model_parallel_size: {tp} does not divide the model's {name} {size}; "
+                    f"{section}.tensor_model_parallel_size: {tp} does not divide the model's {name} {size}; "
                     f"use one of {fitting}, or pipeline stages instead"
                 )
         if architecture.num_layers < self.stages:
             virtual = self.virtual_pipeline_model_parallel_size
             key = "virtual_pipeline_model_parallel_size" if virtual else "pipeline_model_parallel_size"
             raise UserError(
-                f"parallel.{key}: {architecture.num_layers} layers are too few for {self.stages} stages; "
+                f"{section}.{key}: {architecture.num_layers} layers are too few for {self.stages} stages; "
                 f"make pipeline times virtual stages {architecture.num_layers} at most"
             )
 
@@ -109,7 +109,7 @@ class Layout:
                 f"{self.tensor_model_parallel_size}, over which hidden states are split; change one of them"
             )
 
-    def check_processes(self, world_size: int) -> None:
+    def check_processes(self, world_size: int, section: str = "parallel") -> None:
         """The part of `check` that needs no model."""
         sizes = {
             "tensor_model_parallel_size": self.tensor_model_parallel_size,
@@ -120,24 +120,25 @@ class Layout:
             sizes["virtual_pipeline_model_parallel_size"] = self.virtual_pipeline_model_parallel_size
         for name, size in sizes.items():
             if size < 1:
-                raise UserError(f"parallel.{name}: {size} is not a size; use 1 or more")
+                raise UserError(f"{section}.{name}: {size} is not a size; use 1 or more")
         if self.context_parallel_size > 1 and not has_transformer_engine():
             raise UserError(
-                f"parallel.context_parallel_size: {self.context_parallel_size} needs TransformerEngine and a GPU; use 1"
+                f"{section}.context_parallel_size: {self.context_parallel_size} needs TransformerEngine and a GPU; "
+                "use 1"
             )
         if self.virtual_pipeline_model_parallel_size and self.pipeline_model_parallel_size == 1:
             raise UserError(
-                "parallel.virtual_pipeline_model_parallel_size: virtual stages need pipeline_model_parallel_size of 2 "
-                "or more; leave it out"
+                f"{section}.virtual_pipeline_model_parallel_size: virtual stages need pipeline_model_parallel_size of "
+                "2 or more; leave it out"
             )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise UserError(
-                "parallel.sequence_parallel: it splits the sequence over tensor-parallel ranks, and "
+                f"{section}.sequence_parallel: it splits the sequence over tensor-parallel ranks, and "
                 "tensor_model_parallel_size is 1; set it to false"
             )
         if world_size % self.model_parallel_size:
             raise UserError(
-                f"parallel: {self} needs a multiple of {self.model_parallel_size} processes, and this job has "
+                f"{section}: {self} needs a multiple of {self.model_parallel_size} processes, and this job has "
                 f"{world_size}; change the sizes or cluster.nodes and cluster.processes_per_node"
             )
 
