@@ -178,7 +178,7 @@ class SeparateTeacher:
 
     def _pass_on_signal(self) -> None:
         """A signal that reached the teacher's ranks alone stops the training, too."""
-        if self.side.rank == 0 and self.side.store.check(["signal"]):
+        if self.side.rank == 0 and self.side.has("signal"):
             number = self.side.read("signal")
             self.side.store.delete_key("signal")
             signal.raise_signal(number)

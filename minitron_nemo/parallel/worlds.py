@@ -31,8 +31,8 @@ from torch.distributed import DistNetworkError, DistStoreError, PrefixStore, Sto
 from minitron_nemo.errors import SaidByRankZero, UserError
 from minitron_nemo.parallel import device, launch
 
-# How often who waits looks whether the other side still goes on.
-INTERVAL = timedelta(seconds=1)
+# Seconds after which who waits for a transfer looks whether the other side still goes on.
+INTERVAL = 1.0
 # For the other side to hear why this one ends, before the store goes with rank 0; and to say it, when a connection
 # breaks.
 LAST_WORDS = 5.0
@@ -72,7 +72,7 @@ class Side:
 
     def wait_for(self, shipment: Shipment) -> None:
         """Return when its transfers are done. Raises where one failed, and what `check` raises."""
-        while not shipment.done.wait(INTERVAL.total_seconds()):
+        while not shipment.done.wait(INTERVAL):
             self.check()
         if shipment.error is None:
             return
@@ -87,28 +87,30 @@ class Side:
         """Leave a message, of what JSON can hold, for `read`."""
         self.store.set(key, json.dumps(message))
 
-    def read(self, key: str) -> Any:
-        """The message under `key`, as soon as there is one. Raises what `check` raises."""
-        while True:
-            try:
-                self.store.wait([key], INTERVAL)
-                return json.loads(self.store.get(key))
-            except DistNetworkError as error:
-                raise RuntimeError("lost rank 0 of the job, which holds its store") from error
-            except DistStoreError:  # nothing yet
-                self.check()
+    def read(self, key: str, longest: float = 0.05) -> Any:
+        """The message under `key`, found at most `longest` seconds after it came. Raises what `check` raises."""
+        pause = 0.001
+        while not self.has(key):
+            self.check()
+            time.sleep(pause)
+            pause = min(2 * pause, longest)
+        return json.loads(self.store.get(key))
 
     def check(self) -> None:
         """Raise SaidByRankZero where some rank of the job ended with a UserError, RuntimeError where with another."""
+        if not self.has("failed"):
+            return
+        name, wrong_input, reason = json.loads(self.store.get("failed"))
+        if name != self.name:
+            self.store.set("heard", "")
+        raise (SaidByRankZero if wrong_input else RuntimeError)(f"the {name}'s ranks ended: {reason}")
+
+    def has(self, key: str) -> bool:
+        """Whether there is a message under `key`. Raises RuntimeError where the store is gone."""
         try:
-            if not self.store.check(["failed"]):
-                return
-            name, wrong_input, reason = json.loads(self.store.get("failed"))
-            if name != self.name:
-                self.store.set("heard", "")
+            return self.store.check([key])
         except DistNetworkError as error:
             raise RuntimeError("lost rank 0 of the job, which holds its store") from error
-        raise (SaidByRankZero if wrong_input else RuntimeError)(f"the {name}'s ranks ended: {reason}")
 
     def fail(self, error: BaseException) -> None:
         """Say why this side ends; the first of all ranks to do so is heard."""
@@ -122,7 +124,7 @@ class Side:
         """Wait until every rank of the job is at `place`. Raises what `check` raises."""
         if self.store.add(f"{place} count", 1) == self.students + self.teachers:
             self.post(place, True)
-        self.read(place)
+        self.read(place, longest=1.0)
 
     def end(self) -> None:
         """Let the thread go that watches the link."""
@@ -130,15 +132,19 @@ class Side:
 
     def _watch(self) -> None:
         while (shipment := self._shipped.get()) is not None:
-            for work, peer in shipment.works:
-                try:
-                    device.finish(work)
-                except Exception as error:  # whatever it is, the main thread raises it
-                    shipment.error = (peer, error)
-                    break
-            shipment.works = shipment.tensors = ()
-            shipment.done.set()
+            _finish(shipment)
             del shipment  # or it stays until the next one comes
+
+
+def _finish(shipment: Shipment) -> None:
+    for work, peer in shipment.works:
+        try:
+            device.finish(work)
+        except Exception as error:  # whatever it is, the main thread raises it
+            shipment.error = (peer, error)
+            break
+    shipment.works = shipment.tensors = ()
+    shipment.done.set()
 
 
 @contextmanager

@@ -94,7 +94,6 @@ class Case:
         return Sampler(blend, seed=7)
 
 
-
 @contextmanager
 def student_step(
     case: Case, projection: Tensor | None = None, watch: Callable[[Any], None] = lambda one: None
