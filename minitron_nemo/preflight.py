@@ -21,6 +21,7 @@ from minitron_nemo.distillation.cached import check_cached
 from minitron_nemo.distillation.intermediate import AUTO, resolve_pairs
 from minitron_nemo.distillation.phases import Segment, check_phases, segments
 from minitron_nemo.distillation.schedule import Schedule
+from minitron_nemo.distillation.separate import Worlds, shared_out
 from minitron_nemo.distillation.train import correction_config
 from minitron_nemo.errors import UserError
 from minitron_nemo.kernels.objective import DIVERGENCES
@@ -35,7 +36,7 @@ CHOICES = {
     "prune.calibration.sequence_aggregation": ("mean", "l2", "var"),
     "prune.calibration.batch_aggregation": ("mean", "l2", "var"),
     "prune.depth_method": ("block_influence", "contiguous"),
-    "teacher.placement": ("colocated", "cached"),
+    "teacher.placement": ("colocated", "separate", "cached"),
     "teacher.cache.precision": tuple(DTYPES),
     "cluster.launcher": ("none", "local"),
     "model.dtype": (None, "bfloat16", "float32", "float16"),
@@ -75,6 +76,7 @@ class Preflight:
     layout: Layout
     world_size: int
     warnings: tuple[str, ...]
+    worlds: Worlds | None = None  # of the distillation, with a separate teacher
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -125,6 +127,7 @@ class Preflight:
             "flops": self.flops,
             "processes": self.world_size,
             "data_parallel_size": self.layout.data_parallel_size(self.world_size),
+            "distillation": None if self.worlds is None else self.worlds.to_dict(),
             "warnings": list(self.warnings),
         }
 
@@ -149,6 +152,15 @@ def preflight(recipe: Recipe, world_size: int | None = None) -> Preflight:
         Schedule.from_config(correction).check("teacher.correction")
     pairs = resolve_pairs(recipe.distill.intermediate, teacher, student)
     check_cached(recipe, bool(pairs))
+    worlds, students = None, world_size
+    if recipe.teacher.placement == "separate":
+        worlds = shared_out(recipe, teacher, world_size)
+        students = worlds.student.processes
+    elif recipe.teacher.processes is not None:
+        raise UserError(
+            f"teacher.processes: {recipe.teacher.processes} is for placement separate, not {recipe.teacher.placement}; "
+            "leave it out"
+        )
     if pairs and recipe.distill.logits_weight == 0 and recipe.distill.intermediate.pairs != AUTO:
         raise UserError(
             "distill.logits_weight: 0 means training without the teacher, and distill.intermediate.pairs need it; "
@@ -160,11 +172,11 @@ def preflight(recipe: Recipe, world_size: int | None = None) -> Preflight:
             f"max_position_embeddings {teacher.max_position_embeddings}"
         )
     longest = teacher.max_position_embeddings
-    check_phases(train, recipe.data, layout, world_size, longest)
+    check_phases(train, recipe.data, layout, students, longest)
     if correction.steps:
         check_phases(correction, recipe.data, layout, world_size, longest, "teacher.correction")
     warnings = hf_warnings(student) if "hf" in recipe.export.formats else []
-    return Preflight(recipe, teacher, student, layout, world_size, tuple(warnings))
+    return Preflight(recipe, teacher, student, layout, world_size, tuple(warnings), worlds)
 
 
 def teacher_architecture(recipe: Recipe) -> Architecture:
@@ -201,6 +213,7 @@ def text(plan: Preflight) -> str:
         *((f"tokens, {name}", f"{count:,}") for name, count in plan.tokens.items()),
         *((f"FLOPs, {name}", f"{count:.3e} (arithmetic)") for name, count in plan.flops.items()),
         ("processes", f"{plan.world_size}: {layout} dp={data_parallel_size}"),
+        *(() if plan.worlds is None else (("distillation", str(plan.worlds)),)),
         *(("warning", warning) for warning in plan.warnings),
     ]
     return "\n".join(f"{name:<22}{value}" for name, value in rows)

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,11 +149,10 @@ class SeparateTeacher:
             for piece in self.transfers.incoming(self.place, microbatch, window.sequence_length):
                 if piece.peer not in senders:
                     senders[piece.peer] = torch.empty(1, dtype=torch.int64, device=current_device())
-                    works.append((self.side.link.recv([senders[piece.peer]], piece.peer, 0), piece.peer))
+                    works.append(self.side.receive(senders[piece.peer], piece.peer))
                 if piece.state not in found:
                     found[piece.state] = self._buffer(window)
-                rows = found[piece.state][piece.start : piece.stop]
-                works.append((self.side.link.recv([rows], piece.peer, 0), piece.peer))
+                works.append(self.side.receive(found[piece.state][piece.start : piece.stop], piece.peer))
             states.append(found)
             digests.append(list(senders.values()))
         received = [*chain(*digests), *chain(*(found.values() for found in states))]
@@ -195,6 +195,23 @@ class Worlds:
 
     student: Grid
     teacher: Grid
+
+    def __str__(self) -> str:
+        parts = (
+            f"{name}: {grid.processes} of {grid.layout} dp={grid.data_parallel_size}" for name, grid in self._named
+        )
+        return ", ".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a plan as JSON."""
+        return {
+            name: {"processes": grid.processes, "data_parallel_size": grid.data_parallel_size}
+            for name, grid in self._named
+        }
+
+    @property
+    def _named(self) -> tuple[tuple[str, Grid], ...]:
+        return ("student", self.student), ("teacher", self.teacher)
 
     def transfers(self, pairs: Sequence[Pair], teacher: Architecture, student: Architecture) -> Transfers:
         """The final states for the student's last stage, and those of the pairs for the stages that compare them."""

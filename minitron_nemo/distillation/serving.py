@@ -129,9 +129,8 @@ class Server:
         for piece in self.transfers.outgoing(self.place, item, microbatch["tokens"].shape[1]):
             if piece.peer not in greeted:
                 greeted.add(piece.peer)
-                works.append((self.side.link.send([said], piece.peer, 0), piece.peer))
-            rows = states[piece.state][piece.start : piece.stop]
-            works.append((self.side.link.send([rows], piece.peer, 0), piece.peer))
+                works.append(self.side.send(said, piece.peer))
+            works.append(self.side.send(states[piece.state][piece.start : piece.stop], piece.peer))
         if works:
             self._sent.append(self.side.ship(works, [said, *states.values()]))
 

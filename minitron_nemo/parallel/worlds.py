@@ -20,10 +20,10 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 from torch.distributed import DistNetworkError, DistStoreError, PrefixStore, Store
@@ -42,7 +42,7 @@ class Shipment:
     """Transfers under way together, and what they must not outlive; let go when they are done."""
 
     def __init__(self, works: Sequence[tuple[Any, int]], tensors: Sequence[Tensor]) -> None:
-        """`works` with the rank at the other end."""
+        """`works` as `Side.send` and `Side.receive` give them: with the rank at the other end."""
         self.works = works
         self.tensors = tensors
         self.nbytes = sum(tensor.nbytes for tensor in tensors)
@@ -64,8 +64,16 @@ class Side:
         self._shipped: queue.SimpleQueue[Shipment | None] = queue.SimpleQueue()
         threading.Thread(target=self._watch, name="link", daemon=True).start()
 
+    def send(self, tensor: Tensor, rank: int) -> tuple[Any, int]:
+        """Begin to send to a rank of the job. What a pair of ranks sends arrives in the order of its receiving."""
+        return self._begin(self.link.send, tensor, rank)
+
+    def receive(self, tensor: Tensor, rank: int) -> tuple[Any, int]:
+        """Begin to receive from a rank of the job."""
+        return self._begin(self.link.recv, tensor, rank)
+
     def ship(self, works: Sequence[tuple[Any, int]], tensors: Sequence[Tensor]) -> Shipment:
-        """Have transfers that `link` has begun watched. They end in the order in which they were given here."""
+        """Have transfers that have begun watched. They end in the order in which they were given here."""
         shipment = Shipment(works, tensors)
         self._shipped.put(shipment)
         return shipment
@@ -74,14 +82,8 @@ class Side:
         """Return when its transfers are done. Raises where one failed, and what `check` raises."""
         while not shipment.done.wait(INTERVAL):
             self.check()
-        if shipment.error is None:
-            return
-        peer, error = shipment.error
-        until = time.monotonic() + LAST_WORDS  # the other end may be about to say why
-        while time.monotonic() < until:
-            self.check()
-            time.sleep(0.1)
-        raise RuntimeError(f"lost rank {peer} of the job: {error}") from error
+        if shipment.error is not None:
+            self._lost(*shipment.error)
 
     def post(self, key: str, message: Any) -> None:
         """Leave a message, of what JSON can hold, for `read`."""
@@ -129,6 +131,19 @@ class Side:
     def end(self) -> None:
         """Let the thread go that watches the link."""
         self._shipped.put(None)
+
+    def _begin(self, transfer: Callable[..., Any], tensor: Tensor, rank: int) -> tuple[Any, int]:
+        try:
+            return transfer([tensor], rank, 0), rank
+        except RuntimeError as error:
+            self._lost(rank, error)
+
+    def _lost(self, rank: int, error: Exception) -> NoReturn:
+        until = time.monotonic() + LAST_WORDS  # the other end may be about to say why
+        while time.monotonic() < until:
+            self.check()
+            time.sleep(0.1)
+        raise RuntimeError(f"lost rank {rank} of the job: {error}") from error
 
     def _watch(self) -> None:
         while (shipment := self._shipped.get()) is not None:
