@@ -22,10 +22,8 @@ def grid(tp: int, pp: int, dp: int, first: int = 0) -> Grid:
     return Grid(Layout(tp, pp), tp * pp * dp, first)
 
 
-@pytest.mark.parametrize(
-    ("teacher", "student"),
-    list(product([(1, 1, 1), (2, 2, 1), (4, 1, 2), (3, 2, 3)], [(1, 2, 2), (2, 2, 3), (6, 2, 1)])),
-)
+@pytest.mark.parametrize("teacher", [(1, 1, 1), (2, 2, 1), (4, 1, 2), (3, 2, 3)])
+@pytest.mark.parametrize("student", [(1, 2, 2), (2, 2, 3), (6, 2, 1)])
 def test_every_rank_of_the_student_gets_its_part_of_the_whole_states(
     teacher: tuple[int, int, int], student: tuple[int, int, int]
 ) -> None:
@@ -54,9 +52,10 @@ def test_every_rank_of_the_student_gets_its_part_of_the_whole_states(
     for rank, microbatch in product(range(wanted.processes), range(count)):
         place = wanted.place(rank)
         size = SEQUENCE // wanted.layout.tensor_model_parallel_size
-        got: dict[int, NDArray[np.float64]] = defaultdict(lambda: np.full(size, np.nan))
+        got: dict[int, NDArray[np.float64]] = {}
         for piece in transfers.incoming(place, microbatch, SEQUENCE):
-            got[piece.state][piece.start : piece.stop] = channels[piece.peer, rank].popleft()
+            part = got.setdefault(piece.state, np.full(size, np.nan))
+            part[piece.start : piece.stop] = channels[piece.peer, rank].popleft()
         assert sorted(got) == [state for state, target in DELIVERIES if target == place.pipeline]
         for state, values in got.items():
             expected = whole[state, Item(microbatch, place.data)].reshape(-1, size)[place.tensor]
@@ -67,12 +66,8 @@ def test_every_rank_of_the_student_gets_its_part_of_the_whole_states(
 def test_ranks_are_placed_as_megatron_places_them() -> None:
     """Tensor-parallel neighbours first, then data-parallel ones; behind those of the other world."""
     eight = grid(2, 2, 2, first=5)
-    assert [eight.place(rank) for rank in (5, 6, 7, 9)] == [
-        Place(0, 0, 0),
-        Place(1, 0, 0),
-        Place(0, 1, 0),
-        Place(0, 0, 1),
-    ]
+    expected = {5: Place(0, 0, 0), 6: Place(1, 0, 0), 7: Place(0, 1, 0), 9: Place(0, 0, 1)}
+    assert {rank: eight.place(rank) for rank in expected} == expected
 
 
 def test_windows_are_those_that_a_step_makes_of_every_batch() -> None:
