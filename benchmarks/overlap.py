@@ -4,9 +4,9 @@
 
 The job's last `--teachers` processes run the teacher, the others train the student, data-parallel on both sides. The
 same updates are run with the teacher colocated on the student's processes first. Models have the shape of a third of
-SmolLM2-135M's layers, with random weights; the student's FFN has a size that `--ffn` gives. The trace is one for
-chrome://tracing or ui.perfetto.dev: teacher's passes, student's waits and the student's forward and backward passes by
-rank. The first update, which nothing can hide the teacher from, is in the trace and not in the figures.
+SmolLM2-135M's layers with a vocabulary of 8192, and random weights; the student's FFN has the size `--ffn`. The trace
+is one for chrome://tracing or ui.perfetto.dev: teacher's passes, student's waits and the student's forward and backward
+passes by rank. The first update, behind which no teacher can hide, is in the trace and not in the figures.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SHAPE = Architecture(
     num_attention_heads=9,
     num_query_groups=3,
     kv_channels=64,
-    vocab_size=49152,
+    vocab_size=8192,
     max_position_embeddings=8192,
     share_embeddings_and_output_weights=True,
 )

@@ -141,7 +141,11 @@ class SeparateTeacher:
             self._next = next(self._ahead, None)
 
     def _ask(self, window: Window) -> None:
-        """Make room for a window, and have the teacher's ranks fill it."""
+        """Have the teacher's ranks compute a window, and make room for it."""
+        # First: NCCL's first transfer of a pair of ranks blocks both until the other one comes.
+        if self.side.rank == 0:
+            self.side.post(f"request {self._asked}", asdict(window))
+        self._asked += 1
         works, states, digests = [], [], []
         for microbatch in range(window.microbatches):
             found: dict[int, Tensor] = {}
@@ -157,9 +161,6 @@ class SeparateTeacher:
             digests.append(list(senders.values()))
         received = [*chain(*digests), *chain(*(found.values() for found in states))]
         self._under_way.append(Expected(window, states, digests, self.side.ship(works, received)))
-        if self.side.rank == 0:
-            self.side.post(f"request {self._asked}", asdict(window))
-        self._asked += 1
 
     def _buffer(self, window: Window) -> Tensor:
         """Room for one state of one microbatch, [s/tp, b, h_t]."""

@@ -36,20 +36,23 @@ ONE = Layout()
 TP2 = Layout(tensor_model_parallel_size=2)
 SP2 = Layout(tensor_model_parallel_size=2, sequence_parallel=True)
 PP2 = Layout(pipeline_model_parallel_size=2)
+VPP2 = Layout(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
 STATE = SEQUENCE * 64 * 4  # bytes of one state of one microbatch of the teacher
 
 # student, its processes, teacher, its processes
-COVERING = {
+COVERING: dict[str, tuple[Layout, int, Layout, int]] = {
     "TP2 | PP2": (TP2, 2, PP2, 2),
     "PP2 | TP2 SP": (PP2, 2, SP2, 2),
     "DP2 | one process": (ONE, 2, ONE, 1),
     "TP2 SP | DP2": (SP2, 2, ONE, 2),
-    "PP2 VPP2 | PP2 VPP2": (*[replace(PP2, virtual_pipeline_model_parallel_size=2), 2] * 2,),
+    "PP2 VPP2 | PP2 VPP2": (VPP2, 2, VPP2, 2),
 }
 
 
 def case_of(models: dict[str, Path], name: str, **changes: Any) -> Case:  # noqa: F811
-    return Case(*COVERING[name], models["student"], models["teacher"], **{"pairs": [], **changes})
+    student, students, teacher, teachers = COVERING[name]
+    settings = {"pairs": [], **changes}
+    return Case(student, students, teacher, teachers, models["student"], models["teacher"], **settings)
 
 
 def steps_with_pairs(case: Case, projection: Tensor | None, expected: Expected) -> tuple[Any, ...] | None:
