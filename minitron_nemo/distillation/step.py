@@ -124,7 +124,7 @@ class Step:
         if self.student.output_layer is not None:
             self.student.output_layer.head = None
         if self.intermediate is not None:
-            self.intermediate.current = None
+            self.intermediate.let_go()
 
     def nonfinite(self) -> list[str]:
         """The microbatches of the last call whose loss is not finite, on the ranks that computed it."""

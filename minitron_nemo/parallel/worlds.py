@@ -147,19 +147,20 @@ class Side:
 
     def _watch(self) -> None:
         while (shipment := self._shipped.get()) is not None:
-            _finish(shipment)
+            shipment.error = _failure(shipment)
+            shipment.works = shipment.tensors = ()
+            shipment.done.set()
             del shipment  # or it stays until the next one comes
 
 
-def _finish(shipment: Shipment) -> None:
+def _failure(shipment: Shipment) -> tuple[int, Exception] | None:
+    """Wait for its transfers; what went wrong with the first that failed, and the rank at its other end."""
     for work, peer in shipment.works:
         try:
             device.finish(work)
         except Exception as error:  # whatever it is, the main thread raises it
-            shipment.error = (peer, error)
-            break
-    shipment.works = shipment.tensors = ()
-    shipment.done.set()
+            return peer, error
+    return None
 
 
 @contextmanager

@@ -154,7 +154,9 @@ def test_no_more_is_held_than_fits_the_buffer(
     most: int,
 ) -> None:
     """Of 8 microbatches an update, each a final state and that of a pair: a window in use and two under way."""
-    case = case_of(models, "DP2 | one process", pairs=[[1, 2]], alpha=1.0, samples=16, buffer_bytes=room * 2 * STATE)
+    case = case_of(
+        models, "DP2 | one process", pairs=[[1, 2]], alpha="dynamic", samples=16, buffer_bytes=room * 2 * STATE
+    )
     outcomes = run_distributed(case.size, bytes_held, case)
     for peak, found in outcomes[: case.students]:
         assert found == window
