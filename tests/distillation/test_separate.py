@@ -93,6 +93,7 @@ def last_of_steps(case: Case, expected: ExpectedStep) -> tuple[list[float], tupl
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["teacher", "tied"])
 def test_a_teacher_with_another_head_on_a_student_of_two_parts(models: dict[str, Path], teacher: str) -> None:  # noqa: F811
     """The output weight is cut for the student: tied or not, with the padding of the student's layout."""
@@ -146,6 +147,7 @@ def bytes_held(case: Case) -> tuple[int, int]:
     return peak, step.teacher.window
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("room", "window", "most"), [(1, 1, 1), (2, 1, 2), (5, 2, 4), (100, 50, 3 * 8)])
 def test_no_more_is_held_than_fits_the_buffer(
     models: dict[str, Path],  # noqa: F811
