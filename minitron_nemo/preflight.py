@@ -132,10 +132,11 @@ class Preflight:
         }
 
 
-def preflight(recipe: Recipe, world_size: int | None = None) -> Preflight:
+def preflight(recipe: Recipe, world_size: int | None = None, distils: bool = True) -> Preflight:
     """Check every key and every divisibility. Raises UserError for the first that is wrong.
 
-    `world_size` is the size of the job; None takes `cluster.nodes * cluster.processes_per_node`.
+    `world_size` is the size of the job; None takes `cluster.nodes * cluster.processes_per_node`. A job that does not
+    distil need not have the processes of a separate teacher.
     """
     _check_values(recipe)
     if world_size is None:
@@ -152,15 +153,13 @@ def preflight(recipe: Recipe, world_size: int | None = None) -> Preflight:
         Schedule.from_config(correction).check("teacher.correction")
     pairs = resolve_pairs(recipe.distill.intermediate, teacher, student)
     check_cached(recipe, bool(pairs))
-    worlds, students = None, world_size
-    if recipe.teacher.placement == "separate":
-        worlds = shared_out(recipe, teacher, world_size)
-        students = worlds.student.processes
-    elif recipe.teacher.processes is not None:
+    separate = recipe.teacher.placement == "separate"
+    if recipe.teacher.processes is not None and not separate:
         raise UserError(
             f"teacher.processes: {recipe.teacher.processes} is for placement separate, not {recipe.teacher.placement}; "
             "leave it out"
         )
+    worlds = shared_out(recipe, teacher, world_size) if separate and distils else None
     if pairs and recipe.distill.logits_weight == 0 and recipe.distill.intermediate.pairs != AUTO:
         raise UserError(
             "distill.logits_weight: 0 means training without the teacher, and distill.intermediate.pairs need it; "
@@ -172,7 +171,7 @@ def preflight(recipe: Recipe, world_size: int | None = None) -> Preflight:
             f"max_position_embeddings {teacher.max_position_embeddings}"
         )
     longest = teacher.max_position_embeddings
-    check_phases(train, recipe.data, layout, students, longest)
+    check_phases(train, recipe.data, layout, worlds.student.processes if worlds else world_size, longest)
     if correction.steps:
         check_phases(correction, recipe.data, layout, world_size, longest, "teacher.correction")
     warnings = hf_warnings(student) if "hf" in recipe.export.formats else []

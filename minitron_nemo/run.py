@@ -219,7 +219,8 @@ def run_chain(recipe: Recipe, only: str | None = None, until: str | None = None)
 
     Raises UserError for wrong input, Stopped where a signal ended the training with its state saved.
     """
-    plan = launch.from_rank_0(lambda: preflight(recipe, launch.world_size()))
+    distils = only in (None, "distill") and until is None
+    plan = launch.from_rank_0(lambda: preflight(recipe, launch.world_size(), distils))
     chain = Chain(plan)
     steps = [step for step in chain.steps() if only in (None, step.name)]
     if until is not None:

@@ -13,7 +13,9 @@ import pytest
 import yaml
 
 from minitron_nemo.cli import main
-from minitron_nemo.config import Recipe
+from minitron_nemo.config import Recipe, load_recipe
+from minitron_nemo.errors import UserError
+from minitron_nemo.preflight import preflight
 from tests.e2e.chain import write_recipe
 from tests.tiny import write_tiny_llama
 
@@ -114,6 +116,13 @@ def test_plan_shows_both_worlds(capsys: pytest.CaptureFixture[str], recipe: Path
     assert "student: 2 of tp=1 pp=1 dp=2, teacher: 1 of tp=1 pp=1 dp=1" in capsys.readouterr().out
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["distillation"]["student"] == {"processes": 2, "data_parallel_size": 2}
+
+
+def test_a_job_that_ends_with_the_pruning_needs_no_place_for_the_teacher(recipe: Path) -> None:
+    of = load_recipe(recipe, ["teacher.placement=separate", "teacher.layout={}", "teacher.processes=4"])
+    with pytest.raises(UserError, match="leaves no process"):
+        preflight(of, 2)
+    assert preflight(of, 2, distils=False).worlds is None
 
 
 def test_a_recipe_that_is_not_there_or_not_yaml(refused: Callable[..., str], tmp_path: Path) -> None:
