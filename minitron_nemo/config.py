@@ -108,8 +108,9 @@ class CacheConfig:
 
 @dataclass
 class TeacherConfig:
-    placement: str = "colocated"  # colocated | cached (`minitron cache-teacher` runs it once, before the training)
+    placement: str = "colocated"  # colocated | separate | cached (`minitron cache-teacher` runs it once, before)
     layout: ParallelConfig | None = None  # the teacher's own, while the student trains; None: the student's
+    processes: int | None = None  # of the job, its last ones, that run a separate teacher while the student trains
     buffer_bytes: int = 2 * 1024**3  # of teacher states held at once per rank; above it the pass runs in windows
     cache: CacheConfig = field(default_factory=CacheConfig)
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)

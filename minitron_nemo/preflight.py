@@ -23,6 +23,7 @@ from minitron_nemo.distillation.communication import Transfer, Update, transfers
 from minitron_nemo.distillation.intermediate import AUTO, resolve_pairs
 from minitron_nemo.distillation.phases import Segment, check_phases, segments
 from minitron_nemo.distillation.schedule import Schedule
+from minitron_nemo.distillation.separate import Worlds, shared_out
 from minitron_nemo.distillation.teacher import colocated_layout
 from minitron_nemo.distillation.train import correction_config
 from minitron_nemo.errors import UserError
@@ -38,7 +39,7 @@ CHOICES = {
     "prune.calibration.sequence_aggregation": ("mean", "l2", "var"),
     "prune.calibration.batch_aggregation": ("mean", "l2", "var"),
     "prune.depth_method": ("block_influence", "contiguous"),
-    "teacher.placement": ("colocated", "cached"),
+    "teacher.placement": ("colocated", "separate", "cached"),
     "teacher.cache.precision": tuple(DTYPES),
     "cluster.launcher": ("none", "local"),
     "model.dtype": (None, "bfloat16", "float32", "float16"),
@@ -79,6 +80,7 @@ class Preflight:
     teacher_layout: Layout  # while the student trains
     world_size: int
     warnings: tuple[str, ...]
+    worlds: Worlds | None = None  # of the distillation, with a separate teacher
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -121,7 +123,12 @@ class Preflight:
     def communication(self) -> list[list[Transfer]]:
         """By pipeline rank, what one of its ranks communicates in the distillation's largest update."""
         update = Update.of_recipe(
-            self.recipe, self.teacher, self.student, self.layout, self.teacher_layout, self.world_size
+            self.recipe,
+            self.teacher,
+            self.student,
+            self.layout,
+            self.teacher_layout,
+            self.worlds.student.processes if self.worlds else self.world_size,
         )
         return [transfers(update, rank) for rank in range(self.layout.pipeline_model_parallel_size)]
 
@@ -141,14 +148,16 @@ class Preflight:
                 for of_rank in self.communication
             ],
             "data_parallel_size": self.layout.data_parallel_size(self.world_size),
+            "distillation": None if self.worlds is None else self.worlds.to_dict(),
             "warnings": list(self.warnings),
         }
 
 
-def preflight(recipe: Recipe, world_size: int | None = None) -> Preflight:
+def preflight(recipe: Recipe, world_size: int | None = None, distils: bool = True) -> Preflight:
     """Check every key and every divisibility. Raises UserError for the first that is wrong.
 
-    `world_size` is the size of the job; None takes `cluster.nodes * cluster.processes_per_node`.
+    `world_size` is the size of the job; None takes `cluster.nodes * cluster.processes_per_node`. A job that does not
+    distil need not have the processes of a separate teacher.
     """
     _check_values(recipe)
     if world_size is None:
@@ -166,7 +175,14 @@ def preflight(recipe: Recipe, world_size: int | None = None) -> Preflight:
         Schedule.from_config(correction).check("teacher.correction")
     pairs = resolve_pairs(recipe.distill.intermediate, teacher, student)
     check_cached(recipe, bool(pairs))
-    teacher_layout = colocated_layout(recipe.teacher, teacher, layout, world_size)
+    separate = recipe.teacher.placement == "separate"
+    if recipe.teacher.processes is not None and not separate:
+        raise UserError(
+            f"teacher.processes: {recipe.teacher.processes} is for placement separate, not {recipe.teacher.placement}; "
+            "leave it out"
+        )
+    worlds = shared_out(recipe, teacher, world_size) if separate and distils else None
+    teacher_layout = worlds.teacher.layout if worlds else colocated_layout(recipe.teacher, teacher, layout, world_size)
     if pairs and recipe.distill.logits_weight == 0 and recipe.distill.intermediate.pairs != AUTO:
         raise UserError(
             "distill.logits_weight: 0 means training without the teacher, and distill.intermediate.pairs need it; "
@@ -178,11 +194,11 @@ def preflight(recipe: Recipe, world_size: int | None = None) -> Preflight:
             f"max_position_embeddings {teacher.max_position_embeddings}"
         )
     longest = teacher.max_position_embeddings
-    check_phases(train, recipe.data, layout, world_size, longest)
+    check_phases(train, recipe.data, layout, worlds.student.processes if worlds else world_size, longest)
     if correction.steps:
         check_phases(correction, recipe.data, layout, world_size, longest, "teacher.correction")
     warnings = hf_warnings(student) if "hf" in recipe.export.formats else []
-    return Preflight(recipe, teacher, student, layout, teacher_layout, world_size, tuple(warnings))
+    return Preflight(recipe, teacher, student, layout, teacher_layout, world_size, tuple(warnings), worlds)
 
 
 def teacher_architecture(recipe: Recipe) -> Architecture:
@@ -219,7 +235,12 @@ def text(plan: Preflight) -> str:
         *((f"tokens, {name}", f"{count:,}") for name, count in plan.tokens.items()),
         *((f"FLOPs, {name}", f"{count:.3e} (arithmetic)") for name, count in plan.flops.items()),
         ("processes", f"{plan.world_size}: {layout} dp={data_parallel_size}"),
-        *([("teacher's layout", str(plan.teacher_layout))] if plan.teacher_layout != layout else []),
+        *(() if plan.worlds is None else (("distillation", str(plan.worlds)),)),
+        *(
+            [("teacher's layout", str(plan.teacher_layout))]
+            if not plan.worlds and plan.teacher_layout != layout
+            else []
+        ),
         ("sent per update", _sent(plan.communication)),
         *(("warning", warning) for warning in plan.warnings),
     ]

@@ -219,7 +219,8 @@ def run_chain(recipe: Recipe, only: str | None = None, until: str | None = None)
 
     Raises UserError for wrong input, Stopped where a signal ended the training with its state saved.
     """
-    plan = launch.from_rank_0(lambda: preflight(recipe, launch.world_size()))
+    distils = only in (None, "distill") and until is None
+    plan = launch.from_rank_0(lambda: preflight(recipe, launch.world_size(), distils))
     chain = Chain(plan)
     steps = [step for step in chain.steps() if only in (None, step.name)]
     if until is not None:
@@ -233,13 +234,13 @@ def run_chain(recipe: Recipe, only: str | None = None, until: str | None = None)
                 with _stopped_by_signals():
                     _run_step(step, manifest, chain.run_dir)
             except Stopped as stop:
-                if stop.args and launch.rank() == 0:  # a training says so by itself
+                if stop.args and launch.job_rank() == 0:  # a training says so by itself
                     write_status(chain.run_dir, "stopped", step=step.name, reason=stop.args[0])
                 raise
             except SaidByRankZero:
                 raise
             except Exception as error:
-                write_status(chain.run_dir, "failed", step=step.name, reason=f"rank {launch.rank()}: {error}")
+                write_status(chain.run_dir, "failed", step=step.name, reason=f"rank {launch.job_rank()}: {error}")
                 raise
         launch.from_rank_0(lambda: write_status(chain.run_dir, "done", step=only or until))
 

@@ -45,7 +45,7 @@ def jobs(recipe: Recipe) -> list[Job]:
     last = Job("distill.sh", _options(recipe, cluster.nodes))
     if cluster.prune_nodes is None:
         return [last]
-    preflight(recipe, cluster.prune_nodes * cluster.processes_per_node)
+    preflight(recipe, cluster.prune_nodes * cluster.processes_per_node, distils=False)
     return [Job("prune.sh", _options(recipe, cluster.prune_nodes)), last]
 
 

@@ -11,14 +11,14 @@ import atexit
 import multiprocessing
 import os
 import pickle
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from torch.distributed import TCPStore
 
 # After the first failure the other ranks get this long to finish; ranks stuck in a collective are ended then.
 GRACE_SECONDS = 5.0
@@ -45,11 +45,10 @@ def run_distributed(world_size: int, fn: Callable[..., Any], *args: Any, timeout
     """
     while len(_workers) < world_size:
         _workers.append(_start_worker())
-    with tempfile.TemporaryDirectory(prefix="pool-") as directory:
-        store = str(Path(directory) / "store")
-        for rank, worker in enumerate(_workers[:world_size]):
-            worker.connection.send_bytes(pickle.dumps((rank, world_size, store, fn, args, kwargs)))
-        outcomes, first_failure = _collect(world_size, timeout)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for rank, worker in enumerate(_workers[:world_size]):
+        worker.connection.send_bytes(pickle.dumps((rank, world_size, store.port, fn, args, kwargs)))
+    outcomes, first_failure = _collect(world_size, timeout)
     if first_failure is not None:
         error, trace = outcomes[first_failure][1]
         raise error from RankFailed(f"on rank {first_failure} of {world_size}:\n{trace}")
@@ -123,14 +122,14 @@ def _serve(connection: Connection) -> None:
         launch.shutdown()
 
 
-def _answer(rank: int, world_size: int, store: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> bytes:
+def _answer(rank: int, world_size: int, port: int, fn: Callable[..., Any], args: Any, kwargs: Any) -> bytes:
     import torch
 
     from minitron_nemo.parallel import launch
 
     try:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-        launch.join_job()
+        store = TCPStore("127.0.0.1", port, is_master=False)
+        launch.join_job(launch.Rendezvous(store, rank, world_size))
         result = fn(*args, **kwargs)
         # Nobody takes the process group down while another rank still needs it.
         torch.distributed.barrier()

@@ -24,7 +24,8 @@ from minitron_nemo.data.shuffle import permutation
 from minitron_nemo.errors import UserError
 from minitron_nemo.parallel.device import current_device
 
-# {"tokens", "labels", "position_ids": int64 [b, s], "token_weights": float32 [b, s], "sample_ids": list[str]}
+# {"tokens", "labels", "position_ids": int64 [b, s], "token_weights": float32 [b, s], "sample_ids": list[str]};
+# those of `microbatches` have "position": int, the place of their first sample in the order
 Microbatch = dict[str, Any]
 
 PERIOD = 2**20  # weights are kept as whole shares of this many samples
@@ -193,9 +194,14 @@ class Sampler:
 
 
 def microbatches(
-    blend: Blend, indices: Sequence[SampleIndex], dp_rank: int, dp_size: int, micro_batch_size: int
+    blend: Blend,
+    indices: Sequence[SampleIndex],
+    dp_rank: int,
+    dp_size: int,
+    micro_batch_size: int,
+    position: int = 0,
 ) -> list[Microbatch]:
-    """This data-parallel rank's part of a global batch, on the current device.
+    """This data-parallel rank's part of a global batch, on the current device; `indices` start at `position`.
 
     Microbatch m of rank r holds `micro_batch_size` samples from m * dp_size * micro_batch_size + r * micro_batch_size
     on. Raises UserError if the global batch does not divide.
@@ -207,7 +213,11 @@ def microbatches(
             f"data-parallel size {dp_size}"
         )
     starts = range(dp_rank * micro_batch_size, len(indices), together)
-    return [stack([blend.sample(index) for index in indices[start : start + micro_batch_size]]) for start in starts]
+    return [
+        stack([blend.sample(index) for index in indices[start : start + micro_batch_size]])
+        | {"position": position + start}
+        for start in starts
+    ]
 
 
 def stack(samples: Sequence[Sample]) -> Microbatch:

@@ -152,8 +152,6 @@ class IntermediateLoss:
         """Forget the sums and gradients of the last step; `alpha` weighs the losses in the next backward passes."""
         self._sum.zero_()
         self._nonfinite = []
-        for waiting in self._waiting.values():
-            waiting.clear()
         self._held.close()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -161,6 +159,12 @@ class IntermediateLoss:
             # reduction waits for `reduce_gradients`, whatever overlaps.
             self._held.enter_context(chunk.no_sync())
         self._alpha.fill_(alpha)
+
+    def let_go(self) -> None:
+        """Hold no states of the teacher any more; after the last backward of the microbatches that came with them."""
+        self.current = None
+        for waiting in self._waiting.values():
+            waiting.clear()
 
     def sums(self) -> Tensor:
         """fp64 [3] of this rank's pairs since `begin`: loss, alpha * loss, tokens without a finite loss."""

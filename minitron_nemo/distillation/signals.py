@@ -18,10 +18,13 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Context manager that holds the handlers; the previous ones come back at its end. Main thread only."""
+    """Context manager that holds the handlers; the previous ones come back at its end. Main thread only.
+
+    `received` is the number of the signal that this rank got last; 0 for none.
+    """
 
     def __init__(self) -> None:
-        self._received = 0
+        self.received = 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -36,11 +39,11 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._received = number
+        self.received = number
 
     def agreed(self) -> str | None:
         """Name of the signal that some rank received, the same on all ranks, or None. Collective over all ranks."""
-        flag = torch.tensor(self._received, dtype=torch.int32, device=current_device())
+        flag = torch.tensor(self.received, dtype=torch.int32, device=current_device())
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
         number = int(flag.item())
         return signal.Signals(number).name if number else None

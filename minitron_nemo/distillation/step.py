@@ -103,20 +103,28 @@ class Step:
         for start in range(0, len(microbatches), size):
             window = microbatches[start : start + size]
             if self.teacher is not None:
+                self._let_go()
                 with self.teacher_wait:
                     self._signal = self.teacher.step(window)
             reports = self._forward_backward(window, start + size >= len(microbatches), forward_only)
             self._reports += zip(window, reports, strict=False)  # stages before the last have none
-        self._signal = TeacherSignal([], None)
+        self._let_go()
         for _, report in self._reports:
             sums[: len(LOGITS_SUMS)] += report
         if self.intermediate is not None:
-            self.intermediate.current = None
             hidden, weighted, nonfinite = self.intermediate.sums()
             sums[SUMS.index("hidden")], sums[SUMS.index("alpha_hidden")] = hidden, weighted
             sums[SUMS.index("nonfinite")] += nonfinite
         sums[SUMS.index("weighted_ce")] = ce_weight * sums[SUMS.index("ce")]
         return sums
+
+    def _let_go(self) -> None:
+        """Hold nothing of the teacher's any more: its source has room for as much as was asked for, no more."""
+        self._signal = TeacherSignal([], None)
+        if self.student.output_layer is not None:
+            self.student.output_layer.head = None
+        if self.intermediate is not None:
+            self.intermediate.let_go()
 
     def nonfinite(self) -> list[str]:
         """The microbatches of the last call whose loss is not finite, on the ranks that computed it."""

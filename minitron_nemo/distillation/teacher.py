@@ -49,7 +49,11 @@ class TeacherSource(Protocol):
     window: int
 
     def step(self, microbatches: Sequence[Microbatch]) -> TeacherSignal:
-        """States for these microbatches, at most `window`. Collective: every rank of the student calls it."""
+        """States for these microbatches, at most `window`. Collective: every rank of the student calls it.
+
+        Microbatches of data-parallel rank r have `position` r * micro_batch_size after those of rank 0; the caller
+        holds nothing any more of what the call before gave.
+        """
 
 
 class ColocatedTeacher:

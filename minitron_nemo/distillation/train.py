@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,22 @@ from minitron_nemo.distillation.cached import Needed, cached_teacher, checked_ca
 from minitron_nemo.distillation.intermediate import IntermediateLoss, deliveries, resolve_pairs
 from minitron_nemo.distillation.objective import DistillationObjective
 from minitron_nemo.distillation.optimizer import ddp_config, params_dtype
-from minitron_nemo.distillation.phases import check_phases, segments, stretches
+from minitron_nemo.distillation.phases import Segment, check_phases, segments, stretches
 from minitron_nemo.distillation.schedule import Schedule
+from minitron_nemo.distillation.separate import SeparateTeacher, shared_out
+from minitron_nemo.distillation.serving import Server
+from minitron_nemo.distillation.signals import StopRequest
 from minitron_nemo.distillation.teacher import ColocatedTeacher, TeacherSource, colocated_layout
 from minitron_nemo.distillation.trainer import Outcome, Trainer
+from minitron_nemo.distillation.transfers import Transfers
 from minitron_nemo.distillation.validation import Measures, Validation
+from minitron_nemo.distillation.watchdog import HEARTBEATS, Heartbeat
 from minitron_nemo.errors import UserError
 from minitron_nemo.models.build import Model, build_model
-from minitron_nemo.models.checkpoint import load_model, save_model
+from minitron_nemo.models.checkpoint import load_model, load_output_weight, save_model
 from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
+from minitron_nemo.parallel.worlds import Side, split
 
 # What may differ between the interrupted and the resumed part of a run: where and how it runs, not what it computes.
 NEUTRAL = {
@@ -67,7 +75,73 @@ def train(
     rest of `recipe.train`. `work_dir` holds the training checkpoints; where it holds some, the run goes on from the
     latest. "stopped" means a signal came and the state is saved; `output_dir` is not written then. `heldout` gives,
     once the job has its layout, what `train.eval_interval` measures the model with. Raises UserError.
+
+    With `teacher.placement: separate` the job's last processes serve the teacher meanwhile, and return the same.
     """
+    student = partial(
+        _train,
+        recipe,
+        student_dir=student_dir,
+        teacher_dir=teacher_dir,
+        prepared=prepared,
+        work_dir=work_dir,
+        output_dir=output_dir,
+        run_dir=run_dir,
+        heldout=heldout,
+    )
+    if teacher_dir is None or recipe.teacher.placement != "separate":
+        return student()
+    architectures = [Architecture.load(directory) for directory in (teacher_dir, student_dir)]
+    worlds = shared_out(recipe, architectures[0], launch.job_size())
+    pairs = resolve_pairs(recipe.distill.intermediate, *architectures)
+    transfers = worlds.transfers(pairs, *architectures)
+    with split(worlds.teacher.processes) as side:
+        if side.of_teacher:
+            return _serve(recipe, side, transfers, teacher_dir, prepared, run_dir)
+        return student(bridge=(side, transfers))
+
+
+def _serve(
+    recipe: Recipe, side: Side, transfers: Transfers, teacher_dir: Path, prepared: Path, run_dir: Path
+) -> Outcome:
+    """The part of a rank of the teacher's world: until the student's ranks say how the training ended."""
+    config = recipe.train
+    stop = StopRequest()
+    try:
+        with stop, Heartbeat(run_dir / HEARTBEATS, config.hang_timeout) as heartbeat:
+            launch.initialize(transfers.teacher.layout, config.seed)
+            model = _model(teacher_dir, transfers.teacher.layout, config, ddp=False)
+            blend = open_train(recipe.data, prepared)
+            largest = _largest(segments(config, blend.sequence_length))
+            server = Server(
+                side,
+                transfers,
+                model,
+                Sampler(blend, recipe.data.seed, stretches(config, blend)),
+                sequence_length=largest.sequence_length,
+                micro_batch_size=largest.micro_batch_size,
+                buffer_bytes=recipe.teacher.buffer_bytes,
+            )
+            return server.serve(stop, heartbeat)
+    except RuntimeError:
+        if stop.received:  # it may have ended the student's ranks before their training began, which would save first
+            signal.raise_signal(stop.received)
+        raise
+
+
+def _train(
+    recipe: Recipe,
+    *,
+    student_dir: Path,
+    teacher_dir: Path | None,
+    prepared: Path,
+    work_dir: Path,
+    output_dir: Path,
+    run_dir: Path,
+    heldout: Callable[[], Measures] | None,
+    bridge: tuple[Side, Transfers] | None = None,
+) -> Outcome:
+    """`train` on a rank of the student's world; `bridge` leads to a teacher in another one."""
     correcting = teacher_dir is None
     config = correction_config(recipe) if correcting else recipe.train
     data = replace(recipe.data, seed=recipe.teacher.correction.seed) if correcting else recipe.data
@@ -93,23 +167,29 @@ def train(
     elif caches:
         teacher = cached_teacher(recipe, caches, layout)
     elif objective.needs_teacher:
-        teacher_layout = colocated_layout(recipe.teacher, Architecture.load(teacher_dir), layout, launch.world_size())
-        model = _model(teacher_dir, teacher_layout, config, ddp=False)
-        pairs = resolve_pairs(recipe.distill.intermediate, model.architecture, student.architecture)
+        architecture = Architecture.load(teacher_dir)
+        pairs = resolve_pairs(recipe.distill.intermediate, architecture, student.architecture)
         if pairs:
-            intermediate = IntermediateLoss(
-                student, model.architecture, pairs, recipe.distill.intermediate, seed=config.seed
-            )
+            intermediate = IntermediateLoss(student, architecture, pairs, recipe.distill.intermediate, config.seed)
         run = segments(config, data.sequence_length)
-        largest = max(run, key=lambda segment: segment.micro_batch_size * segment.sequence_length)
-        teacher = ColocatedTeacher(
-            model,
-            sequence_length=largest.sequence_length,
-            micro_batch_size=largest.micro_batch_size,
-            buffer_bytes=recipe.teacher.buffer_bytes,
-            student_layout=layout,
-            deliveries=deliveries(pairs, model, student),
-        )
+        if bridge is not None:
+            dtype = params_dtype(config)
+            weight = None if student.output_layer is None else load_output_weight(teacher_dir, layout, dtype)
+            teacher = SeparateTeacher(
+                *bridge, architecture, run, dtype=dtype, output_weight=weight, buffer_bytes=recipe.teacher.buffer_bytes
+            )
+        else:
+            teacher_layout = colocated_layout(recipe.teacher, architecture, layout, launch.world_size())
+            model = _model(teacher_dir, teacher_layout, config, ddp=False)
+            largest = _largest(run)
+            teacher = ColocatedTeacher(
+                model,
+                sequence_length=largest.sequence_length,
+                micro_batch_size=largest.micro_batch_size,
+                buffer_bytes=recipe.teacher.buffer_bytes,
+                student_layout=layout,
+                deliveries=deliveries(pairs, model, student),
+            )
     blend = open_train(data, prepared)
     colocated = teacher if isinstance(teacher, ColocatedTeacher) else None
     validation = None
@@ -138,6 +218,8 @@ def train(
         validation=validation,
     )
     outcome = trainer.run()
+    if isinstance(teacher, SeparateTeacher):
+        teacher.close(outcome)
     if outcome == "done":
         save_model(student, output_dir, tokenizer_from=student_dir)
     return outcome
@@ -172,6 +254,11 @@ def _model(directory: Path, layout: Layout, config: TrainConfig, ddp: bool) -> M
     )
     load_model(model, directory)
     return model
+
+
+def _largest(run: Sequence[Segment]) -> Segment:
+    """The one whose microbatches have the most tokens."""
+    return max(run, key=lambda segment: segment.micro_batch_size * segment.sequence_length)
 
 
 def _check_vocabularies(student_dir: Path, teacher_dir: Path) -> None:

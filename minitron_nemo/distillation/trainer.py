@@ -30,7 +30,7 @@ from minitron_nemo.distillation.status import State, write_status
 from minitron_nemo.distillation.step import Step
 from minitron_nemo.distillation.teacher import TeacherSource
 from minitron_nemo.distillation.validation import Validation, summary
-from minitron_nemo.distillation.watchdog import COMPUTING, READING, Watchdog
+from minitron_nemo.distillation.watchdog import COMPUTING, HEARTBEATS, READING, Watchdog
 from minitron_nemo.models.build import Model
 from minitron_nemo.parallel import device, launch
 
@@ -79,7 +79,7 @@ class Trainer:
             flops_per_token=partial(flops_per_token, student.architecture, teacher_architecture),
             peak_flops=config.peak_flops or (device.peak_flops() if config.precision == "bf16" else None),
         )
-        self.watchdog = Watchdog(run_dir / "heartbeats", config.hang_timeout, self._fail)
+        self.watchdog = Watchdog(run_dir / HEARTBEATS, config.hang_timeout, self._fail)
         self.validation = validation
         self.iteration = 0
         self.skips = Skips()
@@ -157,13 +157,14 @@ class Trainer:
         """One update of the parameters: the gradient norm before clipping, the learning rate, why it did not happen."""
         config = self.config
         self.watchdog.beat(self.iteration, READING)
-        blend = self.sampler.blend_at(self.sampler.consumed_samples)
+        position = self.sampler.consumed_samples
         batches = microbatches(
-            blend,
+            self.sampler.blend_at(position),
             self.sampler.next_batch(segment.global_batch_size),
             parallel_state.get_data_parallel_rank(),
             parallel_state.get_data_parallel_world_size(),
             segment.micro_batch_size,
+            position,
         )
         self.watchdog.beat(self.iteration, COMPUTING)
         lr = self.schedule.learning_rate(self.iteration + 1 - self.skips.skipped)

@@ -12,14 +12,18 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from minitron_nemo.arch import Architecture
 from minitron_nemo.arch.architecture import FILE_NAME
 from minitron_nemo.checkpoint import files, safe_pickle, tokenizer
+from minitron_nemo.checkpoint.source import open_source
 from minitron_nemo.errors import UserError
-from minitron_nemo.models.build import Model
+from minitron_nemo.models.build import Model, padded_vocab_size
 from minitron_nemo.parallel import launch
+from minitron_nemo.parallel.device import current_device
+from minitron_nemo.parallel.layout import Layout
 
 # Stored with the rows of the layout that wrote them, or without padding.
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -47,6 +51,23 @@ def load_model(model: Model, directory: Path) -> None:
         if missing := [key for key in mismatch.missing_keys if not key.endswith("_extra_state")]:
             raise UserError(f"{directory}: has no {missing[0]}; convert the checkpoint again")
     _clear_vocabulary_padding(model)
+
+
+def load_output_weight(directory: Path, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """This rank's rows of a checkpoint's output projection, [padded_vocab/tp, h], without the model around it.
+
+    Tied models' is the embedding; rows of padded vocabulary are zero. Raises UserError for a damaged checkpoint.
+    """
+    source = open_source(directory)
+    architecture = source.architecture
+    rows = padded_vocab_size(architecture, layout) // layout.tensor_model_parallel_size
+    start = parallel_state.get_tensor_model_parallel_rank() * rows
+    stop = max(start, min(start + rows, architecture.vocab_size))
+    weight = torch.zeros(rows, architecture.hidden_size, dtype=dtype)
+    if stop > start:
+        tied = architecture.share_embeddings_and_output_weights
+        weight[: stop - start] = source.read(VOCABULARY[0] if tied else VOCABULARY[1], start, stop)
+    return weight.to(current_device())
 
 
 def save_model(model: Model, directory: Path, tokenizer_from: Path) -> None:

@@ -10,6 +10,7 @@ refused.
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -18,6 +19,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch.distributed import Store
 
 from minitron_nemo.errors import UserError
 
@@ -93,6 +95,23 @@ def current_device() -> torch.device:
 def backend() -> str:
     """The torch.distributed backend of that device."""
     return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def link(store: Store, rank: int, size: int, timeout: timedelta) -> Any:
+    """A process group outside torch's default one, whose `send` and `recv` return work for `finish`. Collective."""
+    if not torch.cuda.is_available():
+        return torch.distributed.ProcessGroupGloo(store, rank, size, timeout)
+    options = torch.distributed.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return torch.distributed.ProcessGroupNCCL(store, rank, size, options)
+
+
+def finish(work: Any) -> None:
+    """Block this thread until a transfer of `link` is done. Raises what went wrong with it."""
+    if torch.cuda.is_available():  # where wait() makes the GPU wait, not the thread
+        while not work.is_completed():
+            time.sleep(0.001)
+    work.wait()
 
 
 def has_transformer_engine() -> bool:

@@ -1,7 +1,8 @@
 """How a process joins its job: torchrun, srun, or alone. Also the model-parallel groups of a layout.
 
 Nothing here knows about models. `join_job` is called once per process by whatever starts it, `initialize` whenever a
-step knows its layout.
+step knows its layout. torch's default process group is this process's world: the whole job, unless `worlds` has split
+it. `rank` and `world_size` are those of the world, `job_rank` and `job_size` those of the job.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import distributed
@@ -43,8 +44,19 @@ KNOWN_WARNINGS = (
     "`torch.distributed.*` is deprecated",
 )
 
+
+class Rendezvous(NamedTuple):
+    """A store that all processes of a job share, and this process's place among them."""
+
+    store: distributed.Store
+    rank: int
+    world_size: int
+
+
 _active_layout: Layout | None = None
 _waiting_group: distributed.ProcessGroup | None = None
+_joined: Rendezvous | None = None
+_worlds = 0  # entered so far: each has keys of its own in the store
 
 
 @dataclass(frozen=True)
@@ -135,10 +147,11 @@ def silence_known_warnings() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def join_job() -> None:
+def join_job(rendezvous: Rendezvous | None = None) -> None:
     """Join the process group of this job and prepare torch and Megatron-core for this device. Idempotent.
 
-    With several processes on one machine and no OMP_NUM_THREADS, each computes with one thread.
+    The job is `rendezvous`, or what the environment says. With several processes on one machine and no
+    OMP_NUM_THREADS, each computes with one thread.
     """
     silence_known_warnings()
     job = job_from_environment(os.environ)
@@ -149,25 +162,36 @@ def join_job() -> None:
     device.install()
     optimizer_fixes.install()
     _save_without_manager()
-    if not distributed.is_initialized():
-        _make_process_group(job)
-    global _waiting_group
-    if _waiting_group is None:
-        _waiting_group = distributed.new_group(backend="gloo", timeout=WAIT)
+    global _joined, _worlds
+    if _joined is None:
+        _joined, _worlds = rendezvous or _meet(job), 0
+        enter_world("job", _joined.rank, _joined.world_size)
 
 
-def _make_process_group(job: Job | None) -> None:
+def _meet(job: Job | None) -> Rendezvous:
+    """Raises what torch raises when the job's processes do not find each other."""
     if job is None:
-        store = distributed.HashStore()
-        distributed.init_process_group(device.backend(), store=store, rank=0, world_size=1, timeout=TIMEOUT)
-        return
-    distributed.init_process_group(
-        device.backend(),
-        init_method=f"tcp://{job.master_address}:{job.master_port}",
-        rank=job.rank,
-        world_size=job.world_size,
-        timeout=TIMEOUT,
-    )
+        return Rendezvous(distributed.HashStore(), 0, 1)
+    address = f"tcp://{job.master_address}:{job.master_port}"
+    return Rendezvous(*next(distributed.rendezvous(address, job.rank, job.world_size, timeout=TIMEOUT)))
+
+
+def enter_world(name: str, rank: int, world_size: int) -> None:
+    """Make a world of `world_size` processes of the job, which all pass the same `name`. Collective over them."""
+    global _waiting_group, _worlds
+    _worlds += 1
+    store = job_store(f"world/{name}")
+    distributed.init_process_group(device.backend(), store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    _waiting_group = distributed.new_group(backend="gloo", timeout=WAIT)
+
+
+def leave_world() -> None:
+    """Drop model-parallel state and the process groups; other ranks must not be using them any more."""
+    global _waiting_group
+    _drop_groups()
+    _waiting_group = None
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _save_without_manager() -> None:
@@ -233,12 +257,10 @@ def _drop_groups() -> None:
 
 
 def shutdown() -> None:
-    """Leave the job: drop model-parallel state and the process group."""
-    global _waiting_group
-    _drop_groups()
-    _waiting_group = None
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
+    """Leave the job."""
+    global _joined
+    leave_world()
+    _joined = None
 
 
 def rank() -> int:
@@ -249,8 +271,26 @@ def world_size() -> int:
     return distributed.get_world_size()
 
 
+def job_rank() -> int:
+    return _rendezvous().rank
+
+
+def job_size() -> int:
+    return _rendezvous().world_size
+
+
+def job_store(name: str) -> distributed.Store:
+    """A part of the store that all processes of the job share, for callers that were in as many worlds each."""
+    return distributed.PrefixStore(f"{name}/{_worlds}", _rendezvous().store)
+
+
+def _rendezvous() -> Rendezvous:
+    assert _joined is not None, "join_job has not been called"
+    return _joined
+
+
 def barrier() -> None:
-    """Wait for all ranks of the job, however long one of them works on files."""
+    """Wait for all ranks of the world, however long one of them works on files."""
     distributed.barrier(group=_waiting_group)
 
 

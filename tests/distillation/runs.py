@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -19,14 +20,20 @@ from minitron_nemo.distillation.objective import DistillationObjective
 from minitron_nemo.distillation.optimizer import ddp_config, params_dtype
 from minitron_nemo.distillation.phases import segments, stretches
 from minitron_nemo.distillation.report import Report
+from minitron_nemo.distillation.separate import SeparateTeacher, Worlds
+from minitron_nemo.distillation.serving import Server
+from minitron_nemo.distillation.signals import StopRequest
 from minitron_nemo.distillation.teacher import ColocatedTeacher
-from minitron_nemo.distillation.trainer import Trainer
+from minitron_nemo.distillation.trainer import Outcome, Trainer
+from minitron_nemo.distillation.transfers import Grid, Transfers
 from minitron_nemo.distillation.validation import Validation
+from minitron_nemo.distillation.watchdog import HEARTBEATS, Heartbeat
 from minitron_nemo.evaluation.heldout import HeldOut
 from minitron_nemo.models.build import build_model
-from minitron_nemo.models.checkpoint import load_model
+from minitron_nemo.models.checkpoint import load_model, load_output_weight
 from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
+from minitron_nemo.parallel.worlds import Side, split
 from tests.distillation.reference import VOCAB
 
 SEQUENCE = 16
@@ -97,17 +104,25 @@ class EventfulSampler(Sampler):
 
 @dataclass(frozen=True)
 class Job:
-    """What a run is made of; `config` overrides a run of 6 updates of 4 sequences in fp32."""
+    """What a run is made of; `config` overrides a run of 6 updates of 4 sequences in fp32.
+
+    The teacher has `teacher_layout`, or the student's; with `teachers` it runs on the last so many ranks.
+    """
 
     student: Path
     teacher: Path | None
     directory: Path
     layout: Layout = field(default_factory=Layout)
-    teacher_layout: Layout | None = None  # the same as `layout`
+    teacher_layout: Layout | None = None
     config: dict[str, Any] = field(default_factory=dict)
     buffer_bytes: int = 2**30
     intermediate: IntermediateConfig = field(default_factory=lambda: IntermediateConfig(pairs=[]))
     ce_weight: float | str = 0.1
+    teachers: int = 0
+
+    @property
+    def teachers_own(self) -> Layout:
+        return self.teacher_layout or self.layout
 
     def train_config(self) -> TrainConfig:
         settings: dict[str, Any] = {
@@ -132,7 +147,50 @@ class Result:
 
 
 def run(job: Job, events: Mapping[int, Callable[[], None]] | None = None) -> Result:
-    """Build everything anew, as a fresh process would, and train."""
+    """Build everything anew, as a fresh process would, and train. A teacher's rank returns the outcome alone."""
+    if not job.teachers:
+        return train_student(job, events or {})
+    assert job.teacher is not None
+    architectures = [Architecture.load(path) for path in (job.teacher, job.student)]
+    students = launch.job_size() - job.teachers
+    worlds = Worlds(Grid(job.layout, students), Grid(job.teachers_own, job.teachers, first=students))
+    transfers = worlds.transfers(resolve_pairs(job.intermediate, *architectures), *architectures)
+    with split(job.teachers) as side:
+        if side.of_teacher:
+            return Result(serve_teacher(job, side, transfers), {}, [])
+        return train_student(job, events or {}, (side, transfers))
+
+
+def teacher_pids(job: Job) -> list[int]:
+    """Of the ranks that serve, by rank."""
+    return [int(path.read_text()) for path in sorted(job.directory.glob("teacher_*.pid"))]
+
+
+def serve_teacher(job: Job, side: Side, transfers: Transfers) -> Outcome:
+    assert job.teacher is not None
+    config = job.train_config()
+    job.directory.mkdir(parents=True, exist_ok=True)
+    with StopRequest() as stop, Heartbeat(job.directory / HEARTBEATS, config.hang_timeout) as heartbeat:
+        launch.initialize(job.teachers_own, config.seed)
+        model = build_model(Architecture.load(job.teacher), job.teachers_own, dtype=params_dtype(config))
+        load_model(model, job.teacher)
+        (job.directory / f"teacher_{side.rank}.pid").write_text(str(os.getpid()))
+        run_segments = segments(config, SEQUENCE)
+        server = Server(
+            side,
+            transfers,
+            model,
+            EventfulSampler(config, {}),
+            sequence_length=max(part.sequence_length for part in run_segments),
+            micro_batch_size=max(part.micro_batch_size for part in run_segments),
+            buffer_bytes=job.buffer_bytes,
+        )
+        return server.serve(stop, heartbeat)
+
+
+def train_student(
+    job: Job, events: Mapping[int, Callable[[], None]], bridge: tuple[Side, Transfers] | None = None
+) -> Result:
     config = job.train_config()
     launch.initialize(job.layout, config.seed)
     dtype = params_dtype(config)
@@ -140,15 +198,28 @@ def run(job: Job, events: Mapping[int, Callable[[], None]] | None = None) -> Res
         Architecture.load(job.student), job.layout, dtype=dtype, ddp=ddp_config(config), recompute=config.recompute
     )
     load_model(student, job.student)
-    objective, teacher, intermediate = DistillationObjective.cross_entropy(2**20), None, None
+    objective, intermediate = DistillationObjective.cross_entropy(2**20), None
+    teacher: ColocatedTeacher | SeparateTeacher | None = None
     if job.teacher is not None:
         objective = DistillationObjective()
-        model = build_model(Architecture.load(job.teacher), job.teacher_layout or job.layout, dtype=dtype)
-        load_model(model, job.teacher)
+        architecture = Architecture.load(job.teacher)
         run_segments = segments(config, SEQUENCE)
-        pairs = resolve_pairs(job.intermediate, model.architecture, student.architecture)
+        pairs = resolve_pairs(job.intermediate, architecture, student.architecture)
         if pairs:
-            intermediate = IntermediateLoss(student, model.architecture, pairs, job.intermediate, config.seed)
+            intermediate = IntermediateLoss(student, architecture, pairs, job.intermediate, config.seed)
+    if job.teacher is not None and bridge is not None:
+        last = student.output_layer is not None
+        teacher = SeparateTeacher(
+            *bridge,
+            architecture,
+            run_segments,
+            dtype=dtype,
+            output_weight=load_output_weight(job.teacher, job.layout, dtype) if last else None,
+            buffer_bytes=job.buffer_bytes,
+        )
+    elif job.teacher is not None:
+        model = build_model(architecture, job.teachers_own, dtype=dtype)
+        load_model(model, job.teacher)
         teacher = ColocatedTeacher(
             model,
             deliveries=deliveries(pairs, model, student),
@@ -157,25 +228,28 @@ def run(job: Job, events: Mapping[int, Callable[[], None]] | None = None) -> Res
             buffer_bytes=job.buffer_bytes,
             student_layout=job.layout,
         )
+    colocated = teacher if isinstance(teacher, ColocatedTeacher) else None
     validation = None
     if config.eval_interval:
-        validation = Validation(HeldOut(DOCUMENTS, job.layout, 2), student, teacher, config.eval_interval)
+        validation = Validation(HeldOut(DOCUMENTS, job.layout, 2), student, colocated, config.eval_interval)
     trainer = Trainer(
         config,
         objective,
         student,
         teacher,
-        EventfulSampler(config, events or {}),
+        EventfulSampler(config, events),
         directory=job.directory / "training",
         run_dir=job.directory,
         name="distill",
         settings={"train.lr": config.lr, "train.steps": config.steps},
         intermediate=intermediate,
         ce_weight=None if job.teacher is None else job.ce_weight,
-        teacher_architecture=teacher.model.architecture if teacher else None,
+        teacher_architecture=colocated.model.architecture if colocated else None,
         validation=validation,
     )
     outcome = trainer.run()
+    if isinstance(teacher, SeparateTeacher):
+        teacher.close(outcome)
     tensors = {"random state": torch.get_rng_state()} | {
         f"{index}.{name}": parameter.detach().clone()
         for index, module in enumerate(student.modules)

@@ -457,6 +457,10 @@ def beat(tick: int, iteration: int, point: int, waits: bool = True) -> Beat:
     return Beat(tick, iteration, point, False, waits, "all_reduce (distributed_c10d.py:1)")
 
 
+def of_teacher(iteration: int, waits: bool = False, idle: bool = False) -> Beat:
+    return beat(3, iteration, 1, waits)._replace(teacher=True, idle=idle)
+
+
 @pytest.mark.parametrize(
     ("later", "expected"),
     [
@@ -465,6 +469,11 @@ def beat(tick: int, iteration: int, point: int, waits: bool = True) -> Beat:
         ({0: beat(3, 5, 1), 1: beat(3, 5, 1), 2: beat(3, 5, 0)}, r"arrive: rank 2 \(update 6, reading its batch, in"),
         ({0: beat(3, 5, 1, False), 1: beat(3, 5, 1), 2: beat(3, 5, 1)}, r"arrive: rank 0 \(update 6, computing, in"),
         ({0: beat(3, 5, 1), 1: beat(3, 5, 1), 2: beat(3, 5, 1)}, r"no rank stands out among 3; rank 0: update 6"),
+        # A teacher's rank that is idle, or ahead, holds nobody up; one that owes this update's states does.
+        ({0: beat(3, 5, 1), 1: beat(3, 5, 1, False), 2: of_teacher(3, idle=True)}, r"arrive: rank 1 \(update 6, comp"),
+        ({0: beat(3, 5, 1), 1: beat(3, 5, 1, False), 2: of_teacher(6)}, r"arrive: rank 1 \(update 6, comp[^;]*$"),
+        ({0: beat(3, 5, 1), 1: beat(3, 5, 1), 2: of_teacher(5)}, r"arrive: rank 2 \(of the teacher, update 6, comp"),
+        ({0: beat(3, 5, 1), 1: beat(3, 5, 1), 2: of_teacher(4, True)}, r"arrive: rank 2 \(of the teacher, update 5, "),
     ],
 )
 def test_the_rank_that_holds_the_others_up_is_found(later: dict[int, Beat], expected: str) -> None:

@@ -13,7 +13,9 @@ import pytest
 import yaml
 
 from minitron_nemo.cli import main
-from minitron_nemo.config import Recipe
+from minitron_nemo.config import Recipe, load_recipe
+from minitron_nemo.errors import UserError
+from minitron_nemo.preflight import preflight
 from tests.e2e.chain import write_recipe
 from tests.tiny import write_tiny_llama
 
@@ -96,6 +98,49 @@ TEACHER_PP2 = "teacher.layout.pipeline_model_parallel_size=2"
 )
 def test_plan_names_the_key_that_is_wrong(refused: Callable[..., str], recipe: Path, override: str, key: str) -> None:
     assert key in refused("plan", str(recipe), *override.split())
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("", "teacher.layout: placement separate needs it"),
+        ("teacher.layout={}", "teacher.processes: placement separate needs it"),
+        ("teacher.layout={} teacher.processes=4", "leaves no process to the teacher or to the student"),
+        ("teacher.layout.tensor_model_parallel_size=2 teacher.processes=1", "not a multiple of the 2 that teacher.l"),
+        ("teacher.layout={} teacher.processes=1 parallel.pipeline_model_parallel_size=2", "leave 3 to the student"),
+        ("teacher.layout.context_parallel_size=2 teacher.processes=2", "teacher.layout.context_parallel_size"),
+        (
+            "teacher.layout.tensor_model_parallel_size=3 teacher.processes=3",
+            "teacher.layout.tensor_model_parallel_size: 3 does not divide the model's num_query_groups 4",
+        ),
+        ("teacher.layout={} teacher.processes=2 distill.logits_weight=0 distill.ce_weight=1", "means training without"),
+        ("teacher.placement=colocated teacher.processes=2", "is for placement separate, not colocated"),
+    ],
+)
+def test_a_job_that_cannot_be_shared_out_is_refused(
+    refused: Callable[..., str], recipe: Path, override: str, words: str
+) -> None:
+    job = ["teacher.placement=separate", "cluster.processes_per_node=4", "distill.intermediate.pairs=[]"]
+    assert words in refused("plan", str(recipe), *job, *override.split())
+
+
+def test_plan_shows_both_worlds(capsys: pytest.CaptureFixture[str], recipe: Path) -> None:
+    """The batch divides over the student's two ranks, not over the job's three."""
+    overrides = ["teacher.placement=separate", "teacher.layout={}", "teacher.processes=1", "train.global_batch_size=2"]
+    assert main(["plan", str(recipe), *overrides, "cluster.processes_per_node=3"]) == 2
+    assert "global_batch_size: 2 is not a multiple" in capsys.readouterr().err  # of the correction, on all ranks
+    arguments = ["plan", str(recipe), *overrides, "cluster.processes_per_node=3", "teacher.correction.steps=0"]
+    assert main(arguments) == 0
+    assert "student: 2 of tp=1 pp=1 dp=2, teacher: 1 of tp=1 pp=1 dp=1" in capsys.readouterr().out
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["distillation"]["student"] == {"processes": 2, "data_parallel_size": 2}
+
+
+def test_a_job_that_ends_with_the_pruning_needs_no_place_for_the_teacher(recipe: Path) -> None:
+    of = load_recipe(recipe, ["teacher.placement=separate", "teacher.layout={}", "teacher.processes=4"])
+    with pytest.raises(UserError, match="leaves no process"):
+        preflight(of, 2)
+    assert preflight(of, 2, distils=False).worlds is None
 
 
 def test_a_recipe_that_is_not_there_or_not_yaml(refused: Callable[..., str], tmp_path: Path) -> None:
