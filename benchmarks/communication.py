@@ -88,7 +88,7 @@ class Communication(TorchDispatchMode):
         self.small = 0
         self._names = {
             # Between two stages Megatron-core sends one way through the group of all ranks.
-            torch.distributed.group.WORLD.group_name: "pp",
+            torch.distributed.distributed_c10d._get_default_group().group_name: "pp",
             parallel_state.get_tensor_model_parallel_group().group_name: "tp",
             parallel_state.get_pipeline_model_parallel_group().group_name: "pp",
             parallel_state.get_data_parallel_group(with_context_parallel=True).group_name: "dp",
@@ -109,7 +109,7 @@ class Communication(TorchDispatchMode):
 
 
 def _is_group(argument: Any) -> bool:
-    return isinstance(argument, torch.ScriptObject) and argument._type().name() == "ProcessGroup"
+    return isinstance(argument, torch.ScriptObject) and str(argument._type()).endswith(".ProcessGroup")
 
 
 def counted(
