@@ -149,6 +149,10 @@ conclude() {
     fi
     local why="srun ended with $code"
     [[ $state != failed ]] || why=$(status "$run_dir" reason)
+    if ! (echo >"$run_dir/.room") 2>/dev/null; then
+        why+=", and $run_dir takes no more files: no room on the disk?" # then status and logs are old
+    fi
+    rm -f "$run_dir/.room"
     echo "$script: not requeued: ${why:-failed}; see $run_dir/logs" >&2
     exit "$code"
 }

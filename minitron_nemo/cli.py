@@ -167,6 +167,7 @@ def _steps(options: argparse.Namespace) -> int:
     _stop_outside_steps(Path(recipe.run_dir))
     from minitron_nemo.parallel import launch
 
+    launch.outlive_a_full_disk()
     launch.join_job()  # before what imports Megatron-core, whose warnings it silences
     from minitron_nemo.run import Stopped, run_chain
 

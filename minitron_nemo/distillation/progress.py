@@ -69,7 +69,10 @@ class Progress:
     def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
         """A record of metrics.jsonl and TensorBoard's scalars."""
         for file in self._files:
-            self.refused(file.path, file.append(iteration, values))
+            problem = file.append(iteration, values)
+            self.refused(file.path, problem)
+            if problem is not None:  # TensorBoard's thread would print a traceback
+                return
 
     def refused(self, path: Path, problem: str | None) -> None:
         """Say, once, that a full disk refuses a file that training can do without; None when it took it."""

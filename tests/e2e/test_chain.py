@@ -112,10 +112,10 @@ def test_sigterm_saves_stops_with_75_and_a_rerun_ends_with_the_same_weights(fini
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_before_the_first_step_is_a_stop_too(finished: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_before_the_first_step_is_a_stop_too(tmp_path: Path, number: signal.Signals) -> None:
     """It may come while the processes still import what they need: the job is requeued all the same."""
     run = tmp_path / "run"
-    command = Command(tmp_path / "log", "run", str(finished / "tiny.yaml"), f"run_dir={run}", "cluster.launcher=none")
+    command = Command(tmp_path / "log", "run", str(write_recipe(tmp_path)), "cluster.launcher=none")
     caught = re.compile(r"SigCgt:\s*(\w+)")
     command.wait_for(
         lambda: int(caught.findall(Path(f"/proc/{command.process.pid}/status").read_text())[0], 16) >> number - 1 & 1

@@ -260,15 +260,15 @@ def test_a_run_goes_on_with_two_nodes_instead_of_three(undisturbed: Run, tmp_pat
 def test_a_disk_that_is_full_for_a_while_costs_the_saves_of_that_time(
     slurm: Cluster, undisturbed: Run, tmp_path: Path
 ) -> None:
-    run = copied(undisturbed, tmp_path, tmp_path / "run")
-    (slurm.outside(slurm.directory / "disk") / "training").mkdir()
-    (run.files / "training").symlink_to(slurm.directory / "disk" / "training")
+    run = copied(undisturbed, tmp_path, slurm.directory / "disk" / "while")
+    (tmp_path / "logs").mkdir()
+    (run.files / "logs").symlink_to(tmp_path / "logs")
     run.submit()
     run.wait_for_update(SAVE_INTERVAL + 2)
     with full(slurm):
-        run.wait_for(lambda: "could not be written: rank " in run.console)
+        run.wait_for(lambda: "training goes on, the previous checkpoint is as it was" in run.console)
     check_whole(run, undisturbed)
-    assert "training goes on, the previous checkpoint is as it was" in slurm.output(run.job)
+    assert f"{run.run_dir}/status.json: No space left on device; training goes on" in run.console
     assert f"checkpoint after update {STEPS - SAVE_INTERVAL}: " in run.console
     report(run, "disk full, then not", None)
 
@@ -277,7 +277,7 @@ def test_a_disk_that_is_full_for_a_while_costs_the_saves_of_that_time(
 def test_a_disk_that_stays_full_fails_the_job_and_the_next_one_goes_on(
     slurm: Cluster, undisturbed: Run, tmp_path: Path
 ) -> None:
-    run = copied(undisturbed, tmp_path, slurm.directory / "disk" / "run")
+    run = copied(undisturbed, tmp_path, slurm.directory / "disk" / "for good")
     run.submit()
     run.wait_for_update(SAVE_INTERVAL + 2)
     with full(slurm):
@@ -297,5 +297,7 @@ def full(slurm: Cluster) -> Iterator[None]:
     with suppress(OSError), ballast.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
-    yield
-    ballast.unlink()
+    try:
+        yield
+    finally:
+        ballast.unlink()
