@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 benchmarks/checkpoint.py --pipeline 2 [--saves 3] [--directory DIR]
 
 A student of the quickstart's shape (104.6M parameters, random weights, bf16 with fp32 main parameters and moments)
-trained on random tokens by cross-entropy. Each save is made twice: synchronously, and beside training steps of 4
-sequences of 256. The stall is what the trainer reports as `checkpoint/stall_seconds`, of rank 0; the smallest counts.
+trained on random tokens by cross-entropy. Each save is made twice: synchronously, and beside training steps. The stall
+is what the trainer reports as `checkpoint/stall_seconds`, of rank 0; the smallest counts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.device import current_device
 from minitron_nemo.parallel.layout import Layout
 
-VOCABULARY, SEQUENCE, MICROBATCHES = 49152, 256, 4
+VOCABULARY, SEQUENCE = 49152, 256
 
 
 def main() -> None:
@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--pipeline", type=int, default=1)
     parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--microbatches", type=int, default=4, help="sequences of 256 in a step, of each rank")
     parser.add_argument("--saves", type=int, default=3)
     parser.add_argument("--directory", type=Path, help="where to write; default: the system's temporary directory")
     options = parser.parse_args()
@@ -48,7 +49,7 @@ def main() -> None:
     step = Step(student, None, DistillationObjective.cross_entropy(2**26))
 
     def train() -> None:
-        step(random_batches(layout.data_parallel_size(launch.world_size())))
+        step(random_batches(options.microbatches))
         update(optimizer)
 
     train()  # the moments exist only after an update
@@ -87,7 +88,7 @@ def build_student(layers: int, layout: Layout, config: TrainConfig) -> Model:
     return student
 
 
-def random_batches(data_parallel_size: int) -> list[dict[str, Any]]:
+def random_batches(count: int) -> list[dict[str, Any]]:
     shape, device = (1, SEQUENCE), current_device()
     return [
         {
@@ -96,17 +97,17 @@ def random_batches(data_parallel_size: int) -> list[dict[str, Any]]:
             "position_ids": torch.arange(SEQUENCE, device=device).expand(shape),
             "token_weights": torch.ones(shape, device=device),
         }
-        for _ in range(MICROBATCHES // data_parallel_size)
+        for _ in range(count)
     ]
 
 
 def measure(state: TrainingState, train: Any, iteration: int) -> tuple[float, float, float, float, float, float]:
     """Stall and writing of a synchronous save, a step; stall and writing of one beside training, a step meanwhile."""
-    state.save(iteration, {}, {})
+    state.save(iteration, {})
     waited = state.finish()
     assert waited is not None
     alone = timed(train)
-    state.save(iteration + 1, {}, {})
+    state.save(iteration + 1, {})
     meanwhile: list[float] = []
     beside: Saved | None = None
     while beside is None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -87,26 +87,32 @@ def losses(run: Run) -> dict[int, float]:
     return {record["iteration"]: record["train/loss"] for record in read_metrics(path) if "train/loss" in record}
 
 
-def updates_lost(run: Run) -> list[int]:
-    """For each resumption: how many finished updates were made again. None was without a checkpoint that was there."""
-    lost, last, saved = [], 0, 0
+class Resumption(NamedTuple):
+    """A start that went on after update `update`, when `made` were made before it and a checkpoint of `saved` said."""
+
+    update: int
+    made: int
+    saved: int
+
+
+def resumptions(run: Run) -> list[Resumption]:
+    found, made, saved = [], 0, 0
     pattern = r"\[distill\] (?:(\d+)/\d+  |checkpoint after update (\d+):|resumed after update (\d+) )"
     for update, checkpoint, resumed in re.findall(pattern, run.console):
         if update:
-            last = max(last, int(update))
+            made = int(update)
         elif checkpoint:
             saved = int(checkpoint)
         else:
-            assert int(resumed) >= saved, run.console
-            lost.append(last - int(resumed))
-            last = int(resumed)
-    return lost
+            found.append(Resumption(int(resumed), made, saved))
+    return found
 
 
 def report(run: Run, name: str, seconds: float | None) -> None:
     again = "" if seconds is None else f"{seconds:.0f}"
     state = run.slurm.job(run.job)["JobState"]
-    print(f"\n| {name} | {', '.join(map(str, updates_lost(run)))} | {again} | {state}, {status(run.files)['state']} |")
+    lost = ", ".join(str(each.made - each.update) for each in resumptions(run))
+    print(f"\n| {name} | {lost} | {again} | {state}, {status(run.files)['state']} |")
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +131,7 @@ def undisturbed(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Run
     run.submit()
     assert slurm.wait(run.job, 600)["JobState"] == "COMPLETED", slurm.output(run.job)
     assert slurm.job(run.job)["NodeList"] == "n[1-3]"
-    assert updates_lost(run) == []
+    assert resumptions(run) == []
     return run
 
 
@@ -212,8 +218,10 @@ def test_a_disturbed_run_goes_on_by_itself_to_the_same_weights(
         seconds = time.monotonic() - start
         next(steps, None)
     check_whole(run, undisturbed)
-    [lost] = updates_lost(run)
-    assert lost == 0 or disturbance not in (signalled, preempt, time_limit)
+    [resumption] = resumptions(run)
+    assert resumption.update >= resumption.saved
+    if disturbance in (signalled, preempt, time_limit):
+        assert resumption.update == resumption.made
     assert run.slurm.job(run.job)["Restarts"] == "1"
     report(run, disturbance.__name__.replace("_", " "), seconds)
 
@@ -235,8 +243,9 @@ def test_a_truncated_newest_checkpoint_costs_the_updates_since_the_one_before(un
     damaged.write_bytes(damaged.read_bytes()[:-100])
     run.submit()
     check_whole(run, undisturbed)
-    assert f"CHECKPOINT DAMAGED, falling back to the one before: {damaged}: " in run.console
-    assert f"resumed after update {int(before.name.removeprefix('iter_'))} " in run.console
+    where = damaged.relative_to(run.files)
+    assert f"CHECKPOINT DAMAGED, falling back to the one before: {run.run_dir / where}: " in run.console
+    assert [each.update for each in resumptions(run)] == [int(before.name.removeprefix("iter_"))]
     report(run, "newest checkpoint truncated", None)
 
 
@@ -247,7 +256,7 @@ def test_a_run_goes_on_with_two_nodes_instead_of_three(undisturbed: Run, tmp_pat
     first = 1 + status(run.files)["iteration"]
     run.submit(nodes=2)
     assert run.slurm.wait(run.job, 600)["JobState"] == "COMPLETED", run.slurm.output(run.job)
-    assert updates_lost(run) == [0]
+    assert [each.update for each in resumptions(run)] == [first - 1]
     here, there = losses(run), losses(undisturbed)
     for update in range(first, first + 5):
         assert here[update] == pytest.approx(there[update], rel=1e-5)
@@ -286,7 +295,7 @@ def test_a_disk_that_stays_full_fails_the_job_and_the_next_one_goes_on(
     assert saved[-1] == f"iter_{SAVE_INTERVAL:07d}"
     run.submit()
     check_whole(run, undisturbed)
-    assert f"resumed after update {SAVE_INTERVAL} " in run.console
+    assert [each.update for each in resumptions(run)] == [SAVE_INTERVAL]
     report(run, "disk full for good", None)
 
 
