@@ -41,9 +41,9 @@ check: lint
 test: install slurm-packages
 	$(PYTEST)
 
-# The full matrices of layouts and faults, and the real model.
+# The full matrices of layouts and faults, with those faults on Slurm that `make test` has, too; and the real model.
 soak: install slurm-packages
-	$(PYTEST) -m soak --timeout=3600
+	$(PYTEST) -m 'soak or slurm' --timeout=3600
 
 slurm-packages:
 	bash tests/slurm/install.sh

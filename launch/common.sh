@@ -39,7 +39,7 @@ run_job() {
 
     local arguments=("$@" "$recipe" "${overrides[@]}" cluster.launcher=none)
     local logs=$run_dir/logs code=0 before
-    mkdir -p "$logs" || fail "$logs: cannot be created; choose another run_dir"
+    mkdir -p "$logs" 2>/dev/null || fail "$logs: cannot be created; choose another run_dir"
     local rank_0=$logs/$SLURM_JOB_ID-0.log
     touch "$rank_0"
     echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST)" \
@@ -149,6 +149,10 @@ conclude() {
     fi
     local why="srun ended with $code"
     [[ $state != failed ]] || why=$(status "$run_dir" reason)
+    if ! (echo >"$run_dir/.room") 2>/dev/null; then
+        why+=", and $run_dir takes no more files: no room on the disk?" # then status and logs are old
+    fi
+    rm -f "$run_dir/.room"
     echo "$script: not requeued: ${why:-failed}; see $run_dir/logs" >&2
     exit "$code"
 }
@@ -159,9 +163,9 @@ nodes_answer() {
 
 # Puts this job back into the queue, unless it was cancelled or has been put back too often. Never returns.
 requeue() {
-    local why=$1 max_requeues=$2 code=$3 count=${SLURM_RESTART_COUNT:-0} now
-    now=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
-    if [[ $now != RUNNING ]]; then
+    local why=$1 max_requeues=$2 code=$3 count=${SLURM_RESTART_COUNT:-0} now starts
+    read -r now starts < <(squeue --noheader --jobs="$SLURM_JOB_ID" --Format=State,RestartCnt) || true
+    if [[ $now != RUNNING || $starts != "$count" ]]; then # a script that was cut off must not touch the next start
         echo "$script: $why; the rest is left to Slurm, which has the job as ${now:-gone}" >&2
     elif ((count >= max_requeues)); then
         echo "$script: $why; not requeued, cluster.max_requeues is $max_requeues; submit again to go on" >&2

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 from minitron_nemo.config import Recipe, load_recipe
 from minitron_nemo.errors import SaidByRankZero, UserError
@@ -163,8 +164,10 @@ def _steps(options: argparse.Namespace) -> int:
         return _launch_locally(recipe, options)
     if LOCAL in os.environ:
         _die_with_parent()
+    _stop_outside_steps(Path(recipe.run_dir))
     from minitron_nemo.parallel import launch
 
+    launch.outlive_a_full_disk()
     launch.join_job()  # before what imports Megatron-core, whose warnings it silences
     from minitron_nemo.run import Stopped, run_chain
 
@@ -174,6 +177,19 @@ def _steps(options: argparse.Namespace) -> int:
         return EXIT_STOPPED
     launch.shutdown()  # not after an error: other ranks may be in the middle of a collective
     return 0
+
+
+def _stop_outside_steps(run_dir: Path) -> None:
+    """Let SIGTERM and SIGUSR1 end this process where no step has handlers of its own: there is nothing to save."""
+    from minitron_nemo.distillation.status import write_status
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_status(run_dir, "stopped", reason=f"{signal.Signals(number).name} outside a step")
+        os._exit(EXIT_STOPPED)  # whatever the process is in the midst of: joining the others may take for ever
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, stop)
 
 
 def _launch_locally(recipe: Recipe, options: argparse.Namespace) -> int:

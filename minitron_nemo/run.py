@@ -8,9 +8,7 @@ decides whether a step has to run, and records it. A step that was killed is sta
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,11 +24,12 @@ import minitron_nemo
 from minitron_nemo.checkpoint.files import write_atomic
 from minitron_nemo.checkpoint.fingerprint import fingerprint
 from minitron_nemo.checkpoint.transform import convert
+from minitron_nemo.claim import claimed
 from minitron_nemo.config import Recipe, TrainConfig
 from minitron_nemo.data import pypi
 from minitron_nemo.data.prepare import inputs_stamp, prepare_data
 from minitron_nemo.distillation.cache_teacher import cache_teacher
-from minitron_nemo.distillation.status import write_status
+from minitron_nemo.distillation.status import write_failure, write_status
 from minitron_nemo.distillation.train import correction_config, train
 from minitron_nemo.errors import SaidByRankZero, UserError
 from minitron_nemo.evaluation.heldout import HeldOut
@@ -227,20 +226,20 @@ def run_chain(recipe: Recipe, only: str | None = None, until: str | None = None)
         steps = steps[: [step.name for step in steps].index(until) + 1]
     if not steps:
         raise UserError(f"{only}: the recipe has no such step ({ABSENT[str(only)]})")
-    with _exclusive(chain.run_dir):
+    with claimed(chain.run_dir):
         manifest = Manifest(chain.run_dir)
         for step in steps:
             try:
                 with _stopped_by_signals():
                     _run_step(step, manifest, chain.run_dir)
             except Stopped as stop:
-                if stop.args and launch.job_rank() == 0:  # a training says so by itself
+                if stop.args:  # a training says so by itself
                     write_status(chain.run_dir, "stopped", step=step.name, reason=stop.args[0])
                 raise
             except SaidByRankZero:
                 raise
             except Exception as error:
-                write_status(chain.run_dir, "failed", step=step.name, reason=f"rank {launch.job_rank()}: {error}")
+                write_failure(chain.run_dir, step=step.name, reason=f"rank {launch.job_rank()}: {error}")
                 raise
         launch.from_rank_0(lambda: write_status(chain.run_dir, "done", step=only or until))
 
@@ -313,26 +312,6 @@ def _input_fingerprint(step: Step, name: str, path: Path) -> str:
     if found is None:
         raise UserError(f"{path}: not there, but {step.name} reads it as its {name}; run the steps before it first")
     return found
-
-
-@contextmanager
-def _exclusive(run_dir: Path) -> Iterator[None]:
-    """Hold the run directory for this job: a second job on it would overwrite what the first writes."""
-    launch.from_rank_0(lambda: run_dir.mkdir(parents=True, exist_ok=True))
-
-    def acquire() -> None:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{run_dir}: in use by another minitron ({path.read_text().strip()}); wait or stop it"
-            ) from None
-        path.write_text(f"pid {os.getpid()} on {os.uname().nodename}\n")
-
-    path = run_dir / ".lock"
-    with path.open("a") as lock:
-        launch.from_rank_0(acquire)
-        yield
 
 
 def _say(message: str) -> None:

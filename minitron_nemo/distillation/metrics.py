@@ -1,4 +1,4 @@
-"""metrics.jsonl, and the figures of a training run that are no losses.
+"""metrics.jsonl and TensorBoard's events, and the figures of a training run that are no losses.
 
     {"iteration": 40, "time": 1764000000.1, "train/loss": 2.31, "train/lr": 1e-4, ...}
 
@@ -13,6 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import param_is_not_shared
+from torch.utils.tensorboard import SummaryWriter
 
 from minitron_nemo.arch import Architecture
 from minitron_nemo.arch.counts import forward_flops_per_token
@@ -57,11 +59,39 @@ class MetricsFile:
             while self._pending:
                 self._pending = self._pending[os.write(self._file, self._pending) :]
         except OSError as error:
-            return f"{self.path}: {error.strerror}"
+            return error.strerror
         return None
 
     def close(self) -> None:
         os.close(self._file)
+
+
+class EventsFile:
+    """TensorBoard's scalars. A full disk costs those of a while: a new file is begun when there is room again."""
+
+    def __init__(self, path: Path, done: int) -> None:
+        """Have TensorBoard forget what earlier files in `path` say of updates after `done`. Raises OSError."""
+        self.path = path
+        self._writer: SummaryWriter | None = SummaryWriter(str(path), purge_step=done + 1)
+
+    def append(self, iteration: int, values: Mapping[str, float]) -> str | None:
+        """Add scalars; why that could not be done, if so. A thread writes, so the reason may be of earlier ones."""
+        try:
+            if self._writer is None:
+                self._writer = SummaryWriter(str(self.path))
+            for tag, value in values.items():
+                self._writer.add_scalar(tag, value, iteration)
+        except OSError as error:
+            self.close()
+            return error.strerror
+        return None
+
+    def close(self) -> None:
+        """Write what is left, if the disk takes it."""
+        with suppress(OSError):
+            if self._writer is not None:
+                self._writer.close()
+        self._writer = None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

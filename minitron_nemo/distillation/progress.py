@@ -13,9 +13,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from torch.utils.tensorboard import SummaryWriter
 
-from minitron_nemo.distillation.metrics import MetricsFile
+from minitron_nemo.distillation.metrics import EventsFile, MetricsFile
 from minitron_nemo.distillation.report import Report
 
 
@@ -28,14 +27,14 @@ class Progress:
         self.steps = steps
         self._console = Console(quiet=not shown, soft_wrap=True, highlight=False)
         self._bar: Bar | None = None
-        self._writer: SummaryWriter | None = None
-        self._metrics: MetricsFile | None = None
-        self._refused = False  # by the disk: metrics.jsonl waits for room
+        self._files: tuple[MetricsFile | EventsFile, ...] = ()
+        self._refused: set[Path] = set()
         self._held = ExitStack()
         if not shown:
             return
-        self._writer = self._held.enter_context(SummaryWriter(str(directory / "tensorboard"), purge_step=done + 1))
-        self._metrics = self._held.enter_context(closing(MetricsFile(directory / "metrics.jsonl", done)))
+        events = self._held.enter_context(closing(EventsFile(directory / "tensorboard", done)))
+        metrics = self._held.enter_context(closing(MetricsFile(directory / "metrics.jsonl", done)))
+        self._files = metrics, events
         if self._console.is_terminal:
             self._bar = Bar(
                 TextColumn("{task.description}"),
@@ -69,14 +68,17 @@ class Progress:
 
     def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
         """A record of metrics.jsonl and TensorBoard's scalars."""
-        if self._writer is None or self._metrics is None:
-            return
-        for tag, value in values.items():
-            self._writer.add_scalar(tag, value, iteration)
-        problem = self._metrics.append(iteration, values)
-        if problem and not self._refused:
-            self.say(f"{problem}; training goes on, and what is not written yet follows when it can")
-        self._refused = problem is not None
+        for file in self._files:
+            problem = file.append(iteration, values)
+            self.refused(file.path, problem)
+            if problem is not None:  # TensorBoard's thread would print a traceback
+                return
+
+    def refused(self, path: Path, problem: str | None) -> None:
+        """Say, once, that a full disk refuses a file that training can do without; None when it took it."""
+        if problem and path not in self._refused:
+            self.say(f"{path}: {problem}; training goes on, and the file when it can")
+        (self._refused.add if problem else self._refused.discard)(path)
 
     def say(self, message: str) -> None:
         """A line that stays."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from minitron_nemo.checkpoint.files import write_atomic
 
@@ -39,3 +40,11 @@ def write_status(
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     write_atomic(run_dir / FILE_NAME, json.dumps(status, indent=2) + "\n")
+
+
+def write_failure(run_dir: Path, **details: Any) -> None:
+    """The same for "failed", in the midst of an error that matters more than a disk that takes no more."""
+    try:
+        write_status(run_dir, "failed", **details)
+    except OSError as error:
+        print(f"{run_dir / FILE_NAME}: cannot be written: {error.strerror}", file=sys.stderr, flush=True)

@@ -26,7 +26,7 @@ from minitron_nemo.distillation.saver import Saver
 from minitron_nemo.distillation.schedule import Schedule
 from minitron_nemo.distillation.signals import StopRequest
 from minitron_nemo.distillation.state import TrainingState
-from minitron_nemo.distillation.status import State, write_status
+from minitron_nemo.distillation.status import FILE_NAME, State, write_failure, write_status
 from minitron_nemo.distillation.step import Step
 from minitron_nemo.distillation.teacher import TeacherSource
 from minitron_nemo.distillation.validation import Validation, summary
@@ -120,7 +120,7 @@ class Trainer:
                 for problem in resumed.damaged:
                     progress.say(f"CHECKPOINT DAMAGED, falling back to the one before: {problem}")
                 progress.say(f"resumed after update {self.iteration} from {self.directory}")
-            self._status("running")
+            self._running(progress)
             current = self.segments[0] if len(self.segments) == 1 else None
             while self.iteration < self.config.steps:
                 segment = segment_at(self.segments, self.sampler.consumed_samples)
@@ -228,7 +228,7 @@ class Trainer:
         report = self.meter.report(self.iteration, lr, grad_norm)
         self.reports.append(report)
         progress.show(report)
-        self._status("running")
+        self._running(progress)
 
     def _validate(self, progress: Progress) -> None:
         if self.validation is None or not self.validation.due(self.iteration, self.config.steps):
@@ -247,9 +247,15 @@ class Trainer:
                 chunk.start_param_sync(force_sync=True)
 
     def _fail(self, reason: str) -> None:
-        write_status(
-            self.run_dir, "failed", step=self.name, iteration=self.iteration, steps=self.config.steps, reason=reason
-        )
+        write_failure(self.run_dir, step=self.name, iteration=self.iteration, steps=self.config.steps, reason=reason)
+
+    def _running(self, progress: Progress) -> None:
+        problem = None
+        try:
+            self._status("running")
+        except OSError as error:
+            problem = error.strerror
+        progress.refused(self.run_dir / FILE_NAME, problem)
 
     def _status(self, state: State, reason: str | None = None) -> None:
         if launch.rank() == 0:

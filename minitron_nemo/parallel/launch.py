@@ -7,9 +7,12 @@ it. `rank` and `world_size` are those of the world, `job_rank` and `job_size` th
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import queue
 import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -145,6 +148,26 @@ def silence_known_warnings() -> None:
     """Leave KNOWN_WARNINGS unsaid from here on; most come with Megatron-core's import."""
     for message in KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+
+
+class _Log(io.FileIO):
+    """A file that forgets what a full disk does not take."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            return len(data)
+
+
+def outlive_a_full_disk() -> None:
+    """Let standard output and error lose lines where their file's disk is full: a training must not end of that."""
+    for name in ("stdout", "stderr"):
+        old = getattr(sys, name)
+        log = io.BufferedWriter(_Log(old.fileno(), "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(log, old.encoding, old.errors, write_through=True, line_buffering=True))
 
 
 def join_job(rendezvous: Rendezvous | None = None) -> None:

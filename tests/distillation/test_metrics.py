@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from minitron_nemo.config import (
     TrainConfig,
 )
 from minitron_nemo.data.prepare import prepare_data
-from minitron_nemo.distillation.metrics import MetricsFile, consumed_tokens, read_metrics
+from minitron_nemo.distillation.metrics import EventsFile, MetricsFile, consumed_tokens, read_metrics
 from minitron_nemo.distillation.phases import Segment
 from minitron_nemo.distillation.train import train
 from minitron_nemo.distillation.validation import BestCheckpoint
@@ -268,6 +269,25 @@ def test_what_a_full_disk_refuses_follows_when_there_is_room(tmp_path: Path, mon
     file.close()
     found = read_metrics(tmp_path / "training" / "metrics.jsonl")
     assert [(record["iteration"], record["train/loss"]) for record in found] == [(1, 1.0), (2, None), (3, 3.0)]
+
+
+def test_tensorboard_goes_on_after_a_full_disk(small_disk: Path) -> None:
+    """Its writer does not survive one: what comes later is in another file."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventsFile(small_disk, 0)
+    assert events.append(1, {"train/loss": 1.0}) is None
+    with suppress(OSError), (small_disk / "ballast").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    values = {f"train/{number}": 0.0 for number in range(1000)}
+    assert any("No space left" in (events.append(update, values) or "") for update in range(2, 12))
+    (small_disk / "ballast").unlink()
+    assert events.append(20, {"train/loss": 20.0}) is None
+    events.close()
+    found = EventAccumulator(str(small_disk))
+    found.Reload()
+    assert [event.step for event in found.Scalars("train/loss")] == [1, 20]
 
 
 def test_a_run_that_starts_over_forgets_all_metrics(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def write_recipe(directory: Path, **sections: dict) -> Path:
         "cluster": {"launcher": "local", "processes_per_node": 2},
     }
     for name, values in sections.items():
-        recipe[name] = {**recipe[name], **values}  # type: ignore[dict-item]
+        recipe[name] = {**recipe.get(name, {}), **values}  # type: ignore[dict-item]
     path = directory / "tiny.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.cli import main
 from minitron_nemo.config import Recipe, load_recipe
 from minitron_nemo.errors import UserError
@@ -163,6 +164,36 @@ def test_an_empty_data_file_is_named(tmp_path: Path, recipe: Path) -> None:
 @pytest.mark.e2e
 def test_a_step_says_which_step_comes_before_it(tmp_path: Path, recipe: Path) -> None:
     assert "run the steps before it" in refused_by_process("distill", str(recipe), f"run_dir={tmp_path / 'fresh'}")
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("launcher", ["none", "local"])
+def test_a_run_directory_that_cannot_be_written_to_is_refused(tmp_path: Path, recipe: Path, launcher: str) -> None:
+    (tmp_path / "file").touch()
+    said = refused_by_process(
+        "run", str(recipe), f"run_dir={tmp_path / 'file' / 'run'}", f"cluster.launcher={launcher}"
+    )
+    assert f"run_dir {tmp_path / 'file' / 'run'}: cannot be written to (Not a directory); choose another one" in said
+
+
+@pytest.mark.e2e
+def test_a_job_of_another_size_than_the_layout_is_refused_before_any_step(tmp_path: Path, recipe: Path) -> None:
+    said = refused_by_process(
+        "run", str(recipe), f"run_dir={tmp_path / 'run'}", "parallel.pipeline_model_parallel_size=2"
+    )
+    assert "tp=1 pp=2 needs a multiple of 2 processes, and this job has 1" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.e2e
+def test_a_teacher_of_another_vocabulary_is_refused(tmp_path: Path, recipe: Path) -> None:
+    run = tmp_path / "run"
+    convert(write_tiny_llama(tmp_path / "teacher", vocab_size=300), run / "teacher", "megatron")
+    convert(write_tiny_llama(tmp_path / "student"), run / "pruned", "megatron")
+    (run / "data").mkdir()
+    (run / "data" / "prepared.json").write_text("{}")
+    said = refused_by_process("distill", str(recipe), f"run_dir={run}", "teacher.correction.steps=0")
+    assert f"{run / 'pruned'}: vocab_size 259 is not the 300 of {run / 'teacher'}" in said
 
 
 def test_damaged_sources_leave_nothing_under_the_final_name(refused: Callable[..., str], tmp_path: Path) -> None:

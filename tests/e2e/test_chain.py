@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -108,3 +109,19 @@ def test_sigterm_saves_stops_with_75_and_a_rerun_ends_with_the_same_weights(fini
     rerun = Command(tmp_path / "log2", "run", str(recipe))
     assert rerun.wait() == 0, rerun.output
     assert fingerprint(run / "distilled") == fingerprint(finished / "run" / "distilled")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_the_first_step_is_a_stop_too(tmp_path: Path, number: signal.Signals) -> None:
+    """It may come while the processes still import what they need: the job is requeued all the same."""
+    run = tmp_path / "run"
+    command = Command(tmp_path / "log", "run", str(write_recipe(tmp_path)), "cluster.launcher=none")
+    caught = re.compile(r"SigCgt:\s*(\w+)")
+    command.wait_for(
+        lambda: int(caught.findall(Path(f"/proc/{command.process.pid}/status").read_text())[0], 16) >> number - 1 & 1
+    )
+    command.process.send_signal(number)
+    assert command.wait(30) == 75, command.output
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("stopped", f"{number.name} outside a step")
+    assert "[convert]" not in command.output

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from minitron_nemo.errors import UserError
-from minitron_nemo.parallel.launch import Job, job_from_environment
+from minitron_nemo.parallel.launch import Job, job_from_environment, outlive_a_full_disk
 
 TORCHRUN = {
     "RANK": "3",
@@ -132,3 +132,13 @@ def test_a_process_alone_and_two_srun_tasks_join_their_jobs() -> None:
     assert _run(step, tasks) == ["0 2 1.0 1", "1 2 1.0 1"]
     alone = _run({"OMP_NUM_THREADS": "2"}, [{}])
     assert alone == ["0 1 0.0 2"]
+
+
+def test_what_is_printed_to_a_full_disk_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        monkeypatch.setattr(sys, "stderr", full)
+        outlive_a_full_disk()
+        print("x" * 100_000, flush=True)
+        print("x", file=sys.stderr, flush=True)
+        monkeypatch.undo()

@@ -10,6 +10,7 @@ jobs included, so nothing can be left behind. Needs root and the packages that i
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -22,12 +23,14 @@ from types import TracebackType
 
 HERE = Path(__file__).parent
 FREEZER = Path("/sys/fs/cgroup/freezer")
-# Plain nodes, the third one a spare, and two that claim two GPUs each. More processors than there are, so that whole
-# jobs fit.
-NODES = {"n1": "10.77.0.11", "n2": "10.77.0.12", "n3": "10.77.0.13", "g1": "10.77.0.21", "g2": "10.77.0.22"}
+# Plain nodes, the third and the fourth spares, and two that claim two GPUs each. More processors than there are, so
+# that whole jobs fit.
+NODES = {f"n{number}": f"10.77.0.1{number}" for number in (1, 2, 3, 4)} | {"g1": "10.77.0.21", "g2": "10.77.0.22"}
+DISK_MEGABYTES = 24
 PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 PROGRAMS = ("slurmctld", "slurmd", "srun", "munged", "ip", "unshare", "nsenter", "setpriv")
 FINISHED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
+UP = {"idle", "mixed", "allocated", "completing"}  # and answers: else there is a star behind it
 
 SLURM_CONF = """\
 ClusterName=minitron
@@ -59,8 +62,8 @@ GresTypes=gpu
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=cpu Nodes=n[1-2] Default=YES State=UP PriorityTier=1 GraceTime=20
-PartitionName=spare Nodes=n[1-3] State=UP PriorityTier=1 GraceTime=20
-PartitionName=urgent Nodes=n[1-2] State=UP PriorityTier=9 PreemptMode=OFF
+PartitionName=spare Nodes=n[1-4] State=UP PriorityTier=1 GraceTime=20
+PartitionName=urgent Nodes=n[1-4] State=UP PriorityTier=9 PreemptMode=OFF
 PartitionName=gpu Nodes=g[1-2] State=UP
 """
 
@@ -69,6 +72,7 @@ class Cluster:
     """Started on entering the context, gone on leaving it. `directory` holds its configuration and logs.
 
     A node that does not answer for `slurmd_timeout` seconds is down to Slurm, which then requeues its jobs.
+    `directory`/disk is a file system of DISK_MEGABYTES that only the nodes see; `outside` gives its paths here.
     """
 
     directory: Path
@@ -89,9 +93,10 @@ class Cluster:
         # The death of this process ends the cluster too, however it dies.
         unshare = ["unshare", "--net", "--uts", "--ipc", "--pid", "--mount", "--mount-proc", "--fork", "--kill-child"]
         addresses = [f"{name}={address}" for name, address in NODES.items()]
+        head = [str(self.directory), str(DISK_MEGABYTES), *addresses]
         with (self.directory / "log" / "head.out").open("w") as log:
             self._process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", *unshare, "bash", HERE / "head.sh", self.directory, *addresses],
+                ["setpriv", "--pdeathsig", "KILL", *unshare, "bash", HERE / "head.sh", *head],
                 env=self.environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -168,12 +173,31 @@ class Cluster:
     def crash(self, node: str) -> None:
         """Kill a node with all its processes, as a power cut does; it stays down until `restart`."""
         (self.directory / f"{node}.down").touch()
-        self.run("kill", "-KILL", (self.directory / f"{node}.pid").read_text().strip())
+        self.run("kill", "-KILL", str(self._first_process(node)))
 
     def restart(self, node: str) -> None:
         """Start a crashed node again, and wait until Slurm sees it."""
         (self.directory / f"{node}.down").unlink()
-        self._wait_for_nodes(seconds=120)
+        self._wait_for_node(node)
+
+    def cut(self, node: str) -> None:
+        """Pull a node's network cable: its processes and its disks work on, nobody reaches it until `heal`."""
+        self.run("ip", "link", "set", f"to-{node}", "down")
+
+    def heal(self, node: str) -> None:
+        """Put the cable back, and wait until Slurm has the node again."""
+        self.run("ip", "link", "set", f"to-{node}", "up")
+        self._wait_for_node(node)
+
+    def processes(self, node: str, pattern: str) -> list[str]:
+        """Command lines of a node's processes that begin with `pattern`."""
+        namespaces = f"/proc/{self._first_process(node)}/ns"
+        enter = ("nsenter", f"--mount={namespaces}/mnt", f"--pid={namespaces}/pid_for_children")
+        return [line for line in self.run(*enter, "ps", "-eo", "args=").splitlines() if re.match(pattern, line)]
+
+    def outside(self, path: Path) -> Path:
+        """Where this process finds a path of the nodes."""
+        return Path(f"/proc/{self._process.pid}/root{path}")
 
     def output(self, job: int) -> str:
         """What a batch job printed so far."""
@@ -189,7 +213,7 @@ class Cluster:
             time.sleep(0.2)
 
     def _write_configuration(self) -> None:
-        for name in ("log", "munge", "spool", "state"):
+        for name in ("disk", "log", "munge", "spool", "state"):
             (self.directory / name).mkdir(mode=0o755)
         key = self.directory / "munge" / "key"
         key.write_bytes(secrets.token_bytes(128))
@@ -221,6 +245,16 @@ class Cluster:
         (self.directory / "gres.conf").write_text(
             f"AutoDetect=off\nNodeName=g[1-2] Name=gpu File={self.directory}/gpu[0-1]\n"
         )
+
+    def _first_process(self, node: str) -> int:
+        return int((self.directory / f"{node}.pid").read_text())
+
+    def _wait_for_node(self, node: str) -> None:
+        deadline = time.monotonic() + 120
+        while (state := self.run("sinfo", "--noheader", f"--nodes={node}", "--format=%T").split()[0]) not in UP:
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{node} is {state}")
+            time.sleep(0.2)
 
     def _wait_for_nodes(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds

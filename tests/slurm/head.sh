@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # First process of the cluster's namespaces: network, munged, slurmctld and the nodes. When it dies, all of them do.
-# usage: head.sh DIRECTORY NODE=ADDRESS...   (DIRECTORY holds what cluster.py wrote)
+# usage: head.sh DIRECTORY MEGABYTES NODE=ADDRESS...   (DIRECTORY holds what cluster.py wrote)
 set -euo pipefail
-directory=$1
-shift
+directory=$1 megabytes=$2
+shift 2
 
 # A node that was killed comes back when DIRECTORY/NAME.down is gone.
 run_node() {
@@ -22,6 +22,7 @@ mount --bind "$directory/nsswitch.conf" /etc/nsswitch.conf # no DNS: looking nam
 if [[ -d $directory/cgroup ]]; then
     mount --bind "$(readlink -f "$directory/cgroup")" /sys/fs/cgroup/freezer # apart from any other cluster's
 fi
+mount -t tmpfs -o "size=${megabytes}m" tmpfs "$directory/disk" # one for all nodes, small enough to fill
 mkdir -p /run/netns
 mount -t tmpfs tmpfs /run/netns
 echo head >/proc/sys/kernel/hostname

@@ -1,9 +1,8 @@
-"""The whole chain on two nodes, as a user submits it; stopped, it goes on by itself."""
+"""The whole chain on two nodes, as a user submits it."""
 
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from pathlib import Path
@@ -62,27 +61,6 @@ def test_the_chain_completes_on_two_nodes(slurm: Cluster, tmp_path: Path) -> Non
     assert (run / "export" / "hf" / "model.safetensors").exists()
 
 
-def test_a_signalled_job_saves_and_goes_on_by_itself(slurm: Cluster, tmp_path: Path) -> None:
-    steps = 120
-    recipe = write_recipe(
-        tmp_path, teacher={"correction": {"steps": 0}}, train={"steps": steps, "save_interval": steps}
-    )
-    run = tmp_path / "run"
-    job = submit(slurm, tmp_path, recipe.name)
-    wait_for_distillation(slurm, job, run)
-    slurm.run("scancel", "--signal=USR1", str(job))
-    slurm.wait_for_output(job, "requeued (1 of at most 20)", 120)
-    stopped = status(run)
-    assert stopped["state"] == "stopped"
-    assert 2 <= stopped["iteration"] < steps
-
-    ended = slurm.wait(job, 300)
-    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), slurm.output(job)
-    assert status(run)["state"] == "done"
-    assert "[calibrate] unchanged, not run again" in slurm.output(job)
-    assert f"resumed after update {stopped['iteration']} " in slurm.output(job)
-
-
 def test_a_recipe_that_does_not_fit_the_job_ends_with_one_line(slurm: Cluster, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, train={"global_batch_size": 5})
     job = submit(slurm, tmp_path, recipe.name, "parallel.pipeline_model_parallel_size=1")
@@ -93,59 +71,17 @@ def test_a_recipe_that_does_not_fit_the_job_ends_with_one_line(slurm: Cluster, t
     assert not (tmp_path / "run").exists()
 
 
-def crash_in_distillation(slurm: Cluster, directory: Path) -> int:
-    """Crash the second node of a job in the middle of the distillation; the job."""
-    steps = 200
-    recipe = write_recipe(
-        directory, teacher={"correction": {"steps": 0}}, train={"steps": steps, "save_interval": 20, "keep_last": 2}
-    )
-    run = directory / "run"
-    script = REPOSITORY / "launch" / "distill.sh"
-    job = slurm.sbatch("--partition=spare", script, recipe.name, cwd=directory, env=ENVIRONMENT)
-    wait_for_distillation(slurm, job, run, updates=21)
-    assert slurm.job(job)["NodeList"] == "n[1-2]"
-    slurm.crash("n2")
-    return job
-
-
-@pytest.mark.soak
-def test_a_node_that_crashes_in_the_middle_of_a_step_costs_the_work_since_the_last_checkpoint(
-    slurm: Cluster, tmp_path: Path
-) -> None:
-    job = crash_in_distillation(slurm, tmp_path)  # Slurm notices first, and requeues
-    ended = slurm.wait(job, 420)
-    slurm.restart("n2")
-    assert (ended["JobState"], ended["NodeList"]) == ("COMPLETED", "n[1,3]"), slurm.output(job)
-    assert status(tmp_path / "run")["state"] == "done"
-    assert re.search(r"resumed after update \d+0 ", slurm.output(job)), slurm.output(job)
-
-
 @pytest.mark.soak
 def test_a_crashed_node_that_slurm_has_not_missed_yet_is_noticed_by_the_job(tmp_path: Path) -> None:
+    recipe = write_recipe(
+        tmp_path, teacher={"correction": {"steps": 0}}, train={"steps": 200, "save_interval": 20, "keep_last": 2}
+    )
     with Cluster(slurmd_timeout=600) as slurm:
-        job = crash_in_distillation(slurm, tmp_path)
+        job = submit(slurm, tmp_path, recipe.name)
+        wait_for_distillation(slurm, job, tmp_path / "run", updates=21)
+        slurm.crash("n2")
         slurm.wait_for_output(job, "a node does not answer; requeued (1 of at most 20)", 240)
         assert slurm.job(job)["Restarts"] == "1"
-
-
-@pytest.mark.soak
-def test_a_run_goes_on_with_fewer_nodes(slurm: Cluster, tmp_path: Path) -> None:
-    recipe = write_recipe(
-        tmp_path,
-        teacher={"correction": {"steps": 0}},
-        train={"steps": 120, "save_interval": 120},
-        parallel={"pipeline_model_parallel_size": 1},
-    )
-    run = tmp_path / "run"
-    job = submit(slurm, tmp_path, recipe.name, "cluster.max_requeues=0")
-    wait_for_distillation(slurm, job, run)
-    slurm.run("scancel", "--signal=USR1", str(job))
-    assert slurm.wait(job, 120)["ExitCode"] == "75:0", slurm.output(job)
-    stopped = status(run)["iteration"]
-    script = REPOSITORY / "launch" / "distill.sh"
-    job = slurm.sbatch("--nodes=1", script, recipe.name, cwd=tmp_path, env=ENVIRONMENT)
-    assert slurm.wait(job, 300)["JobState"] == "COMPLETED", slurm.output(job)
-    assert f"resumed after update {stopped} " in slurm.output(job)
 
 
 @pytest.mark.soak

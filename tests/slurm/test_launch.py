@@ -237,6 +237,15 @@ def test_a_wrong_recipe_ends_the_job_with_one_line(slurm: Cluster, home: Path, w
     assert slurm.output(job) == "minitron: error: mine.yaml: wrong\n"
 
 
+def test_a_run_directory_that_cannot_be_made_ends_the_job_with_one_line(slurm: Cluster, home: Path, work: Path) -> None:
+    (work / "run 100%").touch()
+    job = submit(slurm, home, work, "recipes/small.yaml")
+    ended = slurm.wait(job, 30)
+    assert (ended["ExitCode"], ended["Restarts"]) == ("2:0", "0")
+    expected = f"distill.sh: error: {work}/run 100%/logs: cannot be created; choose another run_dir\n"
+    assert slurm.output(job) == expected
+
+
 def test_requeues_are_bounded_and_a_cancelled_job_stays_cancelled(slurm: Cluster, home: Path, work: Path) -> None:
     program = PLAN.replace("=3", "=0") + STATUS + "echo begun\n" + SAVE
     executable(home / ".venv" / "bin" / "minitron", program)
