@@ -21,7 +21,7 @@ import torch
 
 from minitron_nemo.errors import UserError
 
-TESTED_VERSIONS = ("0.16.1",)
+TESTED_VERSIONS = ("0.15.3", "0.16.1")
 
 # Functions of megatron.core that name CUDA, in a literal or as tensor.cuda(), and the lines that do.
 NAMING_CUDA: dict[str, tuple[str, ...]] = {

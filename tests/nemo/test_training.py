@@ -1,0 +1,98 @@
+"""DistillationModel in NeMo's own trainer, on the CPU, compared with two Hugging Face models in fp64."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nemo.collections import llm
+from nemo.lightning import io
+from safetensors.torch import load_file
+
+from minitron_nemo.checkpoint.transform import convert
+from tests.distillation.reference import Expected, expected_step, random_microbatches
+from tests.nemo.jobs import nemo, run_job, write_models, write_samples
+
+OBJECTIVE = {"logits_weight": 1.0, "ce_weight": 0.5, "temperature": 2.0}
+LAYOUTS = {
+    "one process": (1, {}),
+    "tp=2": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "pp=2": (2, {"pipeline_model_parallel_size": 2, "pipeline_dtype": None}),
+    "dp=2": (2, {}),
+}
+
+
+@dataclass
+class Trained:
+    logged: dict[str, float]
+    expected: Expected
+    student: Path  # Hugging Face, before the step
+    checkpoint: Path  # NeMo, after it
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """One step of SGD with rate 1 on 4 samples whose tokens have weights of their own."""
+    directory = tmp_path_factory.mktemp("training")
+    processes, layout = LAYOUTS[request.param]
+    student, teacher = write_models(directory)
+    batches = random_microbatches(4)
+    write_samples(directory / "samples.pt", batches)
+    settings: dict[str, Any] = {"teacher": str(nemo(teacher)), "objective": OBJECTIVE, "layout": layout}
+    logged = run_job("train", directory / "job", student, directory / "samples.pt", processes=processes, **settings)
+    expected = expected_step(student, teacher, batches, **OBJECTIVE)
+    checkpoint = next((directory / "job" / "log").rglob("*-last"))
+    return Trained(logged, expected, student, checkpoint)
+
+
+def test_loss_and_its_parts_are_those_of_the_fp64_formula(trained: Trained) -> None:
+    expected = trained.expected
+    loss = (OBJECTIVE["logits_weight"] * expected.logits + OBJECTIVE["ce_weight"] * expected.ce) / expected.tokens
+    wanted = {
+        "reduced_train_loss": loss,
+        "train/loss": loss,
+        "train/logits": expected.logits / expected.tokens,
+        "train/ce": expected.ce / expected.tokens,
+    }
+    assert {name: trained.logged[name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_step_is_the_gradient_of_the_fp64_formula(trained: Trained, tmp_path: Path) -> None:
+    convert(trained.checkpoint, tmp_path / "hf", "hf", progress=False)
+    before, after = (load_file(path / "model.safetensors") for path in (trained.student, tmp_path / "hf"))
+    assert after.keys() == trained.expected.gradients.keys()
+    for name, gradient in trained.expected.gradients.items():
+        change = before[name].double() - after[name].double()
+        # The change is the difference of fp32 weights of about 1.
+        torch.testing.assert_close(
+            change, gradient, rtol=1e-4, atol=2e-7, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_the_checkpoint_is_the_plain_student(trained: Trained) -> None:
+    context = trained.checkpoint / "context"
+    objects = json.loads((context / "io.json").read_text())["objects"]
+    named = {f"{item['module']}.{item['name']}" for item in _references(objects)}
+    model = {name for name in named if "minitron_nemo" in name}
+    assert not model, f"the context names {model}"
+    assert not [path for path in context.rglob("*") if path.is_file() and _is_pickle(path)]
+    loaded = io.load_context(context, subpath="model")
+    assert type(loaded) is llm.LlamaModel
+    assert loaded.config.hidden_size == 48
+
+
+def _references(value: Any) -> list[dict[str, str]]:
+    if isinstance(value, list):
+        return [found for item in value for found in _references(item)]
+    if not isinstance(value, dict):
+        return []
+    own = [value] if {"module", "name"} <= value.keys() else []
+    return own + [found for item in value.values() for found in _references(item)]
+
+
+def _is_pickle(path: Path) -> bool:
+    return path.read_bytes()[:1] == b"\x80"
