@@ -9,7 +9,9 @@ same process, under whatever launched it, without NeMo's modules and what they c
 
 import os
 import sys
-from typing import NoReturn
+from dataclasses import is_dataclass
+from types import UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import nemo_run as run
 
@@ -17,6 +19,22 @@ from minitron_nemo.checkpoint.files import write_atomic
 from minitron_nemo.config import Recipe, recipe_yaml, run_directory
 
 NAMESPACE = "minitron"
+
+
+def _spell_out(section: Any) -> None:
+    """Say the types of a recipe's keys as NeMo-Run reads them, off constructors: no strings, no `X | None`."""
+    hints = get_type_hints(section)
+    section.__init__.__annotations__ = {
+        name: Union[get_args(hint)] if get_origin(hint) is UnionType else hint  # noqa: UP007
+        for name, hint in hints.items()
+    }
+    for hint in hints.values():
+        for part in (hint, *get_args(hint)):
+            if is_dataclass(part):
+                _spell_out(part)
+
+
+_spell_out(Recipe)
 
 
 @run.cli.entrypoint(namespace=NAMESPACE)

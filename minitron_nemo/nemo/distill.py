@@ -27,7 +27,7 @@ def llm_distill(
     resume: Annotated[nl.AutoResume | None, run.Config[nl.AutoResume]] = None,
     optim: nl.OptimizerModule | None = None,
 ) -> Path:
-    """Train a student against its teacher with this project's losses, both NeMo checkpoints; returns llm.train's directory."""
+    """Train a student against its teacher with this project's loss, in NeMo's trainer. Both are NeMo checkpoints."""
     models = [_model(path) for path in (student_model_path, teacher_model_path)]
     model = DistillationModel(*models, teacher_path=teacher_model_path, objective=objective)
     resume = resume or nl.AutoResume()

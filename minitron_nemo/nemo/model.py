@@ -15,6 +15,7 @@ import fiddle
 import lightning.pytorch as pl
 from megatron.core import parallel_state
 from nemo.collections import llm
+from nemo.utils.model_utils import unwrap_model
 from torch import Tensor
 
 from minitron_nemo.config import DistillConfig
@@ -55,8 +56,8 @@ class DistillationModel(llm.GPTModel):  # type: ignore[misc]
         self.vocab_size = _vocab_size(student)
         if _vocab_size(teacher) != self.vocab_size:
             raise UserError(
-                f"{teacher_path}: vocab_size {_vocab_size(teacher)} is not the student's {self.vocab_size}; teacher and "
-                "student must share the tokenizer"
+                f"{teacher_path}: vocab_size {_vocab_size(teacher)} is not the student's {self.vocab_size}; "
+                "teacher and student must share the tokenizer"
             )
         # Losses are sums; Megatron divides by the tokens of the global batch where it reduces the gradients.
         self.config.calculate_per_token_loss = True
@@ -66,7 +67,7 @@ class DistillationModel(llm.GPTModel):  # type: ignore[misc]
         self._taught: deque[dict[str, Any]] = deque()
 
     def io_init(self, **arguments: Any) -> fiddle.Config:
-        """What IOMixin remembers of the constructor's arguments: nothing, `__init__` puts the student's in its place."""
+        """What IOMixin notes of the constructor's arguments: nothing. `__init__` puts the student's in its place."""
         return fiddle.Config(llm.GPTModel)
 
     def configure_model(self, vp_stage: int | None = None) -> None:
@@ -76,14 +77,17 @@ class DistillationModel(llm.GPTModel):  # type: ignore[misc]
         strategy = self.trainer.strategy
         if strategy.virtual_pipeline_model_parallel_size is not None:
             raise UserError(
-                "trainer.strategy.virtual_pipeline_model_parallel_size: must be None here; `minitron distill` has virtual stages"
+                "trainer.strategy.virtual_pipeline_model_parallel_size: virtual stages are `minitron distill`'s; "
+                "set it to null"
             )
         if getattr(strategy.ddp_config, "average_in_collective", False):
             raise UserError(
-                "trainer.strategy.ddp.average_in_collective: must be False; sums are divided by the tokens of the global batch"
+                "trainer.strategy.ddp.average_in_collective: gradients are sums, divided by the tokens of the global "
+                "batch; set it to false"
             )
         super().configure_model(vp_stage)
-        self._output_layer = install_output_layer(self.module) if self.module.post_process else None
+        if self.module.post_process:
+            install_output_layer(self.module)
         if self.objective.needs_teacher:
             config, path = self._teacher_source
             self._teacher = Teacher(config, self.tokenizer, path, self.config, strategy)
@@ -121,12 +125,12 @@ class DistillationModel(llm.GPTModel):  # type: ignore[misc]
         return LossReduction()
 
     def _loss(self, batch: dict[str, Any], objective: DistillationObjective) -> Tensor:
-        assert self._output_layer is not None
-        self._output_layer.head = partial(self._head, batch, objective)
+        layer = unwrap_model(self.module).output_layer
+        layer.head = partial(self._head, batch, objective)
         try:
             total: Tensor = self.config.forward_step_fn(self, {**batch, "labels": None})
         finally:
-            self._output_layer.head = None
+            layer.head = None
         return total
 
     def _head(self, batch: dict[str, Any], objective: DistillationObjective, hidden: Tensor, weight: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ nemo minitron run recipe=my_recipe.yaml recipe.train.lr=5e-5                 any
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import nemo_run as run
 from fiddle._src.experimental.dataclasses import convert_dataclasses_to_configs
@@ -66,8 +66,8 @@ def _register(name: str) -> None:
     def as_recipe() -> Any:
         return recipe_config(path)
 
-    def as_pruning() -> run.Partial:
-        return prune_task(load_recipe(path))
+    def as_pruning(paths: Optional[str] = None) -> run.Partial:  # noqa: UP045 - NeMo-Run knows no other spelling
+        return prune_task(load_recipe(path), paths)
 
     run.cli.factory(as_recipe, target=Recipe, name=factory)
     run.cli.factory(as_pruning, target=llm.prune, name=factory)
@@ -78,8 +78,8 @@ def _register(name: str) -> None:
 
 
 def _register_distillation(target: Any, factory: str, path: Path) -> None:
-    def as_distillation() -> run.Partial:
-        return distill_task(load_recipe(path), target)
+    def as_distillation(paths: Optional[str] = None) -> run.Partial:  # noqa: UP045 - NeMo-Run knows no other spelling
+        return distill_task(load_recipe(path), target, paths)
 
     run.cli.factory(as_distillation, target=target, name=factory)
 

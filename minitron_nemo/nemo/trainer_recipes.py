@@ -1,6 +1,7 @@
 """A recipe in the words of NeMo's own tasks: trainer, strategy, optimizer, data module.
 
-Left out, and so required of the caller: the checkpoints' paths and `data.paths`, the tokenised text.
+Left to the caller: the checkpoints' paths, and `paths`, the tokenised text as NeMo wants it (one prefix, or weights and
+prefixes in turn, between spaces). NeMo-Run 0.11 cannot set `data.paths` on the command line, so it is an argument here.
 """
 
 from typing import Any
@@ -21,8 +22,8 @@ from minitron_nemo.errors import UserError
 from minitron_nemo.nemo.distill import llm_distill
 
 
-def prune_task(recipe: Recipe) -> run.Partial:
-    """`llm.prune` to the recipe's target. Missing: nemo_checkpoint, save_path, data.paths."""
+def prune_task(recipe: Recipe, paths: str | None) -> run.Partial:
+    """`llm.prune` to the recipe's target. Missing: nemo_checkpoint, save_path, and data.paths where not given."""
     target, batch = recipe.prune, recipe.prune.calibration.micro_batch_size
     groups = None
     if target.num_attention_heads is not None and recipe.model.architecture is not None:
@@ -40,14 +41,15 @@ def prune_task(recipe: Recipe) -> run.Partial:
             drop_layers=None if target.drop_layers is None else [layer + 1 for layer in target.drop_layers],
         ),
         num_train_samples=recipe.prune.calibration.samples,
-        data=_data(recipe, batch, batch),  # refused there unless both batch sizes are the same
+        data=_data(recipe, batch, batch, paths),  # refused there unless both batch sizes are the same
     )
 
 
-def distill_task(recipe: Recipe, target: Any) -> run.Partial:
+def distill_task(recipe: Recipe, target: Any, paths: str | None) -> run.Partial:
     """`llm.distill` or `llm_distill` with the recipe's `train`, `parallel`, `cluster`, and the latter's `distill`.
 
-    Missing: student_model_path, teacher_model_path, data.paths. Raises UserError for what NeMo's trainer has not.
+    Missing: student_model_path, teacher_model_path, and data.paths where not given. Raises UserError for what NeMo's
+    trainer has not.
     """
     train = recipe.train
     if train.phases:
@@ -56,7 +58,7 @@ def distill_task(recipe: Recipe, target: Any) -> run.Partial:
         raise UserError(f"train.lr_decay_style: {train.lr_decay_style} has no factory here; set `optim` by hand")
     partial = run.Partial(
         target,
-        data=_data(recipe, train.micro_batch_size, train.global_batch_size),
+        data=_data(recipe, train.micro_batch_size, train.global_batch_size, paths),
         trainer=_trainer(recipe),
         optim=_optimizer(train),
         log=default_log(name=recipe.name, tensorboard_logger=tensorboard_logger(name=recipe.name)),
@@ -67,13 +69,14 @@ def distill_task(recipe: Recipe, target: Any) -> run.Partial:
     return partial
 
 
-def _data(recipe: Recipe, micro_batch_size: int, global_batch_size: int) -> run.Config:
+def _data(recipe: Recipe, micro_batch_size: int, global_batch_size: int, paths: str | None) -> run.Config:
     return run.Config(
         llm.PreTrainingDataModule,
         seq_length=recipe.data.sequence_length,
         micro_batch_size=micro_batch_size,
         global_batch_size=global_batch_size,
         seed=recipe.data.seed,
+        **({} if paths is None else {"paths": paths.split()}),
     )
 
 

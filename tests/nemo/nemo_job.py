@@ -34,6 +34,7 @@ class Samples(pl.LightningDataModule):
         mask = torch.ones(1, length, length).triu(1).bool()
         self.samples = [{**sample, "attention_mask": mask} for sample in samples]
         self.tokenizer: Any = None
+        self.seq_length, self.micro_batch_size, self.global_batch_size = length, micro_batch_size, global_batch_size
         self.data_sampler = MegatronDataSampler(
             seq_len=length, micro_batch_size=micro_batch_size, global_batch_size=global_batch_size
         )
@@ -43,25 +44,6 @@ class Samples(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.samples)
-
-
-class KeepMetrics(pl.Callback):
-    """What Lightning has logged by the end."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def _write(self, trainer: pl.Trainer) -> None:
-        if trainer.global_rank == 0:
-            logged = {name: float(value) for name, value in trainer.logged_metrics.items()}
-            Path(self.path).write_text(json.dumps(logged))
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self._write(trainer)
-
-    def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.state.fn == "validate":
-            self._write(trainer)
 
 
 def main(job: str, settings: dict[str, Any]) -> None:
@@ -76,7 +58,8 @@ def main(job: str, settings: dict[str, Any]) -> None:
         log_every_n_steps=1,
         use_distributed_sampler=False,
         enable_progress_bar=False,
-        callbacks=[KeepMetrics(settings["metrics"])],
+        enable_checkpointing=False,  # NeMoLogger adds its own
+        callbacks=[],
         plugins=nl.MegatronMixedPrecision(precision=settings["precision"], params_dtype=torch.float32),
         strategy=nl.MegatronStrategy(ckpt_async_save=False, **settings["layout"]),  # asynchronously by forks on CUDA
     )
@@ -89,12 +72,12 @@ def main(job: str, settings: dict[str, Any]) -> None:
         ckpt=nl.ModelCheckpoint(save_last=True, every_n_train_steps=1, save_top_k=0),
     )
     if job == "train":
-        # One step of plain SGD: what it changes is the gradient.
+        # Adam's first step is lr * g / (|g| + eps), so with this eps it changes a weight by its gradient.
         optim = MegatronOptimizerModule(
             OptimizerConfig(
-                optimizer="sgd",
-                sgd_momentum=0.0,
-                lr=1.0,
+                optimizer="adam",
+                lr=1e8,
+                adam_eps=1e8,
                 clip_grad=0.0,
                 weight_decay=0.0,
                 use_distributed_optimizer=True,
@@ -106,6 +89,9 @@ def main(job: str, settings: dict[str, Any]) -> None:
         model = io.load_context(Path(settings["student"]) / "context", subpath="model")
         trainer.callbacks.append(ImportanceScores(settings["scores"], settings["student"]))
         llm.validate(model, data, trainer, log=log, resume=resume, tokenizer="model")
+    if trainer.global_rank == 0:
+        logged = {name: float(value) for name, value in trainer.logged_metrics.items()}
+        Path(settings["metrics"]).write_text(json.dumps(logged))
 
 
 if __name__ == "__main__":

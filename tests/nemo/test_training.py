@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,24 +74,10 @@ def test_the_step_is_the_gradient_of_the_fp64_formula(trained: Trained, tmp_path
 
 def test_the_checkpoint_is_the_plain_student(trained: Trained) -> None:
     context = trained.checkpoint / "context"
-    objects = json.loads((context / "io.json").read_text())["objects"]
-    named = {f"{item['module']}.{item['name']}" for item in _references(objects)}
-    model = {name for name in named if "minitron_nemo" in name}
-    assert not model, f"the context names {model}"
-    assert not [path for path in context.rglob("*") if path.is_file() and _is_pickle(path)]
+    files = [path for path in context.rglob("*") if path.is_file()]
+    # NeMo itself pickles its precision plugin there; of this project there is nothing, in JSON or pickled.
+    assert [path for path in files if b"minitron" in path.read_bytes()] == []
     loaded = io.load_context(context, subpath="model")
     assert type(loaded) is llm.LlamaModel
-    assert loaded.config.hidden_size == 48
-
-
-def _references(value: Any) -> list[dict[str, str]]:
-    if isinstance(value, list):
-        return [found for item in value for found in _references(item)]
-    if not isinstance(value, dict):
-        return []
-    own = [value] if {"module", "name"} <= value.keys() else []
-    return own + [found for item in value.values() for found in _references(item)]
-
-
-def _is_pickle(path: Path) -> bool:
-    return path.read_bytes()[:1] == b"\x80"
+    assert (loaded.config.hidden_size, loaded.config.calculate_per_token_loss) == (48, False)
+    assert loaded.optim.config.lr == 1e8  # what it was trained with
