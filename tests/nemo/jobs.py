@@ -18,9 +18,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def write_models(directory: Path) -> tuple[Path, Path]:
-    """Student and teacher, Hugging Face and (in SAME-nemo) NeMo checkpoints; of other widths, layers and heads."""
-    student = write_tiny_llama(directory / "student", num_layers=2, hidden_size=48, ffn_hidden_size=64, seed=1)
-    teacher = write_tiny_llama(directory / "teacher", num_layers=2, seed=2)
+    """Student and teacher of two widths, Hugging Face and (in SAME-nemo) NeMo checkpoints.
+
+    260 tokens: NeMo takes the vocabulary as it is, and it has to divide by the tensor-parallel size.
+    """
+    both: dict[str, Any] = {"num_layers": 2, "vocab_size": 260}
+    student = write_tiny_llama(directory / "student", hidden_size=48, ffn_hidden_size=64, seed=1, **both)
+    teacher = write_tiny_llama(directory / "teacher", seed=2, **both)
     for model in (student, teacher):
         convert(model, nemo(model), "nemo", progress=False)
     return student, teacher

@@ -53,7 +53,7 @@ def main(job: str, settings: dict[str, Any]) -> None:
         accelerator="cpu",
         devices=settings["processes"],
         max_steps=1,
-        limit_val_batches=1 if job == "score" else 0,
+        limit_val_batches=len(samples) if job == "score" else 0,  # counts microbatches
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         use_distributed_sampler=False,

@@ -16,7 +16,9 @@ from tests.tiny import write_tiny_llama
 
 def test_import_and_export_give_the_same_bits(tmp_path: Path) -> None:
     source = write_tiny_llama(tmp_path / "source", dtype=torch.bfloat16)
-    model = llm.LlamaModel(llm.LlamaConfig(num_layers=1, hidden_size=64, apply_rope_fusion=False))
+    model = llm.LlamaModel(
+        llm.LlamaConfig(num_layers=1, num_attention_heads=8, hidden_size=64, apply_rope_fusion=False)
+    )
     imported = llm.import_ckpt(model, f"minitron://{source}", output_path=tmp_path / "nemo")
     loaded = io.load_context(imported / "context", subpath="model")
     assert (type(loaded), loaded.config.num_layers, loaded.config.ffn_hidden_size) == (llm.LlamaModel, 4, 96)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,19 @@ def test_a_local_executor_runs_a_task(tmp_path: Path) -> None:
     assert any("hidden 3072, ffn 9216" in log for log in logs), logs
 
 
-def test_a_slurm_executor_packages_a_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_slurm_executor_starts_a_task_with_srun(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO())  # which the tunnel passes on
     tunnel = run.LocalTunnel(job_dir=str(tmp_path / "jobs"))
-    executor = run.SlurmExecutor(account="me", partition="big", nodes=2, ntasks_per_node=8, tunnel=tunnel)
+    executor = run.SlurmExecutor(
+        account="me",
+        partition="big",
+        nodes=2,
+        ntasks_per_node=8,
+        tunnel=tunnel,
+        packager=run.Packager(),  # the package is in the container
+    )
     with run.Experiment("minitron", base_dir=str(tmp_path / "experiments")) as experiment:
         experiment.add(recipes.mistral_nemo_8b(), executor=executor, name="chain")
         experiment.dryrun(delete_exp_dir=False)
