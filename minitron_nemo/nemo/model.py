@@ -120,9 +120,7 @@ class DistillationModel(llm.GPTModel):  # type: ignore[misc]
     def training_loss_reduction(self) -> LossReduction:
         return LossReduction()
 
-    @property
-    def validation_loss_reduction(self) -> LossReduction:
-        return LossReduction()
+    validation_loss_reduction = training_loss_reduction
 
     def _loss(self, batch: dict[str, Any], objective: DistillationObjective) -> Tensor:
         layer = unwrap_model(self.module).output_layer
@@ -138,6 +136,7 @@ class DistillationModel(llm.GPTModel):  # type: ignore[misc]
         states = batch.get("teacher_states") if objective.needs_teacher else None
         if states is not None and not self.config.sequence_parallel:
             states = gather_sequence(states)
+        tp = self.config.tensor_model_parallel_size
         total, batch["loss_sums"] = objective.loss(
             hidden,
             weight,
@@ -146,9 +145,7 @@ class DistillationModel(llm.GPTModel):  # type: ignore[misc]
             batch["labels"],
             batch["loss_mask"].float(),
             vocab_size=self.vocab_size,
-            tp_group=parallel_state.get_tensor_model_parallel_group()
-            if self.config.tensor_model_parallel_size > 1
-            else None,
+            tp_group=parallel_state.get_tensor_model_parallel_group() if tp > 1 else None,
             sequence_parallel=self.config.sequence_parallel,
         )
         return total
