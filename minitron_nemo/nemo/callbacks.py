@@ -20,7 +20,7 @@ from minitron_nemo.errors import UserError
 from minitron_nemo.importance.collect import Collector
 
 
-class ImportanceScores(pl.Callback, io.IOMixin):  # type: ignore[misc]
+class ImportanceScores(pl.Callback, io.IOMixin):
     """Scores every axis of the model that `llm.validate` runs and writes them to `path`, for `minitron prune`.
 
     `checkpoint` is the NeMo checkpoint that is validated: its context gives the sizes, its weights the fingerprint.

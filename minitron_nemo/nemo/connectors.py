@@ -19,7 +19,7 @@ from minitron_nemo.checkpoint.transform import convert
 EXTENSION = "minitron"
 
 
-class Importer(io.ModelConnector):  # type: ignore[misc]
+class Importer(io.ModelConnector):
     """Its path is the source; the NeMo checkpoint it makes has the source's own sizes, whatever model NeMo names."""
 
     def apply(self, output_path: Path, **_: Any) -> Path:
@@ -27,7 +27,7 @@ class Importer(io.ModelConnector):  # type: ignore[misc]
         return output_path
 
 
-class Exporter(io.ModelConnector):  # type: ignore[misc]
+class Exporter(io.ModelConnector):
     """Its path is the NeMo checkpoint."""
 
     def apply(self, output_path: Path, **_: Any) -> Path:

@@ -28,8 +28,9 @@ def llm_distill(
     optim: nl.OptimizerModule | None = None,
 ) -> Path:
     """Train a student against its teacher with this project's loss, in NeMo's trainer. Both are NeMo checkpoints."""
-    models = [_model(path) for path in (student_model_path, teacher_model_path)]
-    model = DistillationModel(*models, teacher_path=teacher_model_path, objective=objective)
+    model = DistillationModel(
+        _model(student_model_path), _model(teacher_model_path), teacher_model_path, objective=objective
+    )
     resume = resume or nl.AutoResume()
     resume.restore_config = resume.restore_config or nl.RestoreConfig(path=student_model_path)
     return llm.train(model, data, trainer, log=log, resume=resume, optim=optim, tokenizer="model")

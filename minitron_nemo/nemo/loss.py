@@ -14,7 +14,7 @@ from torch import Tensor, distributed
 PARTS = ("loss", "logits", "ce", "tokens")  # of a microbatch's report, all sums but the last
 
 
-class LossReduction(MegatronLossReduction):  # type: ignore[misc]
+class LossReduction(MegatronLossReduction):
     """From the model's output, the objective's sum [1, 1], to what Megatron's schedule and NeMo's log want."""
 
     def forward(self, batch: dict[str, Any], forward_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,7 +36,7 @@ class LossReduction(MegatronLossReduction):  # type: ignore[misc]
         return (sums[0] / sums[-1].clamp(min=1)).float()
 
 
-class LossParts(pl.Callback):  # type: ignore[misc]
+class LossParts(pl.Callback):
     """Logs every part of the loss per token, by the tags of docs/observability.md, wherever NeMo logs to."""
 
     def on_megatron_step_end(self, step: MegatronStep, microbatch_outputs: Sequence[Tensor]) -> None:

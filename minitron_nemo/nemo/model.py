@@ -29,7 +29,7 @@ from minitron_nemo.nemo.loss import LossParts, LossReduction
 from minitron_nemo.nemo.teacher import Teacher, TeacherPass
 
 
-class DistillationModel(llm.GPTModel):  # type: ignore[misc]
+class DistillationModel(llm.GPTModel):
     """NeMo's GPTModel of `student`, trained against `teacher` with the losses of `objective`.
 
     `student` and `teacher` are models as `io.load_context(..., subpath="model")` gives them, without weights: the
@@ -100,8 +100,8 @@ class DistillationModel(llm.GPTModel):  # type: ignore[misc]
         """Run the teacher on the microbatches of a step; the student's forward passes get them in this order."""
         assert self._teacher is not None
         states = self._teacher.states(batches, sequence_length, micro_batch_size)
-        for batch, state in zip(batches, states or [None] * len(batches), strict=True):
-            self._taught.append({**batch, "teacher_states": state})
+        for index, batch in enumerate(batches):
+            self._taught.append({**batch, "teacher_states": states[index] if states else None})
 
     def data_step(self, dataloader_iter: Any) -> dict[str, Any]:
         """The next microbatch of the step: one that the teacher has seen, if there is any."""
@@ -133,15 +133,17 @@ class DistillationModel(llm.GPTModel):  # type: ignore[misc]
 
     def _head(self, batch: dict[str, Any], objective: DistillationObjective, hidden: Tensor, weight: Tensor) -> Tensor:
         """Leaves the parts of the loss in the batch, for the reduction."""
-        states = batch.get("teacher_states") if objective.needs_teacher else None
-        if states is not None and not self.config.sequence_parallel:
-            states = gather_sequence(states)
+        states, teacher_weight = None, None
+        if objective.needs_teacher and self._teacher is not None:
+            states, teacher_weight = batch["teacher_states"], self._teacher.output_weight
+            if not self.config.sequence_parallel:
+                states = gather_sequence(states)
         tp = self.config.tensor_model_parallel_size
         total, batch["loss_sums"] = objective.loss(
             hidden,
             weight,
             states,
-            None if states is None else self._teacher.output_weight,
+            teacher_weight,
             batch["labels"],
             batch["loss_mask"].float(),
             vocab_size=self.vocab_size,

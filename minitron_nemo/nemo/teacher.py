@@ -106,7 +106,7 @@ def layout_of(config: Any) -> Layout:
     return Layout(**{field.name: getattr(config, field.name) for field in fields(Layout)})
 
 
-class TaughtStep(MegatronStep):  # type: ignore[misc]
+class TaughtStep(MegatronStep):
     """NeMo's step of a training batch, begun with the teacher's pass."""
 
     def get_data_iterator_and_seq_length(self) -> tuple[Any, int | None]:
@@ -118,7 +118,7 @@ class TaughtStep(MegatronStep):  # type: ignore[misc]
         return data, sequence_length
 
 
-class TeacherPass(pl.Callback):  # type: ignore[misc]
+class TeacherPass(pl.Callback):
     """Has every training step begin with the teacher's pass."""
 
     def on_megatron_step_start(self, step: MegatronStep) -> MegatronStep:

@@ -26,7 +26,7 @@ def install() -> None:
     launch._save_without_manager()
     # lightning/megatron_parallel.py:617: DDP is made on a stream of its own.
     torch.cuda.Stream = lambda *arguments, **options: None  # type: ignore[assignment,misc]
-    torch.cuda.stream = lambda stream: nullcontext()  # type: ignore[assignment]
+    torch.cuda.stream = lambda stream: nullcontext()  # type: ignore[assignment,return-value]
     # collections/llm/gpt/model/base.py:103: batches go to the GPU.
     torch.Tensor.cuda = lambda self, *arguments, **options: self  # type: ignore[method-assign]
     # lightning/pytorch/strategies/megatron_strategy.py:801, 850, 881; lightning/pytorch/plugins/data_sampler.py:192,
