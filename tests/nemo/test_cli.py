@@ -25,6 +25,7 @@ def recipe(tmp_path: Path) -> Path:
     convert(source, run_dir / "teacher", "megatron", progress=False)
     shape = Architecture.load(run_dir / "teacher")
     scores_from(random_values(shape), shape).save(run_dir / "scores.npz")
+    (tmp_path / "text.txt").write_text("Nothing here is read.\n")
     path = tmp_path / "recipe.yaml"
     content = {
         "name": "tiny",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,10 @@ def test_nemos_pruning_gets_the_recipes_target() -> None:
 
 
 @pytest.mark.slow
-def test_a_local_executor_runs_a_task(tmp_path: Path) -> None:
+def test_a_local_executor_runs_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It calls `python` by its name, and in a directory of its own.
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(RECIPES.parent))
     task = recipes.llama31_4b_width("plan")
     task.recipe.run_dir = str(tmp_path / "run")
     with run.Experiment("minitron", base_dir=str(tmp_path / "experiments")) as experiment:
