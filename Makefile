@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+NEMO_VENV := .venv-nemo
+NEMO_BIN := $(NEMO_VENV)/bin
 TORCH := torch==2.13.0
 PYTEST := $(BIN)/python -m pytest
 
@@ -10,7 +12,7 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DELETE_ON_ERROR:
-.PHONY: install demo lint check test soak slurm-packages clean
+.PHONY: install install-nemo demo lint check test test-nemo soak slurm-packages clean
 
 install: $(VENV)/.installed
 
@@ -19,6 +21,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# NeMo wants another Megatron-core and another numpy, so it has an environment of its own.
+install-nemo: $(NEMO_VENV)/.installed
+
+$(NEMO_VENV)/.installed: pyproject.toml constraints-nemo.txt
+	test -x $(NEMO_BIN)/python || $(PYTHON) -m venv $(NEMO_VENV)
+	$(NEMO_BIN)/python -m pip install --quiet "$(TORCH)"
+	$(NEMO_BIN)/python -m pip install --quiet --constraint constraints-nemo.txt '.[nemo]' 'pytest>=8.3' 'pytest-timeout>=2.3'
 	touch $@
 
 # SmolLM2-135M from a package index to a distilled, exported student.
@@ -40,6 +51,12 @@ check: lint
 # What CI runs: everything but the soak; tests marked gpu skip themselves without one.
 test: install slurm-packages
 	$(PYTEST)
+	$(MAKE) test-nemo
+
+# The plug-ins, from a wheel that is built for it.
+test-nemo: install-nemo
+	$(NEMO_BIN)/python -m pip install --quiet --no-deps --force-reinstall .
+	$(NEMO_BIN)/python -m pytest tests/nemo tests/test_imports.py
 
 # The full matrices of layouts and faults, with those faults on Slurm that `make test` has, too; and the real model.
 soak: install slurm-packages
@@ -49,4 +66,4 @@ slurm-packages:
 	bash tests/slurm/install.sh
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(NEMO_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -118,5 +118,6 @@ def _watch(path: Path, mine: str, ended: threading.Event) -> None:
     while not ended.wait(INTERVAL):
         with suppress(OSError):  # what cannot be read now is read the next time
             if _read(path).get("token", mine) != mine:
-                print(f"rank {launch.job_rank()}: a later start has taken {path.parent} over", file=sys.stderr, flush=True)
+                said = f"rank {launch.job_rank()}: a later start has taken {path.parent} over"
+                print(said, file=sys.stderr, flush=True)
                 os._exit(1)

@@ -271,5 +271,20 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
+def recipe_yaml(recipe: Recipe) -> str:
+    """`recipe` as a file that `load_recipe` reads; what is missing in it stays missing."""
+    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+
+
+def run_directory(recipe: Recipe) -> Path:
+    """`run_dir` of a recipe that did not come from `load_recipe`, where it may still name another key."""
+    return Path(OmegaConf.structured(recipe).run_dir)
+
+
+def shipped_recipe(name: str) -> Path:
+    """The file of a recipe that comes with the package, by its `name`."""
+    return Path(__file__).parent / "recipes" / f"{name}.yaml"
+
+
 def _key(error: OmegaConfBaseException) -> str:
     return str(getattr(error, "full_key", None) or "recipe")

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from minitron_nemo.arch import Architecture
 from minitron_nemo.models.norm import RMSNorm
-from minitron_nemo.models.output_layer import OutputLayer
+from minitron_nemo.models.output_layer import OutputLayer, install_output_layer
 from minitron_nemo.models.rope import scaled_frequencies
 from minitron_nemo.parallel import device, launch
 from minitron_nemo.parallel.layout import Layout
@@ -38,17 +38,7 @@ class LanguageModel(GPTModel):
     def setup_embeddings_and_output_layer(self) -> None:
         """Megatron's constructor calls this once the modules exist and before it ties and marks their weights."""
         if self.post_process:
-            weight = self.output_layer.weight
-            self.output_layer = OutputLayer(
-                self.config.hidden_size,
-                self.vocab_size,
-                config=self.config,
-                init_method=self.config.init_method,
-                bias=False,
-                skip_weight_param_allocation=True,
-                tp_group=self.pg_collection.tp,
-            )
-            self.output_layer.weight = weight
+            install_output_layer(self)
         super().setup_embeddings_and_output_layer()
 
 

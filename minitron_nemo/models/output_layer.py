@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
@@ -36,3 +37,20 @@ class OutputLayer(ColumnParallelLinear):
         if self.mode == "hidden":
             return input_, None
         return super().forward(input_, weight, runtime_gather_output)
+
+
+def install_output_layer(model: GPTModel) -> OutputLayer:
+    """Put an OutputLayer in the place of a last stage's output projection, on the same weight (None where tied)."""
+    weight = model.output_layer.weight
+    layer = OutputLayer(
+        model.config.hidden_size,
+        model.vocab_size,
+        config=model.config,
+        init_method=model.config.init_method,
+        bias=False,
+        skip_weight_param_allocation=True,
+        tp_group=model.pg_collection.tp,
+    )
+    layer.weight = weight
+    model.output_layer = layer
+    return layer

@@ -3,8 +3,8 @@
 Without CUDA, Megatron-core needs three things, all installed by `install`: answers to the `torch.cuda` functions it
 calls unconditionally, CPU generators behind its random-state helpers, and CPU names in the functions that spell out
 `"cuda"` or a CUDA tensor type. The last are changed where they are, constant by constant, so that no other code in
-the process sees another torch. The line numbers are those of the one version this was tested with; another version is
-refused.
+the process sees another torch. The line numbers are those of 0.16.1; 0.15.3, which NeMo 2.7 needs, has the same
+functions. Versions this was not tested with are refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.distributed import Store
 
 from minitron_nemo.errors import UserError
 
-TESTED_VERSIONS = ("0.16.1",)
+TESTED_VERSIONS = ("0.15.3", "0.16.1")
 
 # Functions of megatron.core that name CUDA, in a literal or as tensor.cuda(), and the lines that do.
 NAMING_CUDA: dict[str, tuple[str, ...]] = {

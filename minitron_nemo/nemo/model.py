@@ -1,0 +1,170 @@
+"""`DistillationModel`: a student that NeMo's trainer trains with this project's loss.
+
+    llm.train / trainer.fit -> TeacherPass -> student forward -> OutputLayer -> DistillationObjective -> one number
+
+What it saves is the student: the context names the student's own class, and the weights are the student's alone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from functools import partial
+from typing import Any
+
+import fiddle
+import lightning.pytorch as pl
+from megatron.core import parallel_state
+from nemo.collections import llm
+from nemo.utils.model_utils import unwrap_model
+from torch import Tensor
+
+from minitron_nemo.config import DistillConfig
+from minitron_nemo.distillation.balance import DYNAMIC
+from minitron_nemo.distillation.intermediate import AUTO
+from minitron_nemo.distillation.objective import DistillationObjective
+from minitron_nemo.errors import UserError
+from minitron_nemo.models.output_layer import install_output_layer
+from minitron_nemo.models.states import gather_sequence
+from minitron_nemo.nemo.loss import LossParts, LossReduction
+from minitron_nemo.nemo.teacher import Teacher, TeacherPass
+
+
+class DistillationModel(llm.GPTModel):
+    """NeMo's GPTModel of `student`, trained against `teacher` with the losses of `objective`.
+
+    `student` and `teacher` are models as `io.load_context(..., subpath="model")` gives them, without weights: the
+    teacher's come from the NeMo checkpoint `teacher_path`, the student's are restored by NeMo (`AutoResume`).
+    Validation measures the cross-entropy, as of NeMo's own models. Raises UserError for models of other vocabularies
+    and for what only `minitron distill` does: intermediate losses, virtual pipeline stages.
+    """
+
+    def __init__(
+        self,
+        student: llm.GPTModel,
+        teacher: llm.GPTModel,
+        teacher_path: str,
+        objective: DistillConfig | None = None,
+        optim: Any = None,
+        tokenizer: Any = None,
+        model_transform: Any = None,
+    ) -> None:
+        super().__init__(student.config, optim or student.optim, tokenizer or student.tokenizer, model_transform)
+        self.__io__ = student.__io__  # what a checkpoint's context will name
+        self.optim.connect(self)  # once more, for it notes itself in `__io__`
+        objective = objective or DistillConfig()
+        _check(objective, student.config.num_layers, teacher.config.num_layers)
+        self.vocab_size = _vocab_size(student)
+        if _vocab_size(teacher) != self.vocab_size:
+            raise UserError(
+                f"{teacher_path}: vocab_size {_vocab_size(teacher)} is not the student's {self.vocab_size}; "
+                "teacher and student must share the tokenizer"
+            )
+        # Losses are sums; Megatron divides by the tokens of the global batch where it reduces the gradients.
+        self.config.calculate_per_token_loss = True
+        self.objective = DistillationObjective.from_config(objective)
+        self._teacher_source = (teacher.config, teacher_path)
+        self._teacher: Teacher | None = None
+        self._taught: deque[dict[str, Any]] = deque()
+
+    def io_init(self, **arguments: Any) -> fiddle.Config:
+        """What IOMixin notes of the constructor's arguments: nothing. `__init__` puts the student's in its place."""
+        return fiddle.Config(llm.GPTModel)
+
+    def configure_model(self, vp_stage: int | None = None) -> None:
+        """Build student and teacher on this rank and load the teacher. Collective."""
+        if hasattr(self, "module"):
+            return
+        strategy = self.trainer.strategy
+        if strategy.virtual_pipeline_model_parallel_size is not None:
+            raise UserError(
+                "trainer.strategy.virtual_pipeline_model_parallel_size: virtual stages are `minitron distill`'s; "
+                "set it to null"
+            )
+        if getattr(strategy.ddp_config, "average_in_collective", False):
+            raise UserError(
+                "trainer.strategy.ddp.average_in_collective: gradients are sums, divided by the tokens of the global "
+                "batch; set it to false"
+            )
+        super().configure_model(vp_stage)
+        if self.module.post_process:
+            install_output_layer(self.module)
+        if self.objective.needs_teacher:
+            config, path = self._teacher_source
+            self._teacher = Teacher(config, self.tokenizer, path, self.config, strategy)
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Lightning adds these to the trainer's."""
+        return [LossParts(), *([TeacherPass()] if self.objective.needs_teacher else [])]
+
+    def teach(self, batches: list[dict[str, Any]], sequence_length: int, micro_batch_size: int) -> None:
+        """Run the teacher on the microbatches of a step; the student's forward passes get them in this order."""
+        assert self._teacher is not None
+        states = self._teacher.states(batches, sequence_length, micro_batch_size)
+        for index, batch in enumerate(batches):
+            self._taught.append({**batch, "teacher_states": states[index] if states else None})
+
+    def data_step(self, dataloader_iter: Any) -> dict[str, Any]:
+        """The next microbatch of the step: one that the teacher has seen, if there is any."""
+        batch: dict[str, Any] = self._taught.popleft() if self._taught else super().data_step(dataloader_iter)
+        return batch
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int | None = None) -> Tensor:
+        """The objective's sum over the microbatch; on the last pipeline stage."""
+        return self._loss(batch, self.objective)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int | None = None) -> Tensor:
+        """The sum of the cross-entropy over the microbatch; on the last pipeline stage."""
+        return self._loss(batch, DistillationObjective.cross_entropy(self.objective.chunk_bytes))
+
+    @property
+    def training_loss_reduction(self) -> LossReduction:
+        return LossReduction()
+
+    validation_loss_reduction = training_loss_reduction
+
+    def _loss(self, batch: dict[str, Any], objective: DistillationObjective) -> Tensor:
+        layer = unwrap_model(self.module).output_layer
+        layer.head = partial(self._head, batch, objective)
+        try:
+            total: Tensor = self.config.forward_step_fn(self, {**batch, "labels": None})
+        finally:
+            layer.head = None
+        return total
+
+    def _head(self, batch: dict[str, Any], objective: DistillationObjective, hidden: Tensor, weight: Tensor) -> Tensor:
+        """Leaves the parts of the loss in the batch, for the reduction."""
+        states, teacher_weight = None, None
+        if objective.needs_teacher and self._teacher is not None:
+            states, teacher_weight = batch["teacher_states"], self._teacher.output_weight
+            if not self.config.sequence_parallel:
+                states = gather_sequence(states)
+        tp = self.config.tensor_model_parallel_size
+        total, batch["loss_sums"] = objective.loss(
+            hidden,
+            weight,
+            states,
+            teacher_weight,
+            batch["labels"],
+            batch["loss_mask"].float(),
+            vocab_size=self.vocab_size,
+            tp_group=parallel_state.get_tensor_model_parallel_group() if tp > 1 else None,
+            sequence_parallel=self.config.sequence_parallel,
+        )
+        return total
+
+
+def _vocab_size(model: llm.GPTModel) -> int:
+    """Tokens that exist; the rows of the weights may be more."""
+    size: int = model.config.vocab_size or model.tokenizer.vocab_size
+    return size
+
+
+def _check(objective: DistillConfig, student_layers: int, teacher_layers: int) -> None:
+    pairs = objective.intermediate.pairs
+    if (pairs == AUTO and student_layers != teacher_layers) or (pairs != AUTO and pairs):
+        raise UserError(
+            f"distill.intermediate.pairs: {pairs!r} asks for intermediate losses, which NeMo's trainer has not; set it "
+            "to [], or use `minitron distill`"
+        )
+    if objective.ce_weight == DYNAMIC:
+        raise UserError("distill.ce_weight: dynamic is `minitron distill`'s; give a number")

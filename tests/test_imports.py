@@ -1,0 +1,34 @@
+"""What importing the package pulls in: NeMo never, whether it is installed or not, and torch when it is needed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+FOREIGN = ("nemo", "nemo_run", "lightning", "pytorch_lightning", "fiddle", "modelopt", "transformer_engine")
+# The modules that the command line and every command of it begin with.
+EVERYTHING = """
+import pkgutil, minitron_nemo, minitron_nemo.cli
+for module in pkgutil.walk_packages(minitron_nemo.__path__, "minitron_nemo."):
+    if not module.name.startswith(("minitron_nemo.nemo", "minitron_nemo.kernels.triton")):
+        __import__(module.name)
+"""
+
+
+def _modules(code: str) -> set[str]:
+    """Names of all modules that a fresh interpreter has after `code`."""
+    command = [sys.executable, "-W", "ignore", "-c", f"{code}\nimport sys; print(*sys.modules)"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_the_package_imports_nothing_of_nemo() -> None:
+    loaded = _modules(EVERYTHING)
+    assert {"minitron_nemo.run", "minitron_nemo.distillation.trainer", "torch", "megatron.core"} <= loaded
+    assert {name for name in loaded if name.split(".")[0] in FOREIGN} == set()
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    loaded = _modules("import minitron_nemo.cli")
+    assert "torch" not in loaded
+    assert len(loaded) < 400  # 222 when this was written; torch and Megatron-core bring 3,000 more
