@@ -114,10 +114,6 @@ def _transformer_config(
 ) -> TransformerConfig:
     fused = device.has_transformer_engine()
     layers = family(architecture.family)
-    # A window as long as the context cuts nothing off, and attention without one is faster.
-    window = (
-        architecture.window_size if (architecture.window_size or 0) < architecture.max_position_embeddings else None
-    )
     interleaved = layout.virtual_pipeline_model_parallel_size is not None
     return TransformerConfig(
         num_layers=architecture.num_layers,
@@ -134,7 +130,7 @@ def _transformer_config(
         add_bias_linear=False,
         add_qkv_bias=layers.add_qkv_bias,
         qk_layernorm=layers.qk_layernorm,
-        window_size=None if window is None else (window - 1, 0),  # to the left and to the right of a token
+        window_size=_window(architecture),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
@@ -161,6 +157,12 @@ def _transformer_config(
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
     )
+
+
+def _window(architecture: Architecture) -> tuple[int, int] | None:
+    """Tokens that attention reaches to the left and to the right of a token; None where nothing is out of reach."""
+    size = architecture.window_size
+    return None if size is None or size >= architecture.max_position_embeddings else (size - 1, 0)
 
 
 def _uneven_stages(layers: list[int]) -> list[list[str]] | None:
