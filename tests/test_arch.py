@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import LlamaConfig, MistralConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from minitron_nemo.arch import Architecture, Axis, Plan
-from minitron_nemo.arch.axes import AxisDim, Dim, GatedDim, HeadsDim, QKVDim
-from minitron_nemo.arch.counts import non_embedding_parameters, parameters
+from minitron_nemo.arch.axes import AxisDim, Dim, GatedDim, HeadsDim, KVChannelsDim, QKVDim
+from minitron_nemo.arch.counts import forward_flops_per_token, non_embedding_parameters, parameters
+from minitron_nemo.arch.families import FAMILIES
 from minitron_nemo.arch.huggingface import architecture_from_hf, hf_config, hf_warnings
 from minitron_nemo.arch.nemo import architecture_from_nemo, nemo_config
 from minitron_nemo.arch.tensors import tensors
@@ -23,6 +25,11 @@ MISTRAL_NEMO_12B = Architecture(40, 5120, 14336, 32, 8, 128, 131072, 131072, rot
 SMOLLM2_135M = Architecture(
     30, 576, 1536, 9, 3, 64, 49152, 8192, rotary_base=100000.0, share_embeddings_and_output_weights=True
 )
+NEMOTRON: dict[str, Any] = {"family": "nemotron", "model_type": "nemotron", "rotary_percent": 0.5}
+NEMOTRON4_15B = Architecture(32, 6144, 24576, 48, 8, 128, 256000, 4096, **NEMOTRON)
+QWEN25_7B = Architecture(28, 3584, 18944, 28, 4, 128, 152064, 131072, 1e-6, 1e6, family="qwen2", model_type="qwen2")
+QWEN3_8B = Architecture(36, 4096, 12288, 32, 8, 128, 151936, 40960, 1e-6, 1e6, family="qwen3", model_type="qwen3")
+PHI3_MINI = Architecture(32, 3072, 8192, 32, 32, 96, 32064, 4096, window_size=2047, family="phi3", model_type="phi3")
 
 
 @pytest.mark.parametrize(
@@ -34,11 +41,33 @@ SMOLLM2_135M = Architecture(
         (LLAMA_31_8B.resized({Axis.LAYERS: 16}), "4.540", "3.490"),
         # MN-Minitron-8B
         (MISTRAL_NEMO_12B.resized({Axis.HIDDEN: 4096, Axis.FFN: 11520}), "8.414", "7.340"),
+        # Nemotron-4 15B, Minitron 8B and 4B (2407.14679, table 10)
+        (NEMOTRON4_15B, "15.629", "12.483"),
+        (NEMOTRON4_15B.resized({Axis.HIDDEN: 4096, Axis.FFN: 16384}), "8.272", "6.175"),
+        (NEMOTRON4_15B.resized({Axis.HIDDEN: 3072, Axis.FFN: 9216, Axis.HEADS: 24}), "4.191", "2.618"),
     ],
 )
 def test_parameter_counts_are_the_published_ones(architecture: Architecture, total: str, non_embedding: str) -> None:
     assert f"{parameters(architecture) / 1e9:.3f}" == total
     assert f"{non_embedding_parameters(architecture) / 1e9:.3f}" == non_embedding
+
+
+@pytest.mark.parametrize("architecture", [NEMOTRON4_15B, QWEN25_7B, QWEN3_8B, PHI3_MINI], ids=lambda a: a.family)
+def test_parameter_and_flop_counts_are_those_of_transformers_model(architecture: Architecture) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf_config(architecture, "bfloat16")))
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    assert parameters(architecture) == sum(sizes.values())
+    inside = {name: size for name, size in sizes.items() if "embed_tokens" not in name and "lm_head" not in name}
+    assert non_embedding_parameters(architecture) == sum(inside.values())
+    matrices = sum(parameter.numel() for name, parameter in model.named_parameters() if parameter.dim() == 2)
+    matrices -= sizes["model.embed_tokens.weight"]  # a table, not a product
+    length = 4096
+    window = architecture.window_size or length
+    pairs = sum(min(token + 0.5, window - 0.5) for token in range(length))  # half of a token's view of itself
+    attention = 4 * pairs / length * architecture.num_layers * architecture.num_attention_heads
+    expected = 2 * matrices + attention * architecture.kv_channels
+    assert forward_flops_per_token(architecture, length) == pytest.approx(expected, rel=1e-4)
 
 
 def test_parameter_counts_of_smollm2_are_exact() -> None:
@@ -53,15 +82,22 @@ def test_parameter_counts_of_smollm2_are_exact() -> None:
         SMOLLM2_135M,
         Architecture(4, 64, 96, 8, 4, 16, 259, 512, layernorm_epsilon=1e-6, rope_scaling=LLAMA3_ROPE),
         MISTRAL_NEMO_12B,
+        NEMOTRON4_15B,
+        QWEN25_7B,
+        QWEN3_8B,
+        PHI3_MINI,
     ],
 )
 def test_configuration_survives_transformers(architecture: Architecture) -> None:
-    config_class = {"llama": LlamaConfig, "mistral": MistralConfig}[architecture.model_type]
-    theirs = config_class(**hf_config(architecture, "bfloat16"))
+    ours = hf_config(architecture, "bfloat16")
+    assert architecture_from_hf(ours) == architecture
+    theirs = AutoConfig.for_model(**ours)
     assert theirs.head_dim == architecture.kv_channels
     assert theirs.num_key_value_heads == architecture.num_query_groups
     assert theirs.rope_parameters["rope_theta"] == architecture.rotary_base
     assert theirs.rope_parameters["rope_type"] == ("llama3" if architecture.rope_scaling else "default")
+    assert theirs.rope_parameters.get("partial_rotary_factor", 1.0) == architecture.rotary_percent
+    assert getattr(theirs, "sliding_window", None) == architecture.window_size
     assert theirs.tie_word_embeddings == architecture.share_embeddings_and_output_weights
     # What transformers 5 writes has other keys than what we wrote.
     assert "rope_parameters" in theirs.to_dict()
@@ -82,6 +118,31 @@ def test_features_of_other_families_are_refused_by_name(change: dict, named: str
         architecture_from_hf(hf_config(SMOLLM2_135M, "bfloat16") | change)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "change", "named"),
+    [
+        (PHI3_MINI, {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0]}}, "rope_type 'su'"),
+        (PHI3_MINI, {"rope_scaling": {"type": "longrope"}}, "rope_type 'longrope' is not supported"),
+        (QWEN25_7B, {"use_sliding_window": True}, "use_sliding_window is True"),
+        (QWEN3_8B, {"attention_bias": True}, "attention_bias is True"),
+        (NEMOTRON4_15B, {"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'relu2' is supported"),
+    ],
+)
+def test_what_a_family_does_not_compute_is_refused_in_one_line(
+    architecture: Architecture, change: dict, named: str
+) -> None:
+    with pytest.raises(UserError, match=named) as error:
+        architecture_from_hf(hf_config(architecture, "bfloat16") | change)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_family_and_a_model_type_of_another_are_refused() -> None:
+    with pytest.raises(UserError, match="family 'gemma' is not known; known: llama, nemotron, phi3, qwen2, qwen3"):
+        replace(SMALL, family="gemma")
+    with pytest.raises(UserError, match="model_type 'llama' is not one of family 'qwen2': qwen2"):
+        replace(SMALL, family="qwen2")
+
+
 def test_shapes_that_transformers_refuses_are_warned_of() -> None:
     odd = SMOLLM2_135M.resized({Axis.HIDDEN: 448})
     with pytest.raises(Exception, match="not a multiple of the number of attention heads"):
@@ -100,6 +161,8 @@ def _labels(dim: Dim) -> list[tuple]:
         return [(dim.axis, entry) for entry in range(SMALL.size(dim.axis))]
     if isinstance(dim, GatedDim):
         return [(dim.axis, entry, half) for half in ("gate", "up") for entry in range(SMALL.size(dim.axis))]
+    if isinstance(dim, KVChannelsDim):
+        return [("channel", channel) for channel in range(4)]
     if isinstance(dim, HeadsDim):
         return [(Axis.HEADS, head, channel) for head in range(6) for channel in range(4)]
     rows: list[tuple] = []
@@ -111,7 +174,9 @@ def _labels(dim: Dim) -> list[tuple]:
     return rows
 
 
-@pytest.mark.parametrize("dim", [AxisDim(Axis.HIDDEN), AxisDim(Axis.VOCAB), GatedDim(Axis.FFN), HeadsDim(), QKVDim()])
+@pytest.mark.parametrize(
+    "dim", [AxisDim(Axis.HIDDEN), AxisDim(Axis.VOCAB), GatedDim(Axis.FFN), HeadsDim(), KVChannelsDim(), QKVDim()]
+)
 def test_selection_keeps_exactly_the_rows_of_kept_entries(dim: Dim) -> None:
     labels = _labels(dim)
     assert dim.size(SMALL) == len(labels)
@@ -122,17 +187,22 @@ def test_selection_keeps_exactly_the_rows_of_kept_entries(dim: Dim) -> None:
     assert dim.select(SMALL, {}) is None
 
 
-def test_every_huggingface_row_has_one_place() -> None:
+@pytest.mark.parametrize(
+    ("family", "outside", "in_a_layer"),
+    [("llama", 3, 9), ("qwen2", 3, 12), ("qwen3", 3, 11), ("nemotron", 4, 10), ("phi3", 3, 6)],
+)
+def test_every_huggingface_row_has_one_place(family: str, outside: int, in_a_layer: int) -> None:
+    small = replace(SMALL, family=family, model_type=next(iter(FAMILIES[family].hugging_face)))
     places: dict[str, list[int]] = {}
-    for tensor in tensors(SMALL):
+    for tensor in tensors(small):
         position = 0
-        for piece in tensor.hf_pieces(SMALL):
+        for piece in tensor.hf_pieces(small):
             assert piece.start == position
             position += piece.length
             places.setdefault(piece.hf_name, []).extend(range(piece.hf_start, piece.hf_start + piece.length))
-        assert position == tensor.spec.shape(SMALL)[0]
+        assert position == tensor.spec.shape(small)[0]
     assert all(sorted(rows) == list(range(len(rows))) for rows in places.values())
-    assert len(places) == 3 + 2 * 9
+    assert len(places) == outside + 2 * in_a_layer
 
 
 def test_plan_survives_its_file(tmp_path) -> None:

@@ -91,6 +91,8 @@ def write_tiny_llama(
         "bos_token_id": 257,
         "eos_token_id": 256,
     }
+    if model_type == "mistral":
+        config["sliding_window"] = None  # as Mistral-NeMo has it; not given, it is 4096
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     (directory / "generation_config.json").write_text(json.dumps({"bos_token_id": 257, "eos_token_id": 256}))
     write_byte_tokenizer(directory)

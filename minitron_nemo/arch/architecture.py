@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_nemo.arch.axes import Axis
+from minitron_nemo.arch.family import family
 from minitron_nemo.errors import UserError
 
 FILE_NAME = "architecture.json"
@@ -21,8 +22,10 @@ class Architecture:
 
     `kv_channels` is the size of one attention head and need not be `hidden_size / num_attention_heads`.
     `rope_scaling` is None or Hugging Face's llama3 mapping (`rope_type`, `factor`, `low_freq_factor`,
-    `high_freq_factor`, `original_max_position_embeddings`). `model_type` is the name Hugging Face gives the model
-    (`llama`, `mistral`): one family here may have several.
+    `high_freq_factor`, `original_max_position_embeddings`). `rotary_percent` is the share, from 0 to 1, of a head's
+    channels that turn with the position; `window_size` is the number of tokens that attention reaches back to, the
+    token itself included, None for all. `model_type` is the name Hugging Face gives the model (`llama`, `mistral`):
+    one family here may have several. Raises UserError for sizes that do not fit together and an unknown family.
     """
 
     num_layers: int
@@ -35,7 +38,9 @@ class Architecture:
     max_position_embeddings: int
     layernorm_epsilon: float = 1e-5
     rotary_base: float = 10000.0
+    rotary_percent: float = 1.0
     rope_scaling: Mapping[str, Any] | None = None
+    window_size: int | None = None
     share_embeddings_and_output_weights: bool = False
     family: str = "llama"
     model_type: str = "llama"
@@ -49,8 +54,15 @@ class Architecture:
                 f"architecture: num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_query_groups {self.num_query_groups}"
             )
-        if self.kv_channels % 2:
-            raise UserError(f"architecture: kv_channels {self.kv_channels} is odd; rotary embeddings need pairs")
+        if int(self.kv_channels * self.rotary_percent) % 2:
+            raise UserError(
+                f"architecture: kv_channels {self.kv_channels} x rotary_percent {self.rotary_percent:g} is odd; "
+                f"rotary embeddings need pairs"
+            )
+        if self.model_type not in (known := family(self.family).hugging_face):
+            raise UserError(
+                f"architecture: model_type {self.model_type!r} is not one of family {self.family!r}: {', '.join(known)}"
+            )
 
     def size(self, axis: Axis) -> int:
         """Number of entries on an axis."""

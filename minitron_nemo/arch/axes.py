@@ -2,7 +2,8 @@
 
 An **axis** is a dimension of the model (`hidden_size`, heads); a **dim** is a dimension of a tensor. A dim lays
 entries of an axis out in rows: one row an entry (`AxisDim`), one block of rows per projection (`GatedDim`),
-`kv_channels` rows a head (`HeadsDim`), or the interleaving of queries, keys and values by query group (`QKVDim`).
+`kv_channels` rows a head (`HeadsDim`), or the interleaving of queries, keys and values by query group (`QKVDim`). The
+channels within a head are no axis: a dim of them (`KVChannelsDim`) is never cut.
 Given the entries of an axis that are kept, a dim says which of its rows are kept; that is all pruning needs to know.
 """
 
@@ -107,6 +108,21 @@ class HeadsDim:
             return None
         channels = np.arange(architecture.kv_channels)
         return (kept[Axis.HEADS][:, None] * architecture.kv_channels + channels).reshape(-1)
+
+
+@dataclass(frozen=True)
+class KVChannelsDim:
+    """One row per channel of a head, the same for all heads."""
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        return ()
+
+    def size(self, architecture: Architecture) -> int:
+        return architecture.kv_channels
+
+    def select(self, architecture: Architecture, kept: Mapping[Axis, Indices]) -> Indices | None:
+        return None
 
 
 @dataclass(frozen=True)

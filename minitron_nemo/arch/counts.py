@@ -32,9 +32,16 @@ def forward_flops_per_token(architecture: Architecture, sequence_length: int) ->
     """FLOPs of one token's forward pass at the mean causal context of `sequence_length`: arithmetic, not measured.
 
     Two per multiply-add of every matrix incl. the output projection, plus scores and values of attention
-    (2 x 2 x context x heads x kv_channels a layer, context = sequence_length / 2). A backward pass costs twice this.
+    (2 x 2 x context x heads x kv_channels a layer, context = sequence_length / 2, or less where attention has a
+    window). A backward pass costs twice this.
     """
-    matrices = parameters_by_part(architecture)
-    linear = 2 * (matrices["attention"] + matrices["mlp"] + architecture.vocab_size * architecture.hidden_size)
-    per_layer = 2 * sequence_length * architecture.num_attention_heads * architecture.kv_channels
+    matrices = sum(
+        prod(tensor.spec.shape(architecture))
+        for tensor in tensors(architecture)
+        if tensor.spec.part in ("attention", "mlp") and len(tensor.spec.dims) > 1
+    )
+    linear = 2 * (matrices + architecture.vocab_size * architecture.hidden_size)
+    window = min(architecture.window_size or sequence_length, sequence_length)
+    twice_context = 2 * window - window**2 // sequence_length  # the first tokens have less than a window before them
+    per_layer = 2 * twice_context * architecture.num_attention_heads * architecture.kv_channels
     return linear + architecture.num_layers * per_layer

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from minitron_nemo.arch.architecture import Architecture
 from minitron_nemo.arch.axes import Dim
+from minitron_nemo.arch.family import family
 
 
 class Piece(NamedTuple):
@@ -64,9 +65,7 @@ class NamedTensor(NamedTuple):
 
 def table(architecture: Architecture) -> tuple[TensorSpec, ...]:
     """The table of the architecture's family; the output layer is absent where it is tied to the embedding."""
-    from minitron_nemo.arch.families import TABLES
-
-    return TABLES[architecture.family](architecture)
+    return family(architecture.family).table(architecture)
 
 
 def tensors(architecture: Architecture) -> Iterator[NamedTensor]:

@@ -92,7 +92,20 @@ def _check_window(window: Any, length: int, origin: str) -> None:
 
 
 def fields_of(architecture: Architecture) -> dict[str, Any]:
-    """The fields that make an architecture; what they say of rotary scaling is not common to NeMo and Bridge."""
+    """The fields that make an architecture; what they say of rotary scaling is not common to NeMo and Bridge.
+
+    Raises UserError for another family than Llama's, and for attention that does not reach back over the whole length.
+    """
+    if architecture.family != "llama":
+        raise UserError(
+            f"family {architecture.family!r} is not written to this format, of which llama alone is known; use hf or "
+            "megatron"
+        )
+    if architecture.window_size is not None and architecture.window_size < architecture.max_position_embeddings:
+        raise UserError(
+            f"window_size {architecture.window_size} of {architecture.max_position_embeddings} positions: this format "
+            "is written for full attention alone; use hf or megatron"
+        )
     return {
         **_FAMILY,
         "num_layers": architecture.num_layers,

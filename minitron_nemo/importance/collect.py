@@ -6,7 +6,8 @@
     layer input and output: block influence;  the two norms' outputs: hidden
 
 TransformerEngine fuses a norm into the linear layer that follows, where no hook sees its output. So norms are measured
-from their inputs, which both specs show: |norm(x)| is |gain| |x| / rms(x), and sums of it need no normalised tensor.
+from their inputs, which both specs show: |RMSNorm(x)| is |gain| |x| / rms(x), and sums of it need no normalised tensor.
+LayerNorm's mean and bias cannot be taken out of the sums like that: it is computed again, span by span.
 
 Sums over a sequence are complete before anything that is not linear happens to them: under sequence parallelism they
 are all-reduced over the tensor-parallel group first. Moments over sequences stay on the rank that measured them until
@@ -17,14 +18,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, distributed, nn
+from torch.nn import functional
 
 from minitron_nemo.arch import Architecture
+from minitron_nemo.arch.family import Family, family
 from minitron_nemo.importance.reduce import Reducer, head_sums, sequence_moments, token_norms
 from minitron_nemo.importance.scores import AGGREGATIONS, Scores
 
@@ -36,6 +39,13 @@ class Counted:
     mask: Tensor  # fp32 [b, s], 1 or 0
     local_mask: Tensor  # fp32 [b, s/tp] under sequence parallelism, else `mask`
     tokens: Tensor  # fp64 [b]
+
+
+class Norm(NamedTuple):
+    """Gain and bias [h] of a norm; an RMSNorm has no bias."""
+
+    gain: Tensor
+    bias: Tensor | None
 
 
 class ChunkSums:
@@ -162,7 +172,7 @@ class Collector:
             sums.current["heads"].append(head_sums(args[0], counted[0].mask, self.architecture.kv_channels))
 
         def on_pre_mlp(module: nn.Module, args: tuple[Any, ...]) -> None:
-            sums.current["norms"].append(self._norm_sums(args[0], token_norms(args[0]), gain_pre_mlp, counted[0]))
+            sums.current["norms"].append(self._norm_sums(args[0], token_norms(args[0]), pre_mlp_norm, counted[0]))
 
         def on_ffn(module: nn.Module, args: tuple[Any, ...]) -> None:
             sums.current["ffn"].append(self.reducer.absolute_sums(args[0], counted[0].mask))
@@ -173,10 +183,11 @@ class Collector:
             cosines = self.reducer.cosines(states, result, lengths) * counted[0].local_mask.t()
             sums.current["cosines"].append(cosines.sum(dtype=torch.float64))
             # Its norm comes first, but the length of its input is needed here anyway.
-            sums.current["norms"].insert(-1, self._norm_sums(states, lengths, gain_input, counted[0]))
+            sums.current["norms"].insert(-1, self._norm_sums(states, lengths, input_norm, counted[0]))
 
-        gain_input = _gain(layer.input_layernorm, layer.self_attention.linear_qkv)
-        gain_pre_mlp = _gain(layer.pre_mlp_layernorm, layer.mlp.linear_fc1)
+        traits = family(self.architecture.family)
+        input_norm = _norm(layer.input_layernorm, layer.self_attention.linear_qkv, traits)
+        pre_mlp_norm = _norm(layer.pre_mlp_layernorm, layer.mlp.linear_fc1, traits)
         self.handles += [
             layer.self_attention.linear_proj.register_forward_pre_hook(on_heads),
             layer.pre_mlp_layernorm.register_forward_pre_hook(on_pre_mlp),
@@ -184,10 +195,20 @@ class Collector:
             layer.register_forward_hook(on_output, with_kwargs=True),
         ]
 
-    def _norm_sums(self, states: Tensor, lengths: Tensor, gain: Tensor, counted: Counted) -> Tensor:
-        """`absolute_sums` of RMSNorm(states) over this rank's tokens: [2, b, h]. `lengths` are the states' norms."""
-        scale = torch.rsqrt(lengths.square() / states.shape[-1] + self.architecture.layernorm_epsilon)  # [s, b]
-        return self.reducer.absolute_sums(states, counted.local_mask * scale.t()).mul_(gain)
+    def _norm_sums(self, states: Tensor, lengths: Tensor, norm: Norm, counted: Counted) -> Tensor:
+        """`absolute_sums` of the normed states over this rank's tokens: [2, b, h]. `lengths` are the states' norms."""
+        epsilon = self.architecture.layernorm_epsilon
+        if norm.bias is not None:
+            gain, bias = norm.gain.float(), norm.bias.float()
+            return self.reducer.absolute_sums(
+                states,
+                counted.local_mask,
+                lambda span: functional.layer_norm(span, span.shape[-1:], gain, bias, epsilon),
+            )
+        scale = torch.rsqrt(lengths.square() / states.shape[-1] + epsilon)  # [s, b]
+        size = norm.gain.double().abs()
+        of_both_sums = torch.stack([size, size.square()])[:, None]  # [2, 1, h]
+        return self.reducer.absolute_sums(states, counted.local_mask * scale.t()).mul_(of_both_sums)
 
     def _counted(self, microbatch: int) -> Counted:
         fills = microbatch >= len(self.microbatches)
@@ -204,11 +225,9 @@ class Collector:
         return slice(self.tp_rank * size // self.tp_size, (self.tp_rank + 1) * size // self.tp_size)
 
 
-def _gain(norm: nn.Module, fused: nn.Module) -> Tensor:
-    """What a norm's gain does to `absolute_sums`: |g| and g^2, fp64 [2, 1, h].
-
-    The gain is the norm's own weight, or that of the linear layer that TransformerEngine fused it into.
-    """
-    weight: Any = norm.weight if hasattr(norm, "weight") else fused.layer_norm_weight
-    size = weight.detach().double().abs()
-    return torch.stack([size, size.square()])[:, None]
+def _norm(norm: nn.Module, fused: nn.Module, traits: Family) -> Norm:
+    """The parameters of a norm: its own, or those of the linear layer that TransformerEngine fused it into."""
+    module, prefix = (norm, "") if hasattr(norm, "weight") else (fused, "layer_norm_")
+    gain = getattr(module, prefix + "weight").detach()
+    bias = getattr(module, prefix + "bias").detach() if traits.normalization == "LayerNorm" else None
+    return Norm(gain + 1 if traits.layernorm_zero_centered_gamma else gain, bias)

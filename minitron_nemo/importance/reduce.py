@@ -7,7 +7,7 @@ and an RMSNorm is one more factor per token and one per channel, so that its out
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -23,16 +23,20 @@ class Reducer:
     def __init__(self, device: torch.device) -> None:
         self.scratch = torch.empty(SCRATCH_ELEMENTS, dtype=torch.float32, device=device)
 
-    def absolute_sums(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """Sums over tokens of w|x| and of (w x)^2, fp64 [2, b, n].
+    def absolute_sums(
+        self, rows: Tensor, weights: Tensor, function: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """Sums over tokens of w|x| and of (w x)^2, fp64 [2, b, n]; x is `function` of the rows, where given.
 
-        `rows` [s, b, n] in fp32 or less, `weights` fp32 [b, s]. Within a span sums are fp32, over spans fp64. The
-        variance that follows from both has the relative error of fp32 times (mean of squares / variance).
+        `rows` [s, b, n] in fp32 or less, `weights` fp32 [b, s]. `function` sees fp32 [t, b, n] of t tokens, and may
+        write over it. Within a span sums are fp32, over spans fp64. The variance that follows from both has the
+        relative error of fp32 times (mean of squares / variance).
         """
         total = torch.zeros(2, *rows.shape[1:], dtype=torch.float64, device=rows.device)
         factors = torch.stack([weights, weights.square()])[:, :, None]  # [2, b, 1, s]
         for span in _spans(rows):
-            block = self._copy(rows[span]).abs_().transpose(0, 1)  # [b, t, n]
+            block = self._copy(rows[span])
+            block = (block if function is None else function(block)).abs_().transpose(0, 1)  # [b, t, n]
             first = torch.bmm(factors[0, ..., span], block)  # [b, 1, n]
             second = torch.bmm(factors[1, ..., span], block.square_())
             total += torch.stack([first, second]).squeeze(2)

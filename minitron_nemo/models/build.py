@@ -17,10 +17,11 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from torch.nn import functional
 
 from minitron_nemo.arch import Architecture
-from minitron_nemo.models.norm import RMSNorm
+from minitron_nemo.arch.family import family
+from minitron_nemo.models.activation import ACTIVATIONS
+from minitron_nemo.models.norm import Norm
 from minitron_nemo.models.output_layer import OutputLayer, install_output_layer
 from minitron_nemo.models.rope import scaled_frequencies
 from minitron_nemo.parallel import device, launch
@@ -104,6 +105,7 @@ def _transformer_config(
     architecture: Architecture, layout: Layout, dtype: torch.dtype, recompute: bool
 ) -> TransformerConfig:
     fused = device.has_transformer_engine()
+    layers = family(architecture.family)
     interleaved = layout.virtual_pipeline_model_parallel_size is not None
     return TransformerConfig(
         num_layers=architecture.num_layers,
@@ -112,11 +114,15 @@ def _transformer_config(
         num_attention_heads=architecture.num_attention_heads,
         num_query_groups=architecture.num_query_groups,
         kv_channels=architecture.kv_channels,
-        normalization="RMSNorm",
+        normalization=layers.normalization,
+        layernorm_zero_centered_gamma=layers.layernorm_zero_centered_gamma,
         layernorm_epsilon=architecture.layernorm_epsilon,
-        gated_linear_unit=True,
-        activation_func=functional.silu,
+        gated_linear_unit=layers.gated_linear_unit,
+        activation_func=ACTIVATIONS[layers.activation],
         add_bias_linear=False,
+        add_qkv_bias=layers.add_qkv_bias,
+        qk_layernorm=layers.qk_layernorm,
+        window_size=_window(architecture),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
@@ -137,12 +143,18 @@ def _transformer_config(
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=fused,
-        bias_activation_fusion=fused,
+        bias_activation_fusion=fused and layers.gated_linear_unit,  # Megatron-core fuses no activation of ours alone
         bias_dropout_fusion=fused,
         recompute_granularity="full" if recompute else None,
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
     )
+
+
+def _window(architecture: Architecture) -> tuple[int, int] | None:
+    """Tokens that attention reaches to the left and to the right of a token; None where nothing is out of reach."""
+    size = architecture.window_size
+    return None if size is None or size >= architecture.max_position_embeddings else (size - 1, 0)
 
 
 def _uneven_stages(layers: list[int]) -> list[list[str]] | None:
@@ -177,6 +189,7 @@ def _build_chunk(
         post_process=parallel_state.is_pipeline_last_stage(**stage),
         share_embeddings_and_output_weights=architecture.share_embeddings_and_output_weights,
         position_embedding_type="rope",
+        rotary_percent=architecture.rotary_percent,
         rotary_base=architecture.rotary_base,
         vp_stage=vp_stage,
     )
@@ -191,9 +204,12 @@ def _block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerB
     if device.has_transformer_engine():
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer, norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
+        layer, norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm), TENorm
     else:
-        layer, norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
+        layer, norm = get_gpt_layer_local_spec(normalization=config.normalization), Norm
         layer.submodules.input_layernorm = norm
         layer.submodules.pre_mlp_layernorm = norm
+        if config.qk_layernorm:
+            attention = layer.submodules.self_attention.submodules
+            attention.q_layernorm = attention.k_layernorm = norm
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=norm)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
-from torch.nn import functional
 
 from minitron_nemo.models.build import Model
+from minitron_nemo.models.norm import normalize
 from minitron_nemo.parallel.device import current_device
 from minitron_nemo.parallel.layout import Layout
 
@@ -35,11 +35,13 @@ def watch(model: Model, state: int, see: See) -> bool:
     norm = _norms(model).get(state)
     if norm is None:
         return False
-    gain = norm.layer_norm_weight if hasattr(norm, "layer_norm_weight") else norm.weight
+    fused = hasattr(norm, "layer_norm_weight")
+    weight = norm.layer_norm_weight if fused else norm.weight
+    bias = getattr(norm, "layer_norm_bias" if fused else "bias", None)
 
     def hook(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
         x = arguments[0]
-        replaced = see(x, functional.rms_norm(x, gain.shape, gain, model.config.layernorm_epsilon))
+        replaced = see(x, normalize(x, weight, bias, model.config))
         return None if replaced is None else (replaced, *arguments[1:])
 
     norm.register_forward_pre_hook(hook)

@@ -56,7 +56,7 @@ NAMING_CUDA: dict[str, tuple[str, ...]] = {
     "models.common.language_module.language_module": (
         "LanguageModule.setup_embeddings_and_output_layer",  # weight.data.cuda() of embeddings tied across stages
     ),
-    "transformer.utils": ("get_default_causal_mask",),  # 35
+    "transformer.utils": ("get_default_causal_mask", "get_sliding_window_causal_mask"),  # 35, 40
     "utils": ("local_multi_tensor_l2_norm",),  # 1207
 }
 

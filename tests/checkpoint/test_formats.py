@@ -18,8 +18,9 @@ from minitron_nemo.checkpoint.source import open_source
 from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.cli import main
 from minitron_nemo.errors import UserError
-from tests.checkpoint.weights import architecture_of, random_plan, same_weights, sliced, weights
+from tests.checkpoint.weights import architecture_of, random_plan, same_weights, weights
 from tests.e2e.chain import write_recipe
+from tests.families import FAMILIES, cut, write_tiny
 from tests.tiny import LLAMA3_ROPE, write_tiny_llama
 
 LLAMA31_ROPE = {**LLAMA3_ROPE, "original_max_position_embeddings": 8192}  # what Megatron-core's own scaling fixes
@@ -55,9 +56,18 @@ def test_pruned_weights_equal_an_independent_slice(tmp_path: Path, to: str, monk
     convert(original, tmp_path / "teacher", to, progress=False)
     convert(tmp_path / "teacher", tmp_path / "student", to, plan=plan, progress=False)
     convert(tmp_path / "student", tmp_path / "exported", "hf", progress=False)
-    expected, found = sliced(weights(original), plan), weights(tmp_path / "exported")
+    expected, found = cut(weights(original), plan), weights(tmp_path / "exported")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("to", FORMATS)
+def test_families_that_are_not_known_there_are_refused(tmp_path: Path, family: str, to: str) -> None:
+    write_tiny(family, tmp_path / "hf")
+    with pytest.raises(UserError, match=f"{family}.*use hf or megatron"):
+        convert(tmp_path / "hf", tmp_path / "out", to, progress=False)
+    assert not (tmp_path / "out").exists()
 
 
 # What TransformerEngine's layer spec names (megatron/core/models/gpt/gpt_layer_specs.py, Megatron-core 0.16.1), as

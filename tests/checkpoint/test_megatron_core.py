@@ -19,7 +19,8 @@ from minitron_nemo.models.build import Model, build_model
 from minitron_nemo.models.checkpoint import load_model
 from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
-from tests.checkpoint.weights import architecture_of, random_plan, same_weights, sliced, weights
+from tests.checkpoint.weights import architecture_of, random_plan, same_weights, weights
+from tests.families import cut
 from tests.pool import run_distributed
 from tests.tiny import write_tiny_llama
 
@@ -97,7 +98,7 @@ def test_pruned_loads_in_megatron_core_bit_equal(tmp_path: Path, monkeypatch: py
     original = write_tiny_llama(tmp_path / "hf")
     plan = random_plan(architecture_of(original))
     convert(original, tmp_path / "student", "megatron", plan=plan, progress=False)
-    results = run_distributed(2, _mismatches, tmp_path / "student", (2, 1), sliced(weights(original), plan), 4)
+    results = run_distributed(2, _mismatches, tmp_path / "student", (2, 1), cut(weights(original), plan), 4)
     assert results == [[]] * 2
 
 
@@ -191,7 +192,7 @@ def test_any_number_of_processes_writes_the_same_weights(tmp_path: Path) -> None
         run_distributed(count, _convert_in_job, tmp_path / f"megatron{count}", tmp_path / f"hf{count}", "hf", None)
     assert len(list((tmp_path / "megatron3").glob("*.distcp"))) == 3
     assert (tmp_path / "hf1/model.safetensors").read_bytes() == (tmp_path / "hf3/model.safetensors").read_bytes()
-    expected = sliced(weights(original), plan)
+    expected = cut(weights(original), plan)
     found = weights(tmp_path / "hf3")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)

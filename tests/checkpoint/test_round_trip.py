@@ -16,7 +16,8 @@ from minitron_nemo.checkpoint.fingerprint import fingerprint
 from minitron_nemo.checkpoint.source import open_source
 from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.errors import UserError
-from tests.checkpoint.weights import architecture_of, peak_memory, random_plan, same_weights, sliced, weights
+from tests.checkpoint.weights import architecture_of, peak_memory, random_plan, same_weights, weights
+from tests.families import FAMILIES, cut, write_tiny
 from tests.tiny import LLAMA3_ROPE, write_tiny_llama
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -25,13 +26,21 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama3-rope": {"rope_scaling": LLAMA3_ROPE},
     "head_dim": {"kv_channels": 12, "num_query_groups": 2},
     "mistral": {"model_type": "mistral"},
+    **{family: {"family": family} for family in FAMILIES},
+    **{f"{family}-tied": {"family": family, "tied": True} for family in FAMILIES},
 }
+
+
+def write(directory: Path, model: str, **options: Any) -> Path:
+    options = MODELS[model] | options
+    family = options.pop("family", None)
+    return write_tiny(family, directory, **options) if family else write_tiny_llama(directory, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("model", MODELS)
 def test_round_trip_through_megatron_is_bit_identical(tmp_path: Path, model: str, dtype: torch.dtype) -> None:
-    original = write_tiny_llama(tmp_path / "hf", dtype=dtype, **MODELS[model])
+    original = write(tmp_path / "hf", model, dtype=dtype)
     convert(original, tmp_path / "megatron", "megatron")
     convert(tmp_path / "megatron", tmp_path / "back", "hf")
     assert same_weights(original, tmp_path / "back")
@@ -45,20 +54,20 @@ def test_round_trip_through_megatron_is_bit_identical(tmp_path: Path, model: str
 
 
 @pytest.mark.parametrize("small_blocks", [False, True])
-@pytest.mark.parametrize("model", ["untied", "tied", "head_dim"])
+@pytest.mark.parametrize("model", ["untied", "tied", "head_dim", *FAMILIES])
 def test_pruned_weights_equal_an_independent_slice(
     tmp_path: Path, model: str, small_blocks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if small_blocks:  # several blocks a tensor, several windows a block, several files
         monkeypatch.setattr(transform, "BLOCK_BYTES", 3000)
         monkeypatch.setattr(huggingface, "SHARD_BYTES", 50_000)
-    original = write_tiny_llama(tmp_path / "hf", **MODELS[model])
+    original = write(tmp_path / "hf", model)
     plan = random_plan(architecture_of(original))
     convert(original, tmp_path / "direct", "hf", plan=plan)
     convert(original, tmp_path / "megatron", "megatron")
     convert(tmp_path / "megatron", tmp_path / "pruned", "megatron", plan=plan)
     convert(tmp_path / "pruned", tmp_path / "exported", "hf")
-    expected = sliced(weights(original), plan)
+    expected = cut(weights(original), plan)
     for student in ("direct", "exported"):
         found = weights(tmp_path / student)
         assert found.keys() == expected.keys()
@@ -86,7 +95,7 @@ def test_pruned_export_has_the_logits_of_an_independent_construction(tmp_path: P
             tie_word_embeddings=tied,
         )
     )
-    missing = theirs.load_state_dict(sliced(weights(original), plan), strict=False).missing_keys
+    missing = theirs.load_state_dict(cut(weights(original), plan), strict=False).missing_keys
     assert missing == (["lm_head.weight"] if tied else [])
     theirs.tie_weights()
     ours = LlamaForCausalLM.from_pretrained(tmp_path / "student")

@@ -1,11 +1,10 @@
-"""What the checkpoint tests share: weights of Hugging Face directories, and an independent pruning of them."""
+"""What the checkpoint tests share: weights of Hugging Face directories, and random Plans."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -61,35 +60,6 @@ def random_plan(source: Architecture, seed: int = 0) -> Plan:
         kept_ffn=tuple(choose(source.ffn_hidden_size, ffn) for _ in layers),
         kept_heads=heads,
     )
-
-
-def sliced(tensors: dict[str, torch.Tensor], plan: Plan) -> dict[str, torch.Tensor]:
-    """The student's Hugging Face weights by plain indexing of the teacher's: shares no code with the package."""
-    hidden = list(plan.kept_hidden or [])
-    head_dim = plan.source.kv_channels
-    result = {"model.embed_tokens.weight": tensors["model.embed_tokens.weight"][:, hidden]}
-    result["model.norm.weight"] = tensors["model.norm.weight"][hidden]
-    if "lm_head.weight" in tensors:
-        result["lm_head.weight"] = tensors["lm_head.weight"][:, hidden]
-    for layer, source_layer in enumerate(plan.kept_layers):
-        neurons = list(plan.kept_ffn[layer]) if plan.kept_ffn else []
-        heads = rows_of(plan.kept_heads[layer] if plan.kept_heads else (), head_dim)
-        ours, theirs = f"model.layers.{layer}.", f"model.layers.{source_layer}."
-        for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
-            result[ours + norm] = tensors[theirs + norm][hidden]
-        for name in ("k_proj", "v_proj"):
-            key = f"self_attn.{name}.weight"
-            result[ours + key] = tensors[theirs + key][:, hidden]
-        result[ours + "self_attn.q_proj.weight"] = tensors[theirs + "self_attn.q_proj.weight"][heads][:, hidden]
-        result[ours + "self_attn.o_proj.weight"] = tensors[theirs + "self_attn.o_proj.weight"][hidden][:, heads]
-        for name in ("gate_proj", "up_proj"):
-            result[ours + f"mlp.{name}.weight"] = tensors[theirs + f"mlp.{name}.weight"][neurons][:, hidden]
-        result[ours + "mlp.down_proj.weight"] = tensors[theirs + "mlp.down_proj.weight"][hidden][:, neurons]
-    return {name: tensor.contiguous() for name, tensor in result.items()}
-
-
-def rows_of(heads: Sequence[int], head_dim: int) -> list[int]:
-    return [head * head_dim + channel for head in heads for channel in range(head_dim)]
 
 
 _PEAK = """

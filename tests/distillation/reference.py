@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
+
+from tests.families import unfused
 
 VOCAB = 259
 
@@ -62,8 +64,8 @@ def expected_step(
     jsd_beta: float = 0.5,
 ) -> Expected:
     """`L = sum_k w_k (ce_weight * CE_k + logits_weight * T^2 * D(p_t, p_s)_k)`; its gradient over #{w_k != 0}."""
-    student = LlamaForCausalLM.from_pretrained(student_dir, dtype=torch.float64, attn_implementation="eager")
-    teacher = teacher_dir and LlamaForCausalLM.from_pretrained(
+    student = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float64, attn_implementation="eager")
+    teacher = teacher_dir and AutoModelForCausalLM.from_pretrained(
         teacher_dir, dtype=torch.float64, attn_implementation="eager"
     )
     divergence_sum = torch.zeros([], dtype=torch.float64)
@@ -85,9 +87,11 @@ def expected_step(
         ce=ce.item(),
         tokens=tokens,
         weight=sum(batch["token_weights"].double().sum().item() for batch in microbatches),
-        gradients={
-            name: parameter.grad for name, parameter in student.named_parameters() if parameter.grad is not None
-        },
+        gradients=unfused(
+            {name: parameter.grad for name, parameter in student.named_parameters() if parameter.grad is not None},
+            student.config.num_attention_heads,
+            student.config.num_key_value_heads,
+        ),
     )
 
 
@@ -113,22 +117,32 @@ def rank_slice(gradients: dict[str, Tensor], name: str, layer: int, tp: int, tp_
         return matrix.chunk(tp, 0)[tp_rank]
 
     hf = f"model.layers.{layer}."
-    if name.endswith("linear_qkv.weight"):
-        q, k, v = (gradients[f"{hf}self_attn.{part}_proj.weight"] for part in "qkv")
-        grouped = [matrix.reshape(groups, -1, matrix.shape[1]) for matrix in (q, k, v)]
-        return rows(torch.cat(grouped, 1).reshape(-1, q.shape[1]))
+    for place, norm in NORMS.items():
+        if place in name:
+            whose = "model." if "final" in place else hf
+            return gradients[f"{whose}{norm}.{name.split(place)[1]}"]
+    if "linear_qkv." in name:
+        kind = name.rsplit(".", 1)[1]
+        parts = [gradients[f"{hf}self_attn.{part}_proj.{kind}"].unflatten(0, (groups, -1)) for part in "qkv"]
+        return rows(torch.cat(parts, 1).flatten(0, 1))
     if name.endswith("linear_fc1.weight"):
-        return torch.cat([rows(gradients[f"{hf}mlp.{part}_proj.weight"]) for part in ("gate", "up")])
+        names = [f"{hf}mlp.{part}_proj.weight" for part in ("gate", "up")]
+        return torch.cat([rows(gradients[part]) for part in names if part in gradients])
     if name.endswith("linear_fc2.weight"):
         return gradients[f"{hf}mlp.down_proj.weight"].chunk(tp, 1)[tp_rank]
     if name.endswith("linear_proj.weight"):
         return gradients[f"{hf}self_attn.o_proj.weight"].chunk(tp, 1)[tp_rank]
-    if name.endswith(("input_layernorm.weight", "linear_qkv.layer_norm_weight")):
-        return gradients[f"{hf}input_layernorm.weight"]
-    if name.endswith(("pre_mlp_layernorm.weight", "linear_fc1.layer_norm_weight")):
-        return gradients[f"{hf}post_attention_layernorm.weight"]
-    if name.endswith("final_layernorm.weight"):
-        return gradients["model.norm.weight"]
     tied = "lm_head.weight" not in gradients
     assert name.endswith(("word_embeddings.weight", "output_layer.weight")), name
     return gradients["model.embed_tokens.weight" if tied or "word_embeddings" in name else "lm_head.weight"]
+
+
+NORMS = {  # of the local spec, and of TransformerEngine's fused modules
+    "input_layernorm.": "input_layernorm",
+    "linear_qkv.layer_norm_": "input_layernorm",
+    "q_layernorm.": "self_attn.q_norm",
+    "k_layernorm.": "self_attn.k_norm",
+    "pre_mlp_layernorm.": "post_attention_layernorm",
+    "linear_fc1.layer_norm_": "post_attention_layernorm",
+    "final_layernorm.": "norm",
+}

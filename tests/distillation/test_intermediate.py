@@ -12,7 +12,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from torch import Tensor
 from torch.nn import functional
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from minitron_nemo.arch import Architecture
 from minitron_nemo.checkpoint.transform import convert
@@ -31,6 +31,7 @@ from minitron_nemo.parallel.layout import Layout
 from tests.distillation.reference import random_microbatches
 from tests.distillation.runs import Job, Result, assert_identical, run
 from tests.distillation.test_step import LAYOUTS, SEQUENCE, own_share, whole_gradients, worst_gradient
+from tests.families import write_tiny
 from tests.pool import run_distributed
 from tests.tiny import write_tiny_llama
 
@@ -69,7 +70,7 @@ def projection_of(models: dict[str, Path], student: str) -> Tensor | None:
     return torch.randn(*widths, generator=torch.Generator().manual_seed(5)) * 0.2
 
 
-def states_of(model: LlamaForCausalLM) -> dict[int, Tensor]:
+def states_of(model: Any) -> dict[int, Tensor]:
     """Filled by the next forward: the output of every norm that reads the stream after layer k, -1 the embedding."""
     norms = [layer.input_layernorm for layer in model.model.layers] + [model.model.norm]
     found: dict[int, Tensor] = {}
@@ -87,8 +88,10 @@ def expected_intermediate(
     teacher: str = "teacher",
 ) -> Expected:
     """By the book: the gradient of (sum of KL + alpha * sum over pairs of the distance) / tokens."""
-    own = LlamaForCausalLM.from_pretrained(models[f"{student}_hf"], dtype=torch.float64, attn_implementation="eager")
-    other = LlamaForCausalLM.from_pretrained(models[f"{teacher}_hf"], dtype=torch.float64, attn_implementation="eager")
+    own, other = (
+        AutoModelForCausalLM.from_pretrained(models[f"{name}_hf"], dtype=torch.float64, attn_implementation="eager")
+        for name in (student, teacher)
+    )
     own_states, other_states = states_of(own), states_of(other)
     projection = projection_of(models, student)
     if projection is not None:
@@ -283,6 +286,30 @@ def test_mean_squared_error_tied_embeddings_and_equal_widths(models: dict[str, P
         expected=expected,
     )
     check(outcomes, expected, owners=0 if student == "wide" else world_size)
+
+
+def test_states_after_a_layer_norm_match_the_fp64_formula_too(tmp_path: Path) -> None:
+    models: dict[str, Path] = {}
+    shapes: dict[str, dict[str, int]] = {
+        "teacher": {},
+        "student": {"hidden_size": 48, "ffn_hidden_size": 64, "seed": 1},
+    }
+    for name, shape in shapes.items():
+        models |= {name: tmp_path / name, f"{name}_hf": write_tiny("nemotron", tmp_path / f"{name}_hf", **shape)}
+        convert(models[f"{name}_hf"], models[name], "megatron")
+    world_size, sizes = LAYOUTS["TP2 SP"]
+    expected = expected_intermediate(models, "student", PAIRS, "cosine")
+    outcomes = run_distributed(
+        world_size,
+        one_step,
+        sizes,
+        (models["student"], models["teacher"]),
+        IntermediateConfig(pairs=PAIRS, alpha=ALPHA),
+        train_config(),
+        projection_of(models, "student"),
+        expected=expected,
+    )
+    check(outcomes, expected, owners=world_size)
 
 
 def gradients_of(*args: Any, **kwargs: Any) -> tuple[int, dict[str, Tensor]]:

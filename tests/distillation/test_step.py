@@ -21,6 +21,7 @@ from minitron_nemo.models.checkpoint import load_model
 from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
 from tests.distillation.reference import VOCAB, Expected, expected_step, random_microbatches, rank_slice
+from tests.families import FAMILIES, write_tiny
 from tests.pool import run_distributed
 from tests.tiny import write_tiny_llama
 
@@ -176,6 +177,32 @@ def test_loss_and_gradients_of_a_step_match_the_fp64_formula(
         DistillationObjective(**weights, chunk_bytes=4 * 2 * 5 * VOCAB),
         expected,
     )
+    check(outcomes, expected, sizes.pipeline_model_parallel_size, sizes.data_parallel_size(world_size))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["TP2 SP", *(pytest.param(name, marks=pytest.mark.soak) for name in ("PP2 VPP2", "DP2", "TP2 PP2"))],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_of_a_step_match_the_fp64_formula_in_every_family(
+    family: str, layout: str, tmp_path: Path
+) -> None:
+    tied = family in ("qwen2", "nemotron")
+    write_tiny(family, tmp_path / "teacher_hf")
+    write_tiny(family, tmp_path / "student_hf", hidden_size=48, ffn_hidden_size=64, tied=tied, seed=1)
+    for name in ("teacher", "student"):
+        convert(tmp_path / f"{name}_hf", tmp_path / name, "megatron")
+    world_size, sizes = LAYOUTS[layout]
+    weights: dict[str, Any] = {"logits_weight": 0.7, "ce_weight": 0.3, "temperature": 2.0}
+    expected = expected_step(
+        tmp_path / "student_hf",
+        tmp_path / "teacher_hf",
+        random_microbatches(4, sequence_length=SEQUENCE),
+        **weights,
+    )
+    paths = (tmp_path / "student", tmp_path / "teacher")
+    outcomes = run_distributed(world_size, one_step, sizes, paths, DistillationObjective(**weights), expected)
     check(outcomes, expected, sizes.pipeline_model_parallel_size, sizes.data_parallel_size(world_size))
 
 

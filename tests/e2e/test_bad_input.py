@@ -221,6 +221,8 @@ def test_a_second_job_on_the_same_run_directory_is_refused(tmp_path: Path, recip
         ("llama31_8b_to_4b_width", 4.513e9, 3.725e9),
         ("llama31_8b_to_4b_depth", 4.540e9, 3.490e9),
         ("mistral_nemo_12b_to_8b", 8.414e9, 7.340e9),
+        ("nemotron4_15b_to_minitron_8b", 8.272e9, 6.175e9),
+        ("nemotron4_15b_to_minitron_4b", 4.191e9, 2.618e9),
     ],
 )
 def test_plan_gives_the_published_parameter_counts(

@@ -1,4 +1,4 @@
-"""Importance measured on Hugging Face's own Llama with hooks of its own, in fp64, by the formulas as they are written.
+"""Importance measured on Hugging Face's own models with hooks of its own, in fp64, by the formulas as they are written.
 
 Nothing of the package takes part: whole activations are kept and reduced with numpy.
 """
@@ -6,10 +6,11 @@ Nothing of the package takes part: whole activations are kept and reduced with n
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 SEQUENCE = {
     "mean": lambda x: np.abs(x).mean(axis=0),
@@ -34,15 +35,15 @@ class Norm(torch.nn.Module):
         return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.epsilon)
 
 
-def load(directory: Path) -> LlamaForCausalLM:
-    model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float64, attn_implementation="eager").eval()
-    for layer in model.model.layers:
-        layer.input_layernorm = Norm(layer.input_layernorm)
-        layer.post_attention_layernorm = Norm(layer.post_attention_layernorm)
+def load(directory: Path) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, attn_implementation="eager").eval()
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "variance_epsilon"):
+            model.set_submodule(name, Norm(module))
     return model
 
 
-def activations(model: LlamaForCausalLM, tokens: torch.Tensor) -> dict[str, list[np.ndarray]]:
+def activations(model: Any, tokens: torch.Tensor) -> dict[str, list[np.ndarray]]:
     """All that is scored, each [b, s, n]: `norms` (two a layer), `ffn`, `heads`, the layers' `inputs` and `outputs`."""
     seen: dict[str, list[np.ndarray]] = {name: [] for name in ("norms", "ffn", "heads", "inputs", "outputs")}
 
@@ -73,7 +74,7 @@ def reference_scores(
     seen = activations(model, tokens)
     kept = [row != 0 for row in weights.numpy() if (row != 0).any()]
     rows = [index for index, row in enumerate(weights.numpy()) if (row != 0).any()]
-    head_dim = model.config.head_dim
+    head_dim = getattr(model.config, "head_dim", model.config.hidden_size // model.config.num_attention_heads)
     seen["heads"] = [
         np.linalg.norm(x.reshape(*x.shape[:2], -1, head_dim), axis=-1) for x in seen["heads"]
     ]  # [b, s, heads]

@@ -55,6 +55,7 @@ class NormedLinear(nn.Module):
     def __init__(self, norm: nn.Module, linear: nn.Module) -> None:
         super().__init__()
         self.layer_norm_weight = norm.weight
+        self.layer_norm_bias = norm.bias
         # In a list: not modules of this one, as they are none in TransformerEngine.
         self.steps = [norm, linear]
 

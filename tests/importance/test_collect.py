@@ -14,6 +14,7 @@ from minitron_nemo.config import CalibrationConfig, PruneConfig
 from minitron_nemo.importance.scores import AGGREGATIONS, Scores
 from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.pruning.plan import make_plan
+from tests.families import FAMILIES, write_tiny
 from tests.importance.hugging_face import reference_scores
 from tests.importance.measuring import measured
 from tests.pool import run_distributed
@@ -85,6 +86,10 @@ def assert_same(actual: Scores, expected: Scores, tolerance: float) -> None:
 
 
 def test_scores_are_those_of_hooks_on_hugging_faces_model(hugging_face: Path, scores: Scores) -> None:
+    assert_equal_hugging_face(scores, hugging_face)
+
+
+def assert_equal_hugging_face(scores: Scores, hugging_face: Path, tolerance: float = 1e-5) -> None:
     tokens, weights = batch()
     reference = reference_scores(hugging_face, tokens, weights)
     for sequence in AGGREGATIONS:
@@ -94,11 +99,24 @@ def test_scores_are_those_of_hooks_on_hugging_faces_model(hugging_face: Path, sc
                 np.testing.assert_allclose(
                     scores.get(axis, sequence, over_sequences),
                     expected,
-                    rtol=1e-5,
+                    rtol=tolerance,
                     err_msg=f"{axis} {sequence} {over_sequences}",
                 )
-    np.testing.assert_allclose(scores.get(Axis.LAYERS), reference["layers"], rtol=1e-5)
+    np.testing.assert_allclose(scores.get(Axis.LAYERS), reference["layers"], rtol=tolerance)
     assert (scores.sequences, scores.tokens) == (5, int((weights != 0).sum()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_of_every_family_are_those_of_hooks_on_hugging_faces_model(family: str, tmp_path: Path) -> None:
+    hugging_face = write_tiny(family, tmp_path / "hf")
+    convert(hugging_face, tmp_path / "teacher", "megatron", progress=False)
+    tolerance = 2e-5 if family == "nemotron" else 1e-5  # squaring an activation doubles its relative error
+    alone = run_distributed(1, measured, tmp_path / "teacher", Layout(), *batch())[0]
+    assert_equal_hugging_face(alone, hugging_face, tolerance)
+    world_size, layout = LAYOUTS["TP2 SP"]
+    assert_same(run_distributed(world_size, measured, tmp_path / "teacher", layout, *batch())[0], alone, tolerance)
+    fused = run_distributed(1, measured, tmp_path / "teacher", Layout(), *batch(), fused_norms=True)[0]
+    assert_same(fused, alone, 1e-12)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -6,6 +6,7 @@ The mapping of weights is written out here, apart from the package's table, so t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from minitron_nemo.arch import Architecture
 from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
+from tests.families import unfused, write_tiny
 from tests.tiny import LLAMA3_ROPE, write_tiny_llama
 
 SEQUENCE = 32
@@ -43,11 +45,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 class TinyModel:
     """A random model as a Hugging Face directory, and converted."""
 
-    def __init__(self, directory: Path, **shape: Any) -> None:
-        self.huggingface = write_tiny_llama(directory / "hf", **shape)
+    def __init__(self, directory: Path, family: str = "llama", **shape: Any) -> None:
+        write = write_tiny_llama if family == "llama" else partial(write_tiny, family)
+        self.huggingface = write(directory / "hf", **shape)
         self.megatron = directory / "megatron"
         convert(self.huggingface, self.megatron, "megatron", progress=False)
-        self.architecture = architecture(**shape)
+        self.architecture = architecture(**shape) if family == "llama" else Architecture.load(self.megatron)
 
 
 def architecture(
@@ -86,31 +89,46 @@ def huggingface_model(directory: Path, dtype: torch.dtype) -> Any:
 
 def megatron_order(named: dict[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
     """Tensors by Hugging Face name -> by name in an unsharded LanguageModel of the local spec."""
-    heads, channels = architecture.heads_per_group, architecture.kv_channels
+    named = unfused(named, architecture.num_attention_heads, architecture.num_query_groups)
     result = {
-        "embedding.word_embeddings.weight": named["model.embed_tokens.weight"],
-        "decoder.final_layernorm.weight": named["model.norm.weight"],
+        name: named[theirs]
+        for theirs, name in {
+            "model.embed_tokens.weight": "embedding.word_embeddings.weight",
+            "model.norm.weight": "decoder.final_layernorm.weight",
+            "model.norm.bias": "decoder.final_layernorm.bias",
+            "lm_head.weight": "output_layer.weight",
+        }.items()
+        if theirs in named
     }
-    if not architecture.share_embeddings_and_output_weights:
-        result["output_layer.weight"] = named["lm_head.weight"]
+    if architecture.share_embeddings_and_output_weights:
+        result.pop("output_layer.weight", None)
     for layer in range(architecture.num_layers):
         theirs, ours = f"model.layers.{layer}.", f"decoder.layers.{layer}."
-        query, key, value = (named[f"{theirs}self_attn.{letter}_proj.weight"] for letter in "qkv")
-        blocks = []
-        for group in range(architecture.num_query_groups):
-            blocks.append(query[group * heads * channels : (group + 1) * heads * channels])
-            blocks.append(key[group * channels : (group + 1) * channels])
-            blocks.append(value[group * channels : (group + 1) * channels])
-        gate_up = [named[theirs + "mlp.gate_proj.weight"], named[theirs + "mlp.up_proj.weight"]]
-        result |= {
-            ours + "input_layernorm.weight": named[theirs + "input_layernorm.weight"],
-            ours + "self_attention.linear_qkv.weight": torch.cat(blocks),
-            ours + "self_attention.linear_proj.weight": named[theirs + "self_attn.o_proj.weight"],
-            ours + "pre_mlp_layernorm.weight": named[theirs + "post_attention_layernorm.weight"],
-            ours + "mlp.linear_fc1.weight": torch.cat(gate_up),
-            ours + "mlp.linear_fc2.weight": named[theirs + "mlp.down_proj.weight"],
-        }
+        for kind in ("weight", "bias"):
+            if f"{theirs}self_attn.q_proj.{kind}" in named:
+                blocks = [
+                    named[f"{theirs}self_attn.{letter}_proj.{kind}"].unflatten(0, (architecture.num_query_groups, -1))
+                    for letter in "qkv"
+                ]
+                result[f"{ours}self_attention.linear_qkv.{kind}"] = torch.cat(blocks, 1).flatten(0, 1)
+            for name, module in ONE_TO_ONE.items():
+                if f"{theirs}{module}.{kind}" in named:
+                    result[f"{ours}{name}.{kind}"] = named[f"{theirs}{module}.{kind}"]
+        if theirs + "mlp.gate_proj.weight" in named:
+            halves = [named[f"{theirs}mlp.{name}_proj.weight"] for name in ("gate", "up")]
+            result[ours + "mlp.linear_fc1.weight"] = torch.cat(halves)
     return result
+
+
+ONE_TO_ONE = {
+    "input_layernorm": "input_layernorm",
+    "self_attention.q_layernorm": "self_attn.q_norm",
+    "self_attention.k_layernorm": "self_attn.k_norm",
+    "self_attention.linear_proj": "self_attn.o_proj",
+    "pre_mlp_layernorm": "post_attention_layernorm",
+    "mlp.linear_fc1": "mlp.up_proj",  # where there is no gate
+    "mlp.linear_fc2": "mlp.down_proj",
+}
 
 
 def weights(directory: Path, architecture: Architecture) -> dict[str, Tensor]:

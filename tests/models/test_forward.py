@@ -11,8 +11,14 @@ from torch import Tensor
 
 from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
+from tests.families import FAMILIES
 from tests.models.support import LAYOUTS, SEQUENCE, SHAPES, TinyModel, huggingface_model, microbatches, tokens
 from tests.pool import run_distributed
+
+FAMILY_LAYOUTS = [
+    *("tp1", "tp2-sp", "pp2"),
+    *(pytest.param(layout, marks=pytest.mark.soak) for layout in ("tp2-pp2", "pp3-uneven", "pp2-vpp2")),
+]
 
 
 def _loaded(tiny: TinyModel, layout: Layout) -> Any:
@@ -70,7 +76,18 @@ def _generated(tiny: TinyModel, layout: Layout, prompt: list[int], count: int) -
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_equal_hugging_face(tiny_models: dict[str, TinyModel], shape: str, layout: str) -> None:
-    tiny = tiny_models[shape]
+    assert_logits_equal_hugging_face(tiny_models[shape], layout)
+
+
+@pytest.mark.parametrize("layout", FAMILY_LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_of_every_family_equal_hugging_face(
+    family_models: dict[str, TinyModel], family: str, layout: str
+) -> None:
+    assert_logits_equal_hugging_face(family_models[family], layout)
+
+
+def assert_logits_equal_hugging_face(tiny: TinyModel, layout: str) -> None:
     with torch.no_grad():
         expected = huggingface_model(tiny.huggingface, torch.float32)(tokens()[:, :-1]).logits
     world_size, sizes = LAYOUTS[layout]

@@ -23,7 +23,8 @@ from minitron_nemo.checkpoint.inspect import describe
 from minitron_nemo.checkpoint.source import open_source
 from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.errors import UserError
-from tests.checkpoint.weights import architecture_of, random_plan, same_weights, sliced, weights
+from tests.checkpoint.weights import architecture_of, random_plan, same_weights, weights
+from tests.families import cut
 from tests.nemo.shims import without_cuda
 from tests.tiny import LLAMA3_ROPE, write_tiny_llama
 
@@ -88,7 +89,7 @@ def test_nemo_exports_pruned_students(tmp_path: Path, model: str) -> None:
     assert plan.target.num_attention_heads * plan.target.kv_channels != plan.target.hidden_size
     convert(tmp_path / "teacher", tmp_path / "student", "nemo", plan=plan, progress=False)
     llm.export_ckpt(tmp_path / "student", "hf", output_path=tmp_path / "back")
-    expected, found = sliced(weights(original), plan), weights(tmp_path / "back")
+    expected, found = cut(weights(original), plan), weights(tmp_path / "back")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert architecture_of(tmp_path / "back") == plan.target

@@ -1,55 +1,32 @@
-"""A pruned Llama made from Hugging Face tensors by plain indexing, without the package's tables or transform."""
+"""A pruned model made from Hugging Face tensors by plain indexing, without the package's tables or transform."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import numpy as np
-import torch
 from safetensors.torch import load_file, save_file
 
 from minitron_nemo.arch import Plan
+from tests.families import cut
 
 
 def slice_hugging_face(directory: Path, plan: Plan, destination: Path) -> Path:
     """Cut the tensors of the Hugging Face model in `directory` by the Plan's indices; returns `destination`."""
     config = json.loads((directory / "config.json").read_text())
-    weights = load_file(directory / "model.safetensors")
-    hidden = index(plan.kept_hidden, config["hidden_size"])
-    cut = {name: tensor[..., hidden] for name, tensor in weights.items() if not name.startswith("model.layers.")}
-    for new, old in enumerate(plan.kept_layers):
-        ffn = index(plan.kept_ffn and plan.kept_ffn[new], config["intermediate_size"])
-        heads = index(plan.kept_heads and plan.kept_heads[new], config["num_attention_heads"])
-        channels = (heads[:, None] * config["head_dim"] + torch.arange(config["head_dim"])).flatten()
-        layer = {
-            name.removeprefix(f"model.layers.{old}."): tensor
-            for name, tensor in weights.items()
-            if name.startswith(f"model.layers.{old}.")
-        }
-        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
-            layer[f"{name}.weight"] = layer[f"{name}.weight"][:, hidden]
-        for name in ("self_attn.o_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm"):
-            layer[f"{name}.weight"] = layer[f"{name}.weight"][hidden]
-        layer["self_attn.q_proj.weight"] = layer["self_attn.q_proj.weight"][channels]
-        layer["self_attn.o_proj.weight"] = layer["self_attn.o_proj.weight"][:, channels]
-        for name in ("gate_proj", "up_proj"):
-            layer[f"mlp.{name}.weight"] = layer[f"mlp.{name}.weight"][ffn]
-        layer["mlp.down_proj.weight"] = layer["mlp.down_proj.weight"][:, ffn]
-        cut |= {f"model.layers.{new}.{name}": tensor for name, tensor in layer.items()}
-    config |= {
-        "hidden_size": len(hidden),
-        "intermediate_size": len(ffn),
-        "num_attention_heads": len(heads),
-        "num_hidden_layers": len(plan.kept_layers),
-    }
+    config.pop("layer_types", None)  # one entry a layer
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    config |= {"head_dim": head_dim, "num_hidden_layers": len(plan.kept_layers)}
+    for key, kept in (
+        ("hidden_size", plan.kept_hidden),
+        ("intermediate_size", plan.kept_ffn and plan.kept_ffn[0]),
+        ("num_attention_heads", plan.kept_heads and plan.kept_heads[0]),
+    ):
+        if kept:
+            config[key] = len(kept)
     destination.mkdir(parents=True)
     save_file(
-        {name: tensor.contiguous() for name, tensor in cut.items()}, destination / "model.safetensors", {"format": "pt"}
+        cut(load_file(directory / "model.safetensors"), plan), destination / "model.safetensors", {"format": "pt"}
     )
     (destination / "config.json").write_text(json.dumps(config))
     return destination
-
-
-def index(kept: tuple[int, ...] | None, size: int) -> torch.Tensor:
-    return torch.from_numpy(np.arange(size) if kept is None else np.array(kept))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from minitron_nemo.arch import Architecture, Axis, Plan
 from minitron_nemo.checkpoint.transform import convert
@@ -24,6 +24,7 @@ from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.pruning.plan import make_plan
 from minitron_nemo.pruning.prune import prune
+from tests.families import FAMILIES, write_tiny
 from tests.importance.measuring import measured
 from tests.importance.test_collect import batch
 from tests.pool import run_distributed
@@ -66,11 +67,22 @@ def scores_of(hugging_face: Path, teacher: Path) -> Scores:
 def test_student_has_the_logits_of_hugging_faces_model_sliced_by_the_plan(
     target: str, tied: bool, tmp_path: Path
 ) -> None:
-    hugging_face = write_tiny_llama(tmp_path / "hf", num_layers=6, tied=tied)
+    assert_student_is_hugging_faces_slice("llama", TARGETS[target], tied, tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_students_of_every_family_have_the_logits_of_hugging_faces_model_sliced_by_the_plan(
+    family: str, tmp_path: Path
+) -> None:
+    assert_student_is_hugging_faces_slice(family, TARGETS["all axes"], family in ("qwen3", "phi3"), tmp_path)
+
+
+def assert_student_is_hugging_faces_slice(family: str, target: dict[str, Any], tied: bool, tmp_path: Path) -> None:
+    hugging_face = write_tiny(family, tmp_path / "hf", num_layers=6, tied=tied)
     scores = scores_of(hugging_face, tmp_path / "teacher")
-    plan = make_plan(scores, scores.architecture, PruneConfig(**TARGETS[target]))
+    plan = make_plan(scores, scores.architecture, PruneConfig(**target))
     run_distributed(2, prune_together, tmp_path / "teacher", plan, tmp_path / "student")
-    sliced = LlamaForCausalLM.from_pretrained(
+    sliced = AutoModelForCausalLM.from_pretrained(
         slice_hugging_face(hugging_face, plan, tmp_path / "sliced"), dtype=torch.float32, attn_implementation="eager"
     )
     tokens, _ = batch()

@@ -1,0 +1,73 @@
+"""What makes a model family: its tensors, what its layers compute, and how Hugging Face spells its configuration.
+
+Every family is one module of `arch.families` that defines a `FAMILY`; no code elsewhere knows one by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from minitron_nemo.errors import UserError
+
+if TYPE_CHECKING:
+    from minitron_nemo.arch.architecture import Architecture
+    from minitron_nemo.arch.tensors import TensorSpec
+
+
+@dataclass(frozen=True)
+class HuggingFaceModel:
+    """How one of Hugging Face's model types says that it is this family.
+
+    `class_name` is the class that loads it. `keys` maps fields of Architecture to the key of `config.json` that holds
+    them and to what an absent key means; the fields that all types spell alike are known elsewhere. `fixed` are keys
+    for which the family computes one value alone; an absent key has it. `whole_heads` is whether transformers refuses
+    a hidden size that is not a multiple of the number of heads, whatever `head_dim` says.
+    """
+
+    class_name: str
+    keys: Mapping[str, tuple[str, Any]]
+    fixed: Mapping[str, Any]
+    whole_heads: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """The named axes of a family's tensors and, in the names of Megatron-core's TransformerConfig, its layers.
+
+    `table` lists all tensors of an architecture in the order of the forward pass. `hugging_face` maps each `model_type`
+    that is this family to its configuration. `normalization` is "RMSNorm" or "LayerNorm" (with a bias); gains are
+    stored minus one under `layernorm_zero_centered_gamma`. `activation` is "silu" or "squared_relu", of the gate where
+    `gated_linear_unit` and of the product itself otherwise.
+    """
+
+    table: Callable[[Architecture], tuple[TensorSpec, ...]]
+    hugging_face: Mapping[str, HuggingFaceModel]
+    normalization: str = "RMSNorm"
+    layernorm_zero_centered_gamma: bool = False
+    activation: str = "silu"
+    gated_linear_unit: bool = True
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
+
+
+def family(name: str) -> Family:
+    """The family called `name`. Raises UserError for a name that is none."""
+    from minitron_nemo.arch.families import FAMILIES
+
+    if name not in FAMILIES:
+        raise UserError(f"architecture: family {name!r} is not known; known: {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def family_of_type(model_type: object, origin: str) -> tuple[str, HuggingFaceModel]:
+    """Name of the family that Hugging Face's `model_type` is, and its spelling. Raises UserError naming `origin`."""
+    from minitron_nemo.arch.families import FAMILIES
+
+    for name, candidate in FAMILIES.items():
+        for known, spelling in candidate.hugging_face.items():
+            if known == model_type:
+                return name, spelling
+    known_types = ", ".join(known for candidate in FAMILIES.values() for known in candidate.hugging_face)
+    raise UserError(f"{origin}: model_type {model_type!r} is not supported; known: {known_types}")
