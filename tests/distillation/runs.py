@@ -113,11 +113,11 @@ class Job:
     teacher: Path | None
     directory: Path
     layout: Layout = field(default_factory=Layout)
-    teacher_layout: Layout | None = None
     config: dict[str, Any] = field(default_factory=dict)
     buffer_bytes: int = 2**30
     intermediate: IntermediateConfig = field(default_factory=lambda: IntermediateConfig(pairs=[]))
     ce_weight: float | str = 0.1
+    teacher_layout: Layout | None = None
     teachers: int = 0
 
     @property
