@@ -53,8 +53,11 @@ def megatron_scaling(scaled: Any, factor: Any, origin: str) -> dict[str, Any] | 
 
 
 def bridge_model(architecture: Architecture, dtype: str) -> dict[str, Any]:
-    """The `model` section for an architecture. Raises UserError for rotary scaling that Megatron-core does not have."""
-    scaling = architecture.rope_scaling
+    """The `model` section for an architecture.
+
+    Raises UserError for what `fields_of` refuses and for rotary scaling that Megatron-core does not have.
+    """
+    fields, scaling = fields_of(architecture), architecture.rope_scaling
     if scaling is not None and tuple(scaling[key] for key in SCALING_KEYS[1:]) != _FIXED_SCALING:
         raise UserError(
             f"rope_scaling {dict(scaling)}: Megatron-core fixes {', '.join(SCALING_KEYS[1:])} to {_FIXED_SCALING}; "
@@ -62,7 +65,7 @@ def bridge_model(architecture: Architecture, dtype: str) -> dict[str, Any]:
         )
     return {
         "_target_": PROVIDERS[architecture.model_type],
-        **fields_of(architecture),
+        **fields,
         **precision_fields(dtype),
         "rope_scaling": scaling is not None,
         "rope_scaling_factor": 1.0 if scaling is None else scaling["factor"],

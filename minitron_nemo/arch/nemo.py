@@ -124,9 +124,11 @@ def architecture_from_nemo(
 def nemo_config(architecture: Architecture, dtype: str) -> tuple[str, dict[str, Any]]:
     """Dotted name of the configuration class for an architecture, and its arguments.
 
-    Raises UserError for what NeMo's Mistral cannot be: its exporter knows neither tied weights nor rotary scaling.
+    Raises UserError for what `fields_of` refuses and for what NeMo's Mistral cannot be: its exporter knows neither tied
+    weights nor rotary scaling.
     """
-    module, fields = MODULES[architecture.model_type], fields_of(architecture) | precision_fields(dtype)
+    fields = fields_of(architecture) | precision_fields(dtype)
+    module = MODULES[architecture.model_type]
     if architecture.model_type == "mistral":
         if architecture.share_embeddings_and_output_weights or architecture.rope_scaling:
             raise UserError(
