@@ -8,10 +8,13 @@ import sys
 FOREIGN = ("nemo", "nemo_run", "lightning", "pytorch_lightning", "fiddle", "modelopt", "transformer_engine")
 # The modules that the command line and every command of it begin with.
 EVERYTHING = """
-import pkgutil, minitron_nemo, minitron_nemo.cli
-for module in pkgutil.walk_packages(minitron_nemo.__path__, "minitron_nemo."):
-    if not module.name.startswith(("minitron_nemo.nemo", "minitron_nemo.kernels.triton")):
-        __import__(module.name)
+from pathlib import Path
+import minitron_nemo
+root = Path(minitron_nemo.__file__).parent
+for path in root.rglob("*.py"):
+    name = ".".join(["minitron_nemo", *path.relative_to(root).with_suffix("").parts]).removesuffix(".__init__")
+    if not name.startswith(("minitron_nemo.nemo", "minitron_nemo.kernels.triton")):
+        __import__(name)
 """
 
 

@@ -46,6 +46,8 @@ def architecture_from_hf(config: Mapping[str, Any], origin: str = "config.json")
     except KeyError as error:
         raise UserError(f"{origin}: key {error} is missing") from None
     fields |= {field: beside.get(key, absent) for field, (key, absent) in spelling.keys.items()}
+    if (fields.get("window_size") or 0) >= fields["max_position_embeddings"]:
+        fields["window_size"] = None  # it reaches back over the whole length
     return Architecture(**fields, family=name, model_type=str(model_type))
 
 

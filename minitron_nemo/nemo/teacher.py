@@ -102,8 +102,9 @@ class Teacher:
 
 
 def layout_of(config: Any) -> Layout:
-    """The Layout of a GPTConfig."""
-    return Layout(**{field.name: getattr(config, field.name) for field in fields(Layout)})
+    """The Layout of a GPTConfig, whose layers are split evenly."""
+    names = [field.name for field in fields(Layout) if field.name != "num_layers_per_stage"]
+    return Layout(**{name: getattr(config, name) for name in names})
 
 
 class TaughtStep(MegatronStep):
