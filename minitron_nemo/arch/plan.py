@@ -1,14 +1,16 @@
-"""`Plan`: which entries of which axes a student keeps of its teacher.
+"""`Plan`: which entries of which axes a student keeps of its teacher, and how what stays makes up for what goes.
 
-A Plan is a small file that a person can read and diff. Pruning makes one from Scores; `checkpoint.transform` carries it
-out, tensor by tensor, without building a model. The identity Plan is a conversion.
+A Plan is a small file that a person can read and diff; its matrices, where it has any, are a safetensors file beside
+it. Pruning makes one from Scores; `checkpoint.transform` carries it out, tensor by tensor, without building a model.
+The identity Plan is a conversion.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,27 @@ import numpy as np
 
 from minitron_nemo.arch.architecture import Architecture
 from minitron_nemo.arch.axes import Axis, Indices
+from minitron_nemo.arch.tensors import tensors
 from minitron_nemo.errors import UserError
 
 FILE_NAME = "plan.json"  # in the directory of a checkpoint that a Plan made
-SCHEMA_VERSION = 1
+MATRICES_NAME = "plan.safetensors"  # beside it
+SCHEMA_VERSION = 2
+
+REPLACE, ADD = "replace", "add"
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A dense map on the columns of one tensor of the student; its fp32 values are in the file beside the Plan.
+
+    `replace` [n, k]: the student's tensor is the source's, with all its n columns, times the matrix. `add` [n - k, k]:
+    it is the source's k kept columns plus the others, in their order, times the matrix. `sha256` is of its bytes.
+    """
+
+    kind: str
+    shape: tuple[int, int]
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -28,10 +47,15 @@ class Plan:
 
     `kept_layers` are the source's layers that stay, ascending, 0-indexed. `kept_hidden` are the hidden channels that
     stay, or None for all. `kept_ffn[i]` and `kept_heads[i]` belong to student layer i, which is source layer
-    `kept_layers[i]`; None for all. `gaps` records, per cut (`hidden_size`, `ffn_hidden_size/3`: of source layer 3), the
-    relative difference between the worst score kept and the best score dropped: where it is below the accuracy of the
-    Scores, another layout may choose otherwise. `provenance` holds fingerprints of the teacher and the Scores and the
-    settings used.
+    `kept_layers[i]`; None for all.
+
+    `norm_scales` gives norms of the student, by name, a factor on their gains; the gains of `folded_norms` become 1,
+    since the matrices of their readers contain them. `matrices` maps tensors of the student to what their columns are
+    multiplied by; `directory` is where their file lies.
+
+    `gaps` records, per cut (`hidden_size`, `ffn_hidden_size/3`: of source layer 3), the relative difference between the
+    worst score kept and the best score dropped: where it is below the accuracy of the Scores, another layout may choose
+    otherwise. `provenance` holds fingerprints of the teacher and the Scores and the settings used.
     """
 
     source: Architecture
@@ -40,6 +64,10 @@ class Plan:
     kept_hidden: tuple[int, ...] | None = None
     kept_ffn: tuple[tuple[int, ...], ...] | None = None
     kept_heads: tuple[tuple[int, ...], ...] | None = None
+    norm_scales: Mapping[str, float] = field(default_factory=dict)
+    folded_norms: tuple[str, ...] = ()
+    matrices: Mapping[str, Matrix] = field(default_factory=dict)
+    directory: Path | None = field(default=None, compare=False)
     gaps: Mapping[str, float] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -69,6 +97,28 @@ class Plan:
                     raise UserError(
                         f"plan: kept_heads[{layer}] keeps {groups.tolist()} heads per query group, not {per_group} each"
                     )
+
+        self._check_repairs()
+
+    def _check_repairs(self) -> None:
+        """Raise UserError for a norm or a matrix that does not fit the student."""
+        if not (self.norm_scales or self.folded_norms or self.matrices):
+            return
+        found = {tensor.name: tensor for tensor in tensors(self.target)}
+        for name in (*self.norm_scales, *self.folded_norms, *self.matrices):
+            if name not in found:
+                raise UserError(f"plan: the target has no tensor {name}")
+        for name, factor in self.norm_scales.items():
+            if found[name].spec.part != "norm" or not isfinite(factor) or factor <= 0:
+                raise UserError(f"plan: norm_scales: {name}: {factor} is no factor on a norm's gain")
+        for name in self.folded_norms:
+            if found[name].spec.part != "norm" or name in self.norm_scales:
+                raise UserError(f"plan: folded_norms: {name} is not a norm, or has a factor as well")
+        for name, matrix in self.matrices.items():
+            before, after = (found[name].spec.shape(model)[1:] for model in (self.source, self.target))
+            rows = before[0] - after[0] if matrix.kind == ADD else before[0]
+            if matrix.kind not in (REPLACE, ADD) or matrix.shape != (rows, *after):
+                raise UserError(f"plan: matrices: {name}: {matrix.kind} {list(matrix.shape)} does not fit its columns")
 
     def _check(self, name: str, kept: tuple[int, ...], axis: Axis) -> None:
         if len(kept) != self.target.size(axis):
@@ -103,11 +153,15 @@ class Plan:
             "kept_hidden": self.kept_hidden,
             "kept_ffn": self.kept_ffn,
             "kept_heads": self.kept_heads,
+            "norm_scales": dict(self.norm_scales),
+            "folded_norms": self.folded_norms,
+            "matrices": {name: asdict(matrix) for name, matrix in self.matrices.items()},
             "gaps": dict(self.gaps),
             "provenance": dict(self.provenance),
         }
 
     def save(self, path: Path) -> None:
+        """Write the Plan without its matrices' values."""
         path.write_text(json.dumps(self.to_dict()) + "\n")
 
     @staticmethod
@@ -124,13 +178,22 @@ class Plan:
                 kept_hidden=_tuple(data["kept_hidden"]),
                 kept_ffn=_tuples(data["kept_ffn"]),
                 kept_heads=_tuples(data["kept_heads"]),
+                norm_scales={name: float(factor) for name, factor in data["norm_scales"].items()},
+                folded_norms=tuple(data["folded_norms"]),
+                matrices={
+                    name: Matrix(matrix["kind"], tuple(matrix["shape"]), matrix["sha256"])
+                    for name, matrix in data["matrices"].items()
+                },
+                directory=path.parent,
                 gaps=data["gaps"],
                 provenance=data["provenance"],
             )
         except FileNotFoundError:
             raise UserError(f"{path}: no such plan") from None
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not a plan: {error}") from None
+        except UserError as error:
+            raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise UserError(f"{path}: not a plan: {error!r}") from None
 
 
 def _tuple(values: list[int] | None) -> tuple[int, ...] | None:

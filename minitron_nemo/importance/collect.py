@@ -3,7 +3,7 @@
     layer input --+-- input norm --> attention --> (linear_proj's input: heads)
                   |
                   +-- + --> pre-MLP norm --> linear_fc1 --> (linear_fc2's input: ffn)
-    layer input and output: block influence;  the two norms' outputs: hidden
+    layer input and output: block influence;  the two norms' outputs: hidden;  the final norm's: its scale
 
 TransformerEngine fuses a norm into the linear layer that follows, where no hook sees its output. So norms are measured
 from their inputs, which both specs show: |norm(x)| is |gain| |x| / rms(x), and sums of it need no normalised tensor.
@@ -16,7 +16,6 @@ are all-reduced over the tensor-parallel group first. Moments over sequences sta
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,41 +24,41 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, distributed, nn
 
 from minitron_nemo.arch import Architecture
+from minitron_nemo.importance.counted import Counted, Current, gain, transformer_layers
 from minitron_nemo.importance.reduce import Reducer, head_sums, sequence_moments, token_norms
 from minitron_nemo.importance.scores import AGGREGATIONS, Scores
-
-
-@dataclass(frozen=True)
-class Counted:
-    """Which tokens of a microbatch count. Sequence-parallel ranks see their share of the norms' tokens."""
-
-    mask: Tensor  # fp32 [b, s], 1 or 0
-    local_mask: Tensor  # fp32 [b, s/tp] under sequence parallelism, else `mask`
-    tokens: Tensor  # fp64 [b]
 
 
 class ChunkSums:
     """What the layers of one model chunk measure on this rank; fp64.
 
     `totals` has moments over the sequences so far: `norms` [2, 3, 2 x layers, h], input and pre-MLP norm in turn; `ffn`
-    [2, 3, layers, ffn/tp] and `heads` [2, 3, layers, heads/tp], this tensor-parallel rank's slices; and `cosines`
-    [layers], summed over this rank's tokens. `current` lists the same of the microbatch that is in the chunk, layer by
-    layer, before any aggregation: sums [2, b, n] of each sequence.
+    [2, 3, layers, ffn/tp] and `heads` [2, 3, layers, heads/tp], this tensor-parallel rank's slices; `norm_squares`
+    [2 x layers, h] the squares of the norms' outputs before their gains, summed over the tokens; and over this rank's
+    tokens `cosines` [layers] and, where the chunk ends with the final norm, its `final_squares` [h]. `current` lists
+    the same of the microbatch that is in the chunk, layer by layer, before any aggregation: sums [2, b, n] of each
+    sequence, those of the norms without their gains. `gains` lists the norms' gains [h] in the order of the norms.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, gains: Sequence[Tensor]) -> None:
         self.totals: dict[str, Tensor] = {}
         self.current: dict[str, list[Tensor]] = {"norms": [], "ffn": [], "heads": [], "cosines": []}
+        sizes = torch.stack(list(gains)).double().abs()
+        self.factors = torch.stack([sizes, sizes.square()], dim=1)[:, :, None]  # [2 x layers, 2, 1, h]
 
     def finish_microbatch(self, tokens: Tensor, shards: distributed.ProcessGroup | None) -> None:
         """Move `current` to `totals`; `tokens` [b] counts. Sums of norms are completed over the group `shards`."""
         sums = {name: torch.stack(by_layer) for name, by_layer in self.current.items()}
         if shards is not None:
             distributed.all_reduce(sums["norms"], group=shards)
+        self.add("norm_squares", sums["norms"][:, 1].sum(dim=1))
+        sums["norms"].mul_(self.factors)
         for name, measured in sums.items():
-            added = measured if name == "cosines" else sequence_moments(measured, tokens)
-            self.totals[name] = self.totals[name].add_(added) if name in self.totals else added
+            self.add(name, measured if name == "cosines" else sequence_moments(measured, tokens))
             self.current[name].clear()
+
+    def add(self, name: str, measured: Tensor) -> None:
+        self.totals[name] = self.totals[name].add_(measured) if name in self.totals else measured
 
 
 class Collector:
@@ -86,15 +85,18 @@ class Collector:
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
         self.tp_rank = parallel_state.get_tensor_model_parallel_rank()
         self.tp_size = parallel_state.get_tensor_model_parallel_world_size()
-        self.chunks = [[m for m in chunk.modules() if isinstance(m, TransformerLayer)] for chunk in chunks]
-        self.sums = [ChunkSums() for _ in chunks]
+        self.chunks = [transformer_layers(chunk) for chunk in chunks]
+        self.sums = [ChunkSums([each for layer in layers for each in _gains(layer)]) for layers in self.chunks]
+        self.final_norms: list[Any] = [
+            chunk.get_submodule("decoder").final_layernorm for chunk in chunks
+        ]  # None: not here
         self.device = next(chunks[0].parameters()).device
         self.reducer = Reducer(self.device)
         self.handles: list[Any] = []
 
     def __enter__(self) -> Collector:
-        for layers, sums in zip(self.chunks, self.sums, strict=True):
-            self._attach_chunk(layers, sums)
+        for layers, sums, final_norm in zip(self.chunks, self.sums, self.final_norms, strict=True):
+            self._attach_chunk(layers, sums, final_norm)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -109,21 +111,29 @@ class Collector:
         ffn = self._zeros(*moments, layers, shape.ffn_hidden_size)
         heads = self._zeros(*moments, layers, shape.num_attention_heads)
         cosines = self._zeros(layers)
+        norm_squares = self._zeros(layers, 2, shape.hidden_size)
+        final_squares = self._zeros(shape.hidden_size)
+        column_norms = self._zeros(layers, shape.ffn_hidden_size)
         counts = self._zeros(2)  # sequences, tokens
         for chunk, sums in zip(self.chunks, self.sums, strict=True):
             mine = [layer.layer_number - 1 for layer in chunk]
             ffn[:, :, mine, self._slice(shape.ffn_hidden_size)] = sums.totals["ffn"]
             heads[:, :, mine, self._slice(shape.num_attention_heads)] = sums.totals["heads"]
+            if parallel_state.get_data_parallel_rank() == 0:
+                columns = [layer.mlp.linear_fc2.weight.detach().double().norm(dim=0) for layer in chunk]
+                column_norms[mine, self._slice(shape.ffn_hidden_size)] = torch.stack(columns)
             # What all tensor-parallel ranks hold alike is given by the first; cosines of other tokens by each.
             if self.tp_rank == 0:
                 norms[:, :, mine] = sums.totals["norms"].unflatten(2, (len(mine), 2))
+                norm_squares[mine] = sums.totals["norm_squares"].unflatten(0, (len(mine), 2))
             if self.tp_rank == 0 or self.sequence_parallel:
                 cosines[mine] = sums.totals["cosines"]
+                final_squares += sums.totals.get("final_squares", 0)
         if self.tp_rank == 0 and parallel_state.get_pipeline_model_parallel_rank() == 0:
             for microbatch in self.microbatches:
                 tokens = (microbatch["token_weights"] != 0).sum(dim=1)
                 counts += torch.stack([(tokens > 0).sum(), tokens.sum()])
-        for array in (norms, ffn, heads, cosines, counts):
+        for array in (norms, ffn, heads, cosines, norm_squares, final_squares, column_norms, counts):
             distributed.all_reduce(array)  # over all ranks: each entry has one contributor per data-parallel replica
         sequences, tokens = counts.tolist()
         return Scores(
@@ -132,6 +142,8 @@ class Collector:
             ffn=ffn.cpu().numpy(),
             heads=heads.cpu().numpy(),
             block_influence=(1 - cosines / tokens).cpu().numpy(),
+            norm_squares=(torch.cat([norm_squares.flatten(0, 1), final_squares[None]]) / tokens).cpu().numpy(),
+            ffn_column_norms=column_norms.cpu().numpy(),
             sequences=int(sequences),
             tokens=int(tokens),
             model_fingerprint=model_fingerprint,
@@ -139,44 +151,46 @@ class Collector:
             settings=settings,
         )
 
-    def _attach_chunk(self, layers: list[TransformerLayer], sums: ChunkSums) -> None:
-        counted: list[Counted] = []  # of the microbatch that is in the chunk
-
-        def on_microbatch(module: nn.Module, args: tuple[Any, ...]) -> None:
-            # Megatron's schedules number the microbatches on the layers, chunk by chunk.
-            microbatch = layers[0].current_microbatch
-            counted[:] = [self._counted(microbatch)]
-            if layers is self.chunks[0] and microbatch < len(self.microbatches):
-                self.on_microbatch()
+    def _attach_chunk(self, layers: list[TransformerLayer], sums: ChunkSums, final_norm: nn.Module | None) -> None:
+        current = Current(
+            layers,
+            self.microbatches,
+            sequence_parallel=self.sequence_parallel,
+            on_microbatch=self.on_microbatch if layers is self.chunks[0] else None,
+        )
 
         def after_microbatch(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            sums.finish_microbatch(counted[0].tokens, self.tp_group if self.sequence_parallel else None)
+            sums.finish_microbatch(current.counted.tokens, self.tp_group if self.sequence_parallel else None)
 
-        self.handles.append(layers[0].register_forward_pre_hook(on_microbatch))
+        def on_final_norm(module: nn.Module, args: tuple[Any, ...]) -> None:
+            squares = self._norm_sums(args[0], token_norms(args[0]), current.counted)[1]
+            sums.add("final_squares", squares.sum(dim=0))
+
+        self.handles.append(current.handle)
         for layer in layers:
-            self._attach(layer, sums, counted)
+            self._attach(layer, sums, current)
         self.handles.append(layers[-1].register_forward_hook(after_microbatch))
+        if final_norm is not None:
+            self.handles.append(final_norm.register_forward_pre_hook(on_final_norm))
 
-    def _attach(self, layer: TransformerLayer, sums: ChunkSums, counted: list[Counted]) -> None:
+    def _attach(self, layer: TransformerLayer, sums: ChunkSums, current: Current) -> None:
         def on_heads(module: nn.Module, args: tuple[Any, ...]) -> None:
-            sums.current["heads"].append(head_sums(args[0], counted[0].mask, self.architecture.kv_channels))
+            sums.current["heads"].append(head_sums(args[0], current.counted.mask, self.architecture.kv_channels))
 
         def on_pre_mlp(module: nn.Module, args: tuple[Any, ...]) -> None:
-            sums.current["norms"].append(self._norm_sums(args[0], token_norms(args[0]), gain_pre_mlp, counted[0]))
+            sums.current["norms"].append(self._norm_sums(args[0], token_norms(args[0]), current.counted))
 
         def on_ffn(module: nn.Module, args: tuple[Any, ...]) -> None:
-            sums.current["ffn"].append(self.reducer.absolute_sums(args[0], counted[0].mask))
+            sums.current["ffn"].append(self.reducer.absolute_sums(args[0], current.counted.mask))
 
         def on_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             states, result = kwargs["hidden_states"], output[0]  # [s(/tp), b, h]
             lengths = token_norms(states)
-            cosines = self.reducer.cosines(states, result, lengths) * counted[0].local_mask.t()
+            cosines = self.reducer.cosines(states, result, lengths) * current.counted.local_mask.t()
             sums.current["cosines"].append(cosines.sum(dtype=torch.float64))
             # Its norm comes first, but the length of its input is needed here anyway.
-            sums.current["norms"].insert(-1, self._norm_sums(states, lengths, gain_input, counted[0]))
+            sums.current["norms"].insert(-1, self._norm_sums(states, lengths, current.counted))
 
-        gain_input = _gain(layer.input_layernorm, layer.self_attention.linear_qkv)
-        gain_pre_mlp = _gain(layer.pre_mlp_layernorm, layer.mlp.linear_fc1)
         self.handles += [
             layer.self_attention.linear_proj.register_forward_pre_hook(on_heads),
             layer.pre_mlp_layernorm.register_forward_pre_hook(on_pre_mlp),
@@ -184,17 +198,13 @@ class Collector:
             layer.register_forward_hook(on_output, with_kwargs=True),
         ]
 
-    def _norm_sums(self, states: Tensor, lengths: Tensor, gain: Tensor, counted: Counted) -> Tensor:
-        """`absolute_sums` of RMSNorm(states) over this rank's tokens: [2, b, h]. `lengths` are the states' norms."""
-        scale = torch.rsqrt(lengths.square() / states.shape[-1] + self.architecture.layernorm_epsilon)  # [s, b]
-        return self.reducer.absolute_sums(states, counted.local_mask * scale.t()).mul_(gain)
+    def _norm_sums(self, states: Tensor, lengths: Tensor, counted: Counted) -> Tensor:
+        """`absolute_sums` of RMSNorm(states), without its gain, over this rank's tokens: [2, b, h].
 
-    def _counted(self, microbatch: int) -> Counted:
-        fills = microbatch >= len(self.microbatches)
-        weights = self.microbatches[-1 if fills else microbatch]["token_weights"]  # [b, s]
-        mask = torch.zeros_like(weights) if fills else (weights != 0).float()
-        local = mask.chunk(self.tp_size, dim=1)[self.tp_rank] if self.sequence_parallel else mask
-        return Counted(mask, local, mask.sum(dim=1, dtype=torch.float64))
+        `lengths` are the states' norms.
+        """
+        scale = torch.rsqrt(lengths.square() / states.shape[-1] + self.architecture.layernorm_epsilon)  # [s, b]
+        return self.reducer.absolute_sums(states, counted.local_mask * scale.t())
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=self.device)
@@ -204,11 +214,7 @@ class Collector:
         return slice(self.tp_rank * size // self.tp_size, (self.tp_rank + 1) * size // self.tp_size)
 
 
-def _gain(norm: nn.Module, fused: nn.Module) -> Tensor:
-    """What a norm's gain does to `absolute_sums`: |g| and g^2, fp64 [2, 1, h].
-
-    The gain is the norm's own weight, or that of the linear layer that TransformerEngine fused it into.
-    """
-    weight: Any = norm.weight if hasattr(norm, "weight") else fused.layer_norm_weight
-    size = weight.detach().double().abs()
-    return torch.stack([size, size.square()])[:, None]
+def _gains(layer: TransformerLayer) -> tuple[Tensor, Tensor]:
+    """Of the input norm and the pre-MLP norm."""
+    attention = gain(layer.input_layernorm, layer.self_attention.linear_qkv)
+    return attention, gain(layer.pre_mlp_layernorm, layer.mlp.linear_fc1)

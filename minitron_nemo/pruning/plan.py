@@ -15,7 +15,7 @@ import numpy as np
 from minitron_nemo.arch import Architecture, Axis, Plan
 from minitron_nemo.config import PruneConfig
 from minitron_nemo.errors import UserError
-from minitron_nemo.importance.scores import Array, Scores
+from minitron_nemo.importance.scores import FINAL_NORM, LAYER_NORMS, Array, Scores
 
 DEPTH_METHODS = ("block_influence", "contiguous")
 
@@ -55,9 +55,10 @@ def make_plan(scores: Scores, source: Architecture, config: PruneConfig) -> Plan
     """The Plan that keeps the entries with the highest scores; ties go to the lower index.
 
     FFN neurons are ranked per layer; heads per layer and query group, every group keeping equally many; hidden channels
-    over the whole model. `gaps` has one number per decision that Scores took, named by axis and, where layers decide on
-    their own, the source's layer: (worst kept - best dropped) / worst kept, the smallest of the groups' for heads, and
-    for `contiguous` the same of the dropped block's summed influence and the runner-up's.
+    over the whole model, where `repair.norm_scale` gives the gain of every norm a factor. `gaps` has one number per
+    decision that Scores took, named by axis and, where layers decide on their own, the source's layer: (worst kept -
+    best dropped) / worst kept, the smallest of the groups' for heads, and for `contiguous` the same of the dropped
+    block's summed influence and the runner-up's.
 
     Raises UserError for Scores of another architecture and for what `target_architecture` refuses.
     """
@@ -72,12 +73,16 @@ def make_plan(scores: Scores, source: Architecture, config: PruneConfig) -> Plan
     def score(axis: Axis) -> Array:
         return scores.get(axis, config.calibration.sequence_aggregation, config.calibration.batch_aggregation)
 
+    norm_scales: dict[str, float] = {}
     kept_hidden: tuple[int, ...] | None = None
     if target.hidden_size < source.hidden_size:
-        kept_hidden, gaps[Axis.HIDDEN.value] = _best(score(Axis.HIDDEN), target.hidden_size)
+        channels = scores.hidden_energy() if config.hidden_score == "energy" else score(Axis.HIDDEN)
+        kept_hidden, gaps[Axis.HIDDEN.value] = _best(channels, target.hidden_size)
+        if config.repair.norm_scale:
+            norm_scales = _norm_scales(scores, kept_layers, kept_hidden)
     kept_ffn: list[tuple[int, ...]] = []
     if target.ffn_hidden_size < source.ffn_hidden_size:
-        neurons = score(Axis.FFN)
+        neurons = scores.ffn_outputs() if config.ffn_score == "output" else score(Axis.FFN)
         for layer in kept_layers:
             kept, gaps[f"{Axis.FFN}/{layer}"] = _best(neurons[layer], target.ffn_hidden_size)
             kept_ffn.append(kept)
@@ -94,6 +99,7 @@ def make_plan(scores: Scores, source: Architecture, config: PruneConfig) -> Plan
         kept_hidden=kept_hidden,
         kept_ffn=tuple(kept_ffn) or None,
         kept_heads=tuple(kept_heads) or None,
+        norm_scales=norm_scales,
         gaps=gaps,
         provenance=_provenance(scores, config),
     )
@@ -134,6 +140,16 @@ def _kept_layers(
     return (0, *between, last)
 
 
+def _norm_scales(scores: Scores, kept_layers: tuple[int, ...], kept_hidden: tuple[int, ...]) -> dict[str, float]:
+    """Factors on the gains of all norms of the student, by name."""
+    *of_layers, final = scores.norm_scales(kept_hidden).tolist()
+    named = {FINAL_NORM: final}
+    for layer, source in enumerate(kept_layers):
+        for position, norm in enumerate(LAYER_NORMS):
+            named[norm.format(layer=layer)] = of_layers[2 * source + position]
+    return named
+
+
 def _best(scores: Array, count: int) -> tuple[tuple[int, ...], float]:
     """Indices of the `count` highest scores, ascending, and the gap at the cut. Ties go to the lower index."""
     order = np.argsort(-scores, kind="stable")
@@ -172,5 +188,7 @@ def _provenance(scores: Scores, config: PruneConfig) -> Mapping[str, Any]:
         "calibration": dict(scores.settings),
         "sequence_aggregation": config.calibration.sequence_aggregation,
         "batch_aggregation": config.calibration.batch_aggregation,
+        "ffn_score": config.ffn_score,
+        "hidden_score": config.hidden_score,
         "depth_method": "drop_layers" if config.drop_layers is not None else config.depth_method,
     }

@@ -43,12 +43,22 @@ def slice_hugging_face(directory: Path, plan: Plan, destination: Path) -> Path:
         "num_attention_heads": len(heads),
         "num_hidden_layers": len(plan.kept_layers),
     }
+    for name, factor in plan.norm_scales.items():
+        cut[norm_name(name)] = cut[norm_name(name)] * factor
     destination.mkdir(parents=True)
     save_file(
         {name: tensor.contiguous() for name, tensor in cut.items()}, destination / "model.safetensors", {"format": "pt"}
     )
     (destination / "config.json").write_text(json.dumps(config))
     return destination
+
+
+def norm_name(name: str) -> str:
+    """What Hugging Face calls a norm of ours."""
+    if name == "decoder.final_layernorm.weight":
+        return "model.norm.weight"
+    layer = "model.layers." + name.split(".")[2]
+    return f"{layer}.input_layernorm.weight" if "qkv" in name else f"{layer}.post_attention_layernorm.weight"
 
 
 def index(kept: tuple[int, ...] | None, size: int) -> torch.Tensor:
