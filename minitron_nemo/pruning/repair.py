@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from minitron_nemo.arch import Architecture, Plan
+from minitron_nemo.arch import Architecture, Axis, Plan
 from minitron_nemo.arch.plan import ADD, FILE_NAME, REPLACE, Matrix
 from minitron_nemo.checkpoint.dense import MatrixFile
 from minitron_nemo.checkpoint.files import commit_partial, make_partial, partial_path
@@ -28,11 +28,29 @@ from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.pruning.calibrate import open_calibration, progress, without_logits
 
+TOKENS_PER_COLUMN = 16  # fewer get a warning; 2 made things worse on tokens that the fit had not seen
+
 
 def fits(source: Architecture, target: Architecture, config: RepairConfig) -> bool:
     """Whether this cut asks for least-squares repairs, which take passes over the teacher."""
     ffn = target.ffn_hidden_size < source.ffn_hidden_size and config.ffn
     return ffn or (target.hidden_size < source.hidden_size and config.hidden)
+
+
+def repair_warnings(
+    source: Architecture, target: Architecture, config: RepairConfig, sequence_length: int
+) -> list[str]:
+    """What a fit on so few tokens would be: fitted to them, and worse than the plain cut on others."""
+    if not fits(source, target, config):
+        return []
+    cut = [axis for axis in (Axis.HIDDEN, Axis.FFN) if target.size(axis) < source.size(axis)]
+    columns, tokens = max(target.size(axis) for axis in cut), config.samples * sequence_length
+    if tokens >= TOKENS_PER_COLUMN * columns:
+        return []
+    return [
+        f"prune.repair.samples: {tokens:,} tokens are few to fit {columns:,} columns to; "
+        f"use {-(-TOKENS_PER_COLUMN * columns // sequence_length)} samples"
+    ]
 
 
 def repair(teacher: Path, prepared: Path, recipe: Recipe, layout: Layout, plan: Plan, directory: Path) -> None:
