@@ -53,6 +53,8 @@ class RepairConfig:
     # Least squares on activations of the teacher, in forward passes of their own (`minitron repair`):
     ffn: bool = True  # ffn_hidden_size: linear_fc2 makes up for the removed neurons
     hidden: bool = True  # hidden_size: every reader of the residual stream does so for the removed channels
+    # num_attention_heads: queries of kept heads take in those of dropped ones (2407.14679 section 2.3)
+    merge_heads: bool = False
     ridge: float = 0.01  # towards the plain cut, in units of the mean second moment
     samples: int = 128  # sequences of data.sequence_length
     statistics_bytes: int = 4 * 1024**3  # of fp64 second moments held at once on a rank; beyond: more passes
@@ -65,6 +67,7 @@ class PruneConfig:
     hidden_size: int | None = None
     ffn_hidden_size: int | None = None
     num_attention_heads: int | None = None
+    num_query_groups: int | None = None  # whole groups go, with their keys, values and heads
     num_layers: int | None = None
     drop_layers: list[int] | None = None  # 0-indexed; instead of num_layers
     depth_method: str = "block_influence"  # block_influence | contiguous (the block with the smallest summed influence)

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from minitron_nemo.arch.architecture import Architecture
-from minitron_nemo.arch.axes import Axis, Indices
-from minitron_nemo.arch.tensors import tensors
+from minitron_nemo.arch.axes import Axis, Indices, QKVDim
+from minitron_nemo.arch.tensors import NamedTensor, tensors
 from minitron_nemo.errors import UserError
 
 FILE_NAME = "plan.json"  # in the directory of a checkpoint that a Plan made
@@ -46,8 +46,9 @@ class Plan:
     """Selection of entries, from the `source` architecture to the `target` one.
 
     `kept_layers` are the source's layers that stay, ascending, 0-indexed. `kept_hidden` are the hidden channels that
-    stay, or None for all. `kept_ffn[i]` and `kept_heads[i]` belong to student layer i, which is source layer
-    `kept_layers[i]`; None for all.
+    stay, or None for all. `kept_ffn[i]`, `kept_groups[i]` and `kept_heads[i]` belong to student layer i, which is
+    source layer `kept_layers[i]`; None for all. Every kept group keeps equally many of its heads. `merged_heads[i]` are
+    pairs (kept head, dropped head): the query of the kept one becomes twice its own less that of the dropped one.
 
     `norm_scales` gives norms of the student, by name, a factor on their gains; the gains of `folded_norms` become 1,
     since the matrices of their readers contain them. `matrices` maps tensors of the student to what their columns are
@@ -63,7 +64,9 @@ class Plan:
     kept_layers: tuple[int, ...]
     kept_hidden: tuple[int, ...] | None = None
     kept_ffn: tuple[tuple[int, ...], ...] | None = None
+    kept_groups: tuple[tuple[int, ...], ...] | None = None
     kept_heads: tuple[tuple[int, ...], ...] | None = None
+    merged_heads: tuple[tuple[tuple[int, int], ...], ...] | None = None
     norm_scales: Mapping[str, float] = field(default_factory=dict)
     folded_norms: tuple[str, ...] = ()
     matrices: Mapping[str, Matrix] = field(default_factory=dict)
@@ -77,6 +80,7 @@ class Plan:
             self._check("kept_hidden", self.kept_hidden, Axis.HIDDEN)
         for name, per_layer, axis in (
             ("kept_ffn", self.kept_ffn, Axis.FFN),
+            ("kept_groups", self.kept_groups, Axis.GROUPS),
             ("kept_heads", self.kept_heads, Axis.HEADS),
         ):
             if per_layer is not None:
@@ -84,21 +88,48 @@ class Plan:
                     raise UserError(f"plan: {name} has {len(per_layer)} layers, kept_layers {len(self.kept_layers)}")
                 for layer, kept in enumerate(per_layer):
                     self._check(f"{name}[{layer}]", kept, axis)
-        for axis, cut in ((Axis.HIDDEN, self.kept_hidden), (Axis.FFN, self.kept_ffn), (Axis.HEADS, self.kept_heads)):
+        for axis, cut in (
+            (Axis.HIDDEN, self.kept_hidden),
+            (Axis.FFN, self.kept_ffn),
+            (Axis.GROUPS, self.kept_groups),
+            (Axis.HEADS, self.kept_heads),
+        ):
             if cut is None and self.source.size(axis) != self.target.size(axis):
                 raise UserError(f"plan: {axis} shrinks but the plan does not say which entries are kept")
-        if self.kept_heads is not None:
-            per_group = self.target.heads_per_group
-            for layer, kept in enumerate(self.kept_heads):
-                groups = np.bincount(
-                    np.array(kept) // self.source.heads_per_group, minlength=self.source.num_query_groups
-                )
-                if (groups != per_group).any():
-                    raise UserError(
-                        f"plan: kept_heads[{layer}] keeps {groups.tolist()} heads per query group, not {per_group} each"
-                    )
-
+        for layer, kept in enumerate(self.kept_heads or ()):
+            self._check_heads(layer, kept)
+        if self.kept_groups is not None and self.kept_heads is None:
+            raise UserError("plan: kept_groups without kept_heads; list the heads of the groups that stay")
+        if self.merged_heads is not None:
+            self._check_merges(self.merged_heads)
         self._check_repairs()
+
+    def _check_heads(self, layer: int, kept: tuple[int, ...]) -> None:
+        per_group = self.target.heads_per_group
+        groups = np.bincount(np.array(kept) // self.source.heads_per_group, minlength=self.source.num_query_groups)
+        wanted = np.full_like(groups, per_group)
+        if self.kept_groups is not None:
+            wanted[np.setdiff1d(np.arange(len(groups)), self.kept_groups[layer])] = 0
+        if (groups != wanted).any():
+            raise UserError(
+                f"plan: kept_heads[{layer}] keeps {groups.tolist()} heads per query group, not {wanted.tolist()}"
+            )
+
+    def _check_merges(self, merged: tuple[tuple[tuple[int, int], ...], ...]) -> None:
+        """Raise UserError unless pairs are of a kept and a dropped head of one query group, each head in one pair."""
+        kept = self.kept_heads or ()
+        if len(merged) != len(kept):
+            raise UserError(f"plan: merged_heads has {len(merged)} layers, kept_heads {len(kept)}")
+        for layer, pairs in enumerate(merged):
+            heads = [head for pair in pairs for head in pair]
+            if len(set(heads)) != len(heads) or not set(heads) <= set(range(self.source.num_attention_heads)):
+                raise UserError(f"plan: merged_heads[{layer}]: a head is listed twice, or there is no such head")
+            for stays, goes in pairs:
+                same_group = stays // self.source.heads_per_group == goes // self.source.heads_per_group
+                if stays not in kept[layer] or goes in kept[layer] or not same_group:
+                    raise UserError(
+                        f"plan: merged_heads[{layer}]: ({stays}, {goes}) is not a kept and a dropped head of one group"
+                    )
 
     def _check_repairs(self) -> None:
         """Raise UserError for a norm or a matrix that does not fit the student."""
@@ -142,7 +173,22 @@ class Plan:
             entries[Axis.FFN] = np.array(self.kept_ffn[layer], dtype=np.int64)
         if layer is not None and self.kept_heads is not None:
             entries[Axis.HEADS] = np.array(self.kept_heads[layer], dtype=np.int64)
+        if layer is not None and self.kept_groups is not None:
+            entries[Axis.GROUPS] = np.array(self.kept_groups[layer], dtype=np.int64)
         return entries
+
+    def merged_rows(self, tensor: NamedTensor) -> dict[int, int]:
+        """Rows of a tensor of the student that become twice themselves less a row of the source: {row: source row}."""
+        dim = tensor.spec.dims[0]
+        if self.merged_heads is None or tensor.layer is None or not isinstance(dim, QKVDim):
+            return {}
+        rows = dim.select(self.source, self.kept(tensor.layer))
+        assert rows is not None  # heads are cut where they are merged
+        merged = {}
+        for stays, goes in self.merged_heads[tensor.layer]:
+            places = np.searchsorted(rows, dim.query_rows(self.source, stays))
+            merged |= dict(zip(places.tolist(), dim.query_rows(self.source, goes).tolist(), strict=True))
+        return merged
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -152,7 +198,9 @@ class Plan:
             "kept_layers": self.kept_layers,
             "kept_hidden": self.kept_hidden,
             "kept_ffn": self.kept_ffn,
+            "kept_groups": self.kept_groups,
             "kept_heads": self.kept_heads,
+            "merged_heads": self.merged_heads,
             "norm_scales": dict(self.norm_scales),
             "folded_norms": self.folded_norms,
             "matrices": {name: asdict(matrix) for name, matrix in self.matrices.items()},
@@ -177,7 +225,9 @@ class Plan:
                 kept_layers=tuple(data["kept_layers"]),
                 kept_hidden=_tuple(data["kept_hidden"]),
                 kept_ffn=_tuples(data["kept_ffn"]),
+                kept_groups=_tuples(data["kept_groups"]),
                 kept_heads=_tuples(data["kept_heads"]),
+                merged_heads=_pairs(data["merged_heads"]),
                 norm_scales={name: float(factor) for name, factor in data["norm_scales"].items()},
                 folded_norms=tuple(data["folded_norms"]),
                 matrices={
@@ -202,3 +252,7 @@ def _tuple(values: list[int] | None) -> tuple[int, ...] | None:
 
 def _tuples(values: list[list[int]] | None) -> tuple[tuple[int, ...], ...] | None:
     return None if values is None else tuple(tuple(row) for row in values)
+
+
+def _pairs(values: list[list[list[int]]] | None) -> tuple[tuple[tuple[int, int], ...], ...] | None:
+    return None if values is None else tuple(tuple((stays, goes) for stays, goes in row) for row in values)

@@ -97,7 +97,7 @@ def transform(
         barrier()
         maps = DenseMaps(plan)
         mine = share(chunks(plan.target, sink.dtypes), rank, world_size)
-        sink.write(_ahead(_shown(mine, sink, progress and rank == 0), slicer(source, plan, maps, sink.dtypes)), rank)
+        sink.write(_ahead(_shown(mine, sink, progress and rank == 0), Slicer(source, plan, maps, sink.dtypes)), rank)
         if maps.flops and progress and rank == 0:
             gflops = maps.flops / 1e9
             print(f"[transform] dense maps: {gflops:.1f} GFLOP, {gflops / maps.seconds:.1f} GFLOP/s a thread")
@@ -144,45 +144,59 @@ def _ahead(blocks: Iterable[Chunk], rows: Callable[[Chunk], torch.Tensor]) -> It
             yield ready, future.result()
 
 
-def slicer(
-    source: Source, plan: Plan, maps: DenseMaps, dtypes: Mapping[str, torch.dtype]
-) -> Callable[[Chunk], torch.Tensor]:
-    """A function that computes a block of the result, of the wanted data type: [rows, columns] or [rows]."""
+class Slicer:
+    """Computes a block of the result when called: [rows, columns] or [rows], of the data type in `dtypes`."""
 
-    @lru_cache(maxsize=BLOCKS_AHEAD)  # the blocks of a tensor follow each other
-    def selections(tensor: NamedTensor) -> list[Indices | None]:
-        kept = plan.kept(tensor.layer)
-        return [dim.select(plan.source, kept) for dim in tensor.spec.dims]
+    def __init__(self, source: Source, plan: Plan, maps: DenseMaps, dtypes: Mapping[str, torch.dtype]) -> None:
+        self.source, self.plan, self.maps, self.dtypes = source, plan, maps, dtypes
+        once = lru_cache(maxsize=BLOCKS_AHEAD)  # the blocks of a tensor follow each other
+        self._selections = once(self._select)
+        self._partners = once(plan.merged_rows)
 
-    def rows(chunk: Chunk) -> torch.Tensor:
-        kept_rows, *kept_columns = selections(chunk.tensor)
-        columns = kept_columns[0] if kept_columns else None
-        if chunk.tensor.name in plan.matrices:
-            assert columns is not None, f"{chunk.tensor.name} has a matrix, but its columns are not cut"
-            block = selected(chunk, kept_rows, None)
-            return maps.columns(chunk.tensor.name, block, columns).to(dtypes[chunk.tensor.name])
-        block = selected(chunk, kept_rows, columns)
-        if chunk.tensor.name in plan.folded_norms:
+    def __call__(self, chunk: Chunk) -> torch.Tensor:
+        name, plan = chunk.tensor.name, self.plan
+        rows, *others = self._selections(chunk.tensor)
+        columns = others[0] if others else None
+        if name in plan.matrices:
+            assert columns is not None, f"{name} has a matrix, but its columns are not cut"
+            block = self.maps.columns(name, self._block(chunk, rows, None), columns)
+        else:
+            block = self._block(chunk, rows, columns)
+        if name in plan.folded_norms:
             block = torch.ones_like(block)
-        elif (factor := plan.norm_scales.get(chunk.tensor.name)) is not None:
-            block = block.float() * factor
-        return block.to(dtypes[chunk.tensor.name])
+        elif name in plan.norm_scales:
+            block = block.float() * plan.norm_scales[name]
+        return block.to(self.dtypes[name])
 
-    def selected(chunk: Chunk, kept_rows: Indices | None, columns: Indices | None) -> torch.Tensor:
-        name = _source_name(plan, chunk.tensor)
-        if kept_rows is None:
-            return _take(source.read(name, chunk.start, chunk.stop), columns, 1)
-        wanted = kept_rows[chunk.start : chunk.stop]
-        widths = chunk.tensor.spec.shape(plan.source)[1:]
-        window = max(1, BLOCK_BYTES // (prod(widths) * source.dtype(name).itemsize))
-        if columns is not None:
-            widths = (len(columns),)
-        block = torch.empty((len(wanted), *widths), dtype=source.dtype(name))
-        for position, part in _selected_rows(source, name, wanted, window):
-            _take(part, columns, 1, out=block[position : position + len(part)])
+    def _select(self, tensor: NamedTensor) -> list[Indices | None]:
+        kept = self.plan.kept(tensor.layer)
+        return [dim.select(self.plan.source, kept) for dim in tensor.spec.dims]
+
+    def _block(self, chunk: Chunk, rows: Indices | None, columns: Indices | None) -> torch.Tensor:
+        """The chunk's rows of the plain cut; those with a partner twice less the partner, the whole in fp32 then."""
+        if rows is None:
+            name = _source_name(self.plan, chunk.tensor)
+            return _take(self.source.read(name, chunk.start, chunk.stop), columns, 1)
+        block = self._gather(chunk.tensor, rows[chunk.start : chunk.stop], columns)
+        partners = self._partners(chunk.tensor).items()
+        pairs = {row - chunk.start: partner for row, partner in partners if chunk.start <= row < chunk.stop}
+        if not pairs:
+            return block
+        wanted, order = np.unique(list(pairs.values()), return_inverse=True)
+        subtracted = self._gather(chunk.tensor, wanted, columns).float()[torch.from_numpy(order)]
+        block = block.float()
+        block[list(pairs)] = 2 * block[list(pairs)] - subtracted
         return block
 
-    return rows
+    def _gather(self, tensor: NamedTensor, wanted: Indices, columns: Indices | None) -> torch.Tensor:
+        """The `wanted` rows (ascending) of a tensor of the source, their `columns` alone where given."""
+        name, width = _source_name(self.plan, tensor), tensor.spec.shape(self.plan.source)[1:]
+        dtype = self.source.dtype(name)
+        window = max(1, BLOCK_BYTES // (prod(width) * dtype.itemsize))
+        block = torch.empty((len(wanted), *(width if columns is None else (len(columns),))), dtype=dtype)
+        for position, part in _selected_rows(self.source, name, wanted, window):
+            _take(part, columns, 1, out=block[position : position + len(part)])
+        return block
 
 
 def _save_plan(plan: Plan, directory: Path) -> None:

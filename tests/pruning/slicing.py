@@ -21,6 +21,8 @@ def slice_hugging_face(directory: Path, plan: Plan, destination: Path) -> Path:
     for new, old in enumerate(plan.kept_layers):
         ffn = index(plan.kept_ffn and plan.kept_ffn[new], config["intermediate_size"])
         heads = index(plan.kept_heads and plan.kept_heads[new], config["num_attention_heads"])
+        groups = index(plan.kept_groups and plan.kept_groups[new], config["num_key_value_heads"])
+        pairs = (groups[:, None] * config["head_dim"] + torch.arange(config["head_dim"])).flatten()
         channels = (heads[:, None] * config["head_dim"] + torch.arange(config["head_dim"])).flatten()
         layer = {
             name.removeprefix(f"model.layers.{old}."): tensor
@@ -31,7 +33,13 @@ def slice_hugging_face(directory: Path, plan: Plan, destination: Path) -> Path:
             layer[f"{name}.weight"] = layer[f"{name}.weight"][:, hidden]
         for name in ("self_attn.o_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm"):
             layer[f"{name}.weight"] = layer[f"{name}.weight"][hidden]
-        layer["self_attn.q_proj.weight"] = layer["self_attn.q_proj.weight"][channels]
+        queries = layer["self_attn.q_proj.weight"].unflatten(0, (-1, config["head_dim"]))
+        merged = queries.clone()
+        for stays, goes in plan.merged_heads[new] if plan.merged_heads else ():
+            merged[stays] = 2 * queries[stays] - queries[goes]
+        layer["self_attn.q_proj.weight"] = merged[heads].flatten(0, 1)
+        for name in ("self_attn.k_proj", "self_attn.v_proj"):
+            layer[f"{name}.weight"] = layer[f"{name}.weight"][pairs]
         layer["self_attn.o_proj.weight"] = layer["self_attn.o_proj.weight"][:, channels]
         for name in ("gate_proj", "up_proj"):
             layer[f"mlp.{name}.weight"] = layer[f"mlp.{name}.weight"][ffn]
@@ -41,6 +49,7 @@ def slice_hugging_face(directory: Path, plan: Plan, destination: Path) -> Path:
         "hidden_size": len(hidden),
         "intermediate_size": len(ffn),
         "num_attention_heads": len(heads),
+        "num_key_value_heads": len(groups),
         "num_hidden_layers": len(plan.kept_layers),
     }
     for name, factor in plan.norm_scales.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from minitron_nemo.arch import Architecture, Axis, Plan
-from minitron_nemo.config import CalibrationConfig, PruneConfig
+from minitron_nemo.config import CalibrationConfig, PruneConfig, RepairConfig
 from minitron_nemo.errors import UserError
 from minitron_nemo.importance.scores import Scores
 from minitron_nemo.pruning.plan import make_plan, target_architecture
@@ -119,6 +120,56 @@ def test_gaps_are_the_relative_distance_between_worst_kept_and_best_dropped() ->
     }
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_whole_query_groups_stay_where_their_heads_scores_have_the_highest_sum(seed: int) -> None:
+    shape = architecture(num_attention_heads=12, num_query_groups=4)
+    scores = scores_from(random_values(shape, seed), shape)
+    made = plan(scores, num_query_groups=2, num_attention_heads=4)
+    assert made.kept_groups is not None and made.kept_heads is not None
+    for layer in range(6):
+        heads = scores.get(Axis.HEADS)[layer]
+        groups = best_subset(heads.reshape(4, 3).sum(axis=1), 2)
+        assert made.kept_groups[layer] == groups
+        best = [3 * group + head for group in groups for head in best_subset(heads[3 * group : 3 * group + 3], 2)]
+        assert made.kept_heads[layer] == tuple(best)
+    whole = plan(scores, num_query_groups=3)
+    assert whole.target == architecture(num_attention_heads=9, num_query_groups=3)
+    assert whole.kept_heads == tuple(
+        tuple(3 * group + head for group in groups for head in range(3)) for groups in whole.kept_groups
+    )
+    assert set(whole.gaps) == {f"num_query_groups/{layer}" for layer in range(6)}
+
+
+@pytest.mark.parametrize(
+    "kept, pairs",
+    [
+        (5, [(5, 6)]),  # i = K alone, whose partner is K + 1; the paper's range begins one earlier, at a head 7
+        (4, [(4, 5), (3, 6)]),
+        (3, [(3, 4), (2, 5), (1, 6)]),
+        (2, [(2, 3), (1, 4)]),
+    ],
+)
+def test_heads_merge_in_the_papers_order_within_their_query_group(kept: int, pairs: list[tuple[int, int]]) -> None:
+    shape = architecture(num_attention_heads=12)
+    values = random_values(shape)
+    ranks = {1: 2, 2: 0, 3: 5, 4: 1, 5: 4, 6: 3}  # of a group: which head is the best, the second, and so on
+    for group in range(2):
+        for rank, head in ranks.items():
+            values["heads"][..., 6 * group + head] = 7 - rank
+    made = plan(scores_from(values, shape), num_attention_heads=2 * kept, repair=RepairConfig(merge_heads=True))
+    expected = [(6 * group + ranks[i], 6 * group + ranks[j]) for group in range(2) for i, j in pairs]
+    assert made.merged_heads == (tuple(expected),) * 6
+
+
+@pytest.mark.parametrize("pairs", [((0, 1),), ((4, 2),), ((1, 2), (1, 2)), ((0, 6),)])
+def test_merges_that_are_not_of_a_kept_and_a_dropped_head_of_one_group_are_refused(pairs: tuple) -> None:
+    made = plan(num_attention_heads=4)
+    kept = ((0, 1, 3, 4),) * 6
+    assert replace(made, kept_heads=kept, merged_heads=(((1, 2),),) * 6).merged_heads is not None
+    with pytest.raises(UserError, match=r"plan: merged_heads\[0\]"):
+        replace(made, kept_heads=kept, merged_heads=(pairs,) * 6)
+
+
 def test_nothing_to_prune_is_the_identity() -> None:
     shape = architecture()
     made = plan(hidden_size=10, ffn_hidden_size=12, num_attention_heads=6, num_layers=6)
@@ -141,7 +192,9 @@ def test_a_plan_says_where_it_comes_from() -> None:
         ({"num_layers": 7}, "prune.num_layers: 7 .* the source has 6"),
         ({"num_layers": 1}, "prune.num_layers: 1 is too few.* prune.drop_layers"),
         ({"num_attention_heads": 8}, "prune.num_attention_heads: 8 .* the source has 6"),
-        ({"num_attention_heads": 5}, "prune.num_attention_heads: 5 is not a multiple .* 2; use one of 2, 4, 6"),
+        ({"num_attention_heads": 5}, "prune.num_attention_heads: 5 is not a multiple .* 2, .*; use one of 2, 4, 6"),
+        ({"num_attention_heads": 4, "num_query_groups": 1}, "prune.num_attention_heads: 4 .* use one of 1, 2, 3"),
+        ({"num_query_groups": 3}, "prune.num_query_groups: 3 .* the source has 2"),
         ({"num_layers": 4, "drop_layers": [1]}, "prune.drop_layers: prune.num_layers is given too"),
         ({"drop_layers": [6]}, "prune.drop_layers: there is no layer 6; .* 0 to 5"),
         ({"drop_layers": [-1]}, "prune.drop_layers: there is no layer -1"),

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 from minitron_nemo.arch import Architecture, Axis, Plan
 from minitron_nemo.checkpoint.transform import convert
-from minitron_nemo.config import PruneConfig
+from minitron_nemo.config import PruneConfig, RepairConfig
 from minitron_nemo.errors import UserError
 from minitron_nemo.importance.scores import Scores
 from minitron_nemo.models.build import build_model
@@ -36,6 +36,9 @@ TARGETS: dict[str, dict[str, Any]] = {
     "depth": {"num_layers": 3},
     "depth, a block": {"num_layers": 3, "depth_method": "contiguous"},
     "heads": {"num_attention_heads": 4},
+    "heads, merged": {"num_attention_heads": 4, "repair": RepairConfig(merge_heads=True)},
+    "query groups": {"num_query_groups": 3, "hidden_size": 48},
+    "groups and heads": {"num_query_groups": 2, "num_attention_heads": 2, "repair": RepairConfig(merge_heads=True)},
 }
 
 
