@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from minitron_nemo.arch import Architecture, Plan
+from minitron_nemo.arch import Architecture, Axis, Plan
 from minitron_nemo.checkpoint import dense
 from minitron_nemo.checkpoint.fingerprint import fingerprint
 from minitron_nemo.checkpoint.transform import convert
@@ -23,7 +23,7 @@ from minitron_nemo.config import RepairConfig
 from minitron_nemo.errors import UserError
 from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.pruning.prune import prune
-from minitron_nemo.pruning.repair import repair_plan
+from minitron_nemo.pruning.repair import repair_plan, repair_warnings
 from tests.importance.measuring import dealt_out, loaded
 from tests.importance.test_collect import LAYOUTS, batch
 from tests.importance.test_second_moments import LAYERS, a_plan, assert_solves, reads
@@ -316,3 +316,13 @@ def test_a_damaged_plan_is_refused_in_one_line_and_leaves_nothing_behind(
         prune(untied.teacher, Plan.load(directory / "plan.json"), tmp_path / "student", 0, 1, lambda: None)
     assert "\n" not in str(error.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan"]
+
+
+def test_too_few_tokens_to_fit_get_a_warning_with_the_number_that_is_enough() -> None:
+    source = Architecture(4, 64, 96, 8, 4, 8, 259, 512)
+    target = source.resized({Axis.HIDDEN: 48, Axis.FFN: 80})
+    assert repair_warnings(source, target, RepairConfig(samples=40), 32) == []  # 16 tokens for each of 80 columns
+    [warning] = repair_warnings(source, target, RepairConfig(samples=39), 32)
+    assert warning.startswith("prune.repair.samples: 1,248 tokens are few") and "use 40 samples" in warning
+    assert repair_warnings(source, target, RepairConfig(samples=1, ffn=False, hidden=False), 32) == []
+    assert repair_warnings(source, source, RepairConfig(samples=1), 32) == []
