@@ -184,7 +184,7 @@ class Plan:
             return {}
         rows = dim.select(self.source, self.kept(tensor.layer))
         assert rows is not None  # heads are cut where they are merged
-        merged = {}
+        merged: dict[int, int] = {}
         for stays, goes in self.merged_heads[tensor.layer]:
             places = np.searchsorted(rows, dim.query_rows(self.source, stays))
             merged |= dict(zip(places.tolist(), dim.query_rows(self.source, goes).tolist(), strict=True))

@@ -24,6 +24,7 @@ from torch import Tensor, distributed, nn
 
 from minitron_nemo.arch import Architecture, Axis, Plan
 from minitron_nemo.arch.axes import Indices
+from minitron_nemo.errors import UserError
 from minitron_nemo.importance.counted import Current, gain, transformer_layers
 from minitron_nemo.importance.scores import FINAL_NORM, LAYER_NORMS
 
@@ -177,7 +178,9 @@ class Moments:
 
 
 def fit(place: Place, totals: Tensor, ridge: float) -> Tensor:
-    """The map M [n, k], fp64, of a place with its `Moments.totals`."""
+    """The map M [n, k], fp64, of a place with its `Moments.totals`. Raises UserError where they are not finite."""
+    if not bool(totals.isfinite().all()):
+        raise UserError(f"repair: what {place.name} reads is not finite everywhere; does the model give finite logits?")
     if place.norm is None:
         return least_squares(totals, totals[torch.from_numpy(place.kept)], place.kept, ridge)
     count = len(place.kept)

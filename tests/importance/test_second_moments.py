@@ -10,7 +10,8 @@ import torch
 
 from minitron_nemo.arch import Architecture, Axis, Plan
 from minitron_nemo.checkpoint.transform import convert
-from minitron_nemo.importance.second_moments import Moments, least_squares, places
+from minitron_nemo.errors import UserError
+from minitron_nemo.importance.second_moments import Moments, Place, fit, least_squares, places
 from minitron_nemo.models.forward import forward_only
 from minitron_nemo.parallel.layout import Layout
 from tests.importance.hugging_face import activations, load
@@ -159,3 +160,9 @@ def test_a_large_ridge_is_the_plain_cut_and_silence_is_too() -> None:
     np.testing.assert_allclose(far.numpy(), plain, atol=1e-6)
     silent = least_squares(torch.zeros(6, 3).double(), torch.zeros(3, 3).double(), kept, 0.01)
     np.testing.assert_array_equal(silent.numpy(), plain)
+
+
+def test_activations_that_are_not_finite_are_refused_by_the_name_of_the_tensor() -> None:
+    place = Place("decoder.layers.0.mlp.linear_fc2.weight", 0, None, np.array([0, 2]))
+    with pytest.raises(UserError, match="repair: what decoder.layers.0.mlp.linear_fc2.weight reads is not finite"):
+        fit(place, torch.full((3, 2), float("nan"), dtype=torch.float64), 0.01)
