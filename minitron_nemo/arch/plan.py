@@ -148,7 +148,7 @@ class Plan:
         for name, matrix in self.matrices.items():
             before, after = (found[name].spec.shape(model)[1:] for model in (self.source, self.target))
             rows = before[0] - after[0] if matrix.kind == ADD else before[0]
-            if matrix.kind not in (REPLACE, ADD) or matrix.shape != (rows, *after):
+            if matrix.kind not in (REPLACE, ADD) or before == after or matrix.shape != (rows, *after):
                 raise UserError(f"plan: matrices: {name}: {matrix.kind} {list(matrix.shape)} does not fit its columns")
 
     def _check(self, name: str, kept: tuple[int, ...], axis: Axis) -> None:

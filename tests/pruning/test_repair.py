@@ -283,6 +283,7 @@ def _values(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path
 
 
 FC2 = "decoder.layers.0.mlp.linear_fc2.weight"
+QKV = "decoder.layers.0.self_attention.linear_qkv.weight"
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no matrices": (lambda d: (d / "plan.safetensors").unlink(), "plan.safetensors is not beside it"),
     "cut off": (lambda d: (d / "plan.safetensors").write_bytes(b"\1" * 20), "truncated"),
@@ -299,6 +300,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "not a norm": (_edit(lambda p: p["folded_norms"].append(FC2)), "is not a norm"),
     "wrong kind": (_edit(lambda p: p["matrices"][FC2].update(kind="replace")), "does not fit its columns"),
+    "columns that stay": (
+        _edit(lambda p: p["matrices"].update({QKV.replace("qkv", "proj"): p["matrices"][QKV]})),
+        "does not fit its columns",
+    ),
     "no mapping": (_edit(lambda p: p.update(matrices=[1])), "not a plan"),
     "outside": (_edit(lambda p: p["kept_hidden"].__setitem__(-1, 64)), "within the source's hidden_size"),
 }
