@@ -72,7 +72,7 @@ class PruneConfig:
     drop_layers: list[int] | None = None  # 0-indexed; instead of num_layers
     depth_method: str = "block_influence"  # block_influence | contiguous (the block with the smallest summed influence)
     # What ranks the entries: activation (as prune.calibration aggregates it), or
-    ffn_score: str = "activation"  # output: rms of the activation x norm of the column of linear_fc2 that reads it
+    ffn_score: str = "output"  # output: rms of the activation x norm of the column of linear_fc2 that reads it
     hidden_score: str = "activation"  # energy: mean square after the norms, without their gains, over all norms
     repair: RepairConfig = field(default_factory=RepairConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)

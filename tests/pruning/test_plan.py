@@ -19,7 +19,7 @@ from tests.importance.synthetic import architecture, random_values, scores_from
 
 def plan(scores: Scores | None = None, **config: Any) -> Plan:
     scores = scores or scores_from(random_values(architecture()), architecture())
-    return make_plan(scores, scores.architecture, PruneConfig(**config))
+    return make_plan(scores, scores.architecture, PruneConfig(**{"ffn_score": "activation", **config}))
 
 
 def with_influence(influence: list[float]) -> Scores:
@@ -47,6 +47,28 @@ def test_width_keeps_the_subsets_with_the_highest_scores(seed: int, aggregation:
         groups = best_subset(heads[:3], 2), tuple(head + 3 for head in best_subset(heads[3:], 2))
         assert made.kept_heads[layer] == groups[0] + groups[1]
     assert made.target == architecture(hidden_size=4, ffn_hidden_size=5, num_attention_heads=4)
+
+
+def test_neurons_rank_by_what_they_add_and_channels_by_energy_where_asked_for() -> None:
+    shape = architecture()
+    scores = scores_from(random_values(shape), shape)
+    made = plan(scores, hidden_size=4, ffn_hidden_size=5, ffn_score="output", hidden_score="energy")
+    assert made.kept_hidden == best_subset(scores.hidden_energy(), 4)
+    assert made.kept_ffn == tuple(best_subset(layer, 5) for layer in scores.ffn_outputs())
+
+
+def test_every_norm_of_the_student_gets_the_factor_of_its_source() -> None:
+    shape = architecture()
+    values = random_values(shape)
+    made = plan(scores_from(values, shape), hidden_size=4, drop_layers=[1])
+    factors = np.sqrt(values["squares"][:, list(made.kept_hidden)].mean(axis=1))
+    assert len(made.norm_scales) == 11
+    assert made.norm_scales["decoder.final_layernorm.weight"] == pytest.approx(factors[12])
+    qkv = made.norm_scales["decoder.layers.1.self_attention.linear_qkv.layer_norm_weight"]
+    fc1 = made.norm_scales["decoder.layers.4.mlp.linear_fc1.layer_norm_weight"]
+    assert (qkv, fc1) == (pytest.approx(factors[4]), pytest.approx(factors[11]))  # source layers 2 and 5
+    off = plan(scores_from(values, shape), hidden_size=4, repair=RepairConfig(norm_scale=False))
+    assert off.norm_scales == {} and plan(scores_from(values, shape), ffn_hidden_size=5).norm_scales == {}
 
 
 @pytest.mark.parametrize("seed", range(5))
