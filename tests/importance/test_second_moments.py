@@ -39,6 +39,11 @@ def a_plan(source: Architecture) -> Plan:
     )
 
 
+def neurons(plan: Plan, layer: int) -> list[int]:
+    assert plan.kept_ffn is not None
+    return list(plan.kept_ffn[layer])
+
+
 def moments(directory: Path, layout: Layout, plan: Plan, fused_norms: bool = False) -> dict[str, np.ndarray]:
     """Totals of the places that this rank gets."""
     model = loaded(directory, layout, fused_norms=fused_norms)
@@ -79,7 +84,7 @@ def reads(directory: Path, plan: Plan, tokens: torch.Tensor, weights: torch.Tens
             x = residuals[2 * old + position]
             found[f"{layer}{name}.weight"] = normed(x), normed(x[:, hidden])
         x = seen["ffn"][old][mask]
-        found[f"{layer}mlp.linear_fc2.weight"] = x, x[:, list(plan.kept_ffn[new])]
+        found[f"{layer}mlp.linear_fc2.weight"] = x, x[:, neurons(plan, new)]
     return found
 
 
@@ -137,7 +142,8 @@ def test_maps_solve_the_least_squares_problem_that_is_pulled_to_the_plain_cut(ri
     x = generator.standard_normal((200, 12)) @ generator.standard_normal((12, 12))
     kept = np.array([1, 4, 5, 10])
     y = x[:, kept] * generator.uniform(0.5, 2.0, (200, 1))  # another scale for every token, as behind a norm
-    assert_solves(x, y, kept, ridge, least_squares(*map(torch.from_numpy, (x.T @ y, y.T @ y)), kept, ridge).numpy())
+    fitted = least_squares(torch.from_numpy(x.T @ y), torch.from_numpy(y.T @ y), kept, ridge)
+    assert_solves(x, y, kept, ridge, fitted.numpy())
 
 
 def assert_solves(x: np.ndarray, y: np.ndarray, kept: np.ndarray, ridge: float, fitted: np.ndarray) -> None:

@@ -26,7 +26,7 @@ from minitron_nemo.pruning.prune import prune
 from minitron_nemo.pruning.repair import repair_plan, repair_warnings
 from tests.importance.measuring import dealt_out, loaded
 from tests.importance.test_collect import LAYOUTS, batch
-from tests.importance.test_second_moments import LAYERS, a_plan, assert_solves, reads
+from tests.importance.test_second_moments import LAYERS, a_plan, assert_solves, neurons, reads
 from tests.pool import run_distributed
 from tests.pruning.slicing import norm_name, slice_hugging_face
 from tests.pruning.test_prune import logits_of, prune_together
@@ -118,9 +118,9 @@ def whole(name: str, case: Repaired) -> np.ndarray:
     matrix = case.matrices[name].double().numpy()
     if "linear_fc2" not in name:
         return matrix
-    kept = case.plain.kept_ffn[int(name.split(".")[2])]
+    kept = neurons(case.plain, int(name.split(".")[2]))
     full = np.zeros((96, 56))
-    full[list(kept), range(56)] = 1
+    full[kept, range(56)] = 1
     full[[neuron for neuron in range(96) if neuron not in kept]] = matrix
     return full
 
@@ -133,7 +133,7 @@ def test_maps_are_the_least_squares_solutions_on_hugging_faces_activations(ridge
     found = reads(case.hugging_face, case.plain, *batch())
     assert sorted(case.matrices) == sorted(found)
     for name, (x, y) in found.items():
-        kept = np.array(case.plain.kept_ffn[int(name.split(".")[2])]) if "linear_fc2" in name else hidden
+        kept = np.array(neurons(case.plain, int(name.split(".")[2]))) if "linear_fc2" in name else hidden
         fitted = whole(name, case)
         assert_solves(x, y, kept, ridge, fitted / folded[name][:, None] if name in folded else fitted)
 
@@ -183,7 +183,7 @@ def formula_student(case: Repaired, destination: Path) -> Path:
         for reader in readers:
             weight = before[f"model.layers.{old}.{reader}.weight"]
             if "mlp" in reader:
-                weight = weight[list(case.plain.kept_ffn[new])]
+                weight = weight[neurons(case.plain, new)]
             after[f"model.layers.{new}.{reader}.weight"] = (weight.double() @ matrix).float()
     save_file({name: tensor.contiguous() for name, tensor in after.items()}, file, {"format": "pt"})
     return destination
@@ -251,7 +251,7 @@ def test_repairs_lower_the_error_on_tokens_that_they_have_not_seen(tmp_path: Pat
         x, y = unseen[name]
         down = weights[f"model.layers.{case.plain.kept_layers[layer]}.mlp.down_proj.weight"].double().numpy()
         target = x @ down.T
-        plain = y @ down[:, list(case.plain.kept_ffn[layer])].T
+        plain = y @ down[:, neurons(case.plain, layer)].T
         fitted = y @ (down @ whole(name, case)).T
         assert ((fitted - target) ** 2).sum() < 0.7 * ((plain - target) ** 2).sum(), name
 
