@@ -61,7 +61,7 @@ def test_every_norm_of_the_student_gets_the_factor_of_its_source() -> None:
     shape = architecture()
     values = random_values(shape)
     made = plan(scores_from(values, shape), hidden_size=4, drop_layers=[1])
-    factors = np.sqrt(values["squares"][:, list(made.kept_hidden)].mean(axis=1))
+    factors = np.sqrt(values["squares"][:, np.array(made.kept_hidden)].mean(axis=1))
     assert len(made.norm_scales) == 11
     assert made.norm_scales["decoder.final_layernorm.weight"] == pytest.approx(factors[12])
     qkv = made.norm_scales["decoder.layers.1.self_attention.linear_qkv.layer_norm_weight"]
