@@ -37,19 +37,22 @@ def fits(source: Architecture, target: Architecture, config: RepairConfig) -> bo
 
     Raises UserError for repairs that the family has not.
     """
-    config = repairs_of(source, config)
-    ffn = target.ffn_hidden_size < source.ffn_hidden_size and config.ffn
-    return ffn or (target.hidden_size < source.hidden_size and bool(config.hidden))
+    return bool(_fitted(source, target, config))
+
+
+def _fitted(source: Architecture, target: Architecture, config: RepairConfig) -> list[Axis]:
+    """The axes that are cut and fitted."""
+    repairs = repairs_of(source, config)
+    asked = {Axis.HIDDEN: repairs.hidden, Axis.FFN: repairs.ffn}
+    return [axis for axis, on in asked.items() if on and target.size(axis) < source.size(axis)]
 
 
 def repair_warnings(
     source: Architecture, target: Architecture, config: RepairConfig, sequence_length: int
 ) -> list[str]:
     """What a fit on so few tokens would be: fitted to them, and worse than the plain cut on others."""
-    if not fits(source, target, config):
-        return []
-    cut = [axis for axis in (Axis.HIDDEN, Axis.FFN) if target.size(axis) < source.size(axis)]
-    columns, tokens = max(target.size(axis) for axis in cut), config.samples * sequence_length
+    columns = max((target.size(axis) for axis in _fitted(source, target, config)), default=0)
+    tokens = config.samples * sequence_length
     if tokens >= TOKENS_PER_COLUMN * columns:
         return []
     return [

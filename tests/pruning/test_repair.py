@@ -352,3 +352,8 @@ def test_too_few_tokens_to_fit_get_a_warning_with_the_number_that_is_enough() ->
     assert warning.startswith("prune.repair.samples: 1,248 tokens are few") and "use 40 samples" in warning
     assert repair_warnings(source, target, RepairConfig(samples=1, ffn=False, hidden=False), 32) == []
     assert repair_warnings(source, source, RepairConfig(samples=1), 32) == []
+    # Channels of a family without RMSNorm are cut, not fitted.
+    source = replace(source, family="nemotron", model_type="nemotron")
+    target = source.resized({Axis.HIDDEN: 60, Axis.FFN: 40})
+    assert repair_warnings(source, target, RepairConfig(samples=20), 32) == []
+    assert "use 20 samples" in repair_warnings(source, target, RepairConfig(samples=19), 32)[0]
