@@ -25,8 +25,8 @@ from minitron_nemo.nemo.distill import llm_distill
 def prune_task(recipe: Recipe, paths: str | None) -> run.Partial:
     """`llm.prune` to the recipe's target. Missing: nemo_checkpoint, save_path, and data.paths where not given."""
     target, batch = recipe.prune, recipe.prune.calibration.micro_batch_size
-    groups = target.num_query_groups
-    if groups is None and target.num_attention_heads is not None and recipe.model.architecture is not None:
+    groups = None
+    if target.num_attention_heads is not None and recipe.model.architecture is not None:
         groups = recipe.model.architecture["num_query_groups"]
     return run.Partial(
         llm.prune,
