@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,6 +28,8 @@ import torch
 from minitron_nemo.arch import Architecture, Axis, Plan
 from minitron_nemo.arch.counts import parameters
 from minitron_nemo.arch.huggingface import hf_config
+from minitron_nemo.arch.plan import ADD, MATRICES_NAME, REPLACE
+from minitron_nemo.checkpoint.dense import MatrixFile
 from minitron_nemo.checkpoint.huggingface import hf_shapes
 from minitron_nemo.checkpoint.safetensors_files import lay_out
 from minitron_nemo.checkpoint.tensor_io import as_bytes
@@ -73,8 +76,26 @@ def make_plan(source: Architecture) -> Plan:
     )
 
 
+def save_repaired(plan: Plan, directory: Path) -> None:
+    """Write the plan with random maps of every linear_fc2 and every reader of the residual stream, as repairs have."""
+    before, after = plan.source, plan.target
+    removed = before.ffn_hidden_size - after.ffn_hidden_size
+    shapes: dict[str, tuple[str, tuple[int, int]]] = {}
+    for layer in range(after.num_layers):
+        prefix = f"decoder.layers.{layer}."
+        shapes[prefix + "mlp.linear_fc2.weight"] = ADD, (removed, after.ffn_hidden_size)
+        for reader in ("self_attention.linear_qkv", "mlp.linear_fc1"):
+            shapes[f"{prefix}{reader}.weight"] = REPLACE, (before.hidden_size, after.hidden_size)
+    directory.mkdir()
+    file = MatrixFile(directory, {name: shape for name, (_, shape) in shapes.items()})
+    file.prepare()
+    matrices = {name: file.write(name, kind, torch.randn(shape) * 0.01) for name, (kind, shape) in shapes.items()}
+    replace(plan, matrices=matrices).save(directory / "plan.json")
+
+
 def weight_bytes(directory: Path) -> int:
-    return sum(file.stat().st_size for file in directory.iterdir() if file.suffix in (".safetensors", ".distcp"))
+    files = (file for file in directory.iterdir() if file.suffix in (".safetensors", ".distcp"))
+    return sum(file.stat().st_size for file in files if file.name != MATRICES_NAME)
 
 
 def copy_seconds(source: Path, result_bytes: int, scratch: Path) -> tuple[float, float]:
@@ -115,7 +136,8 @@ def child(source: str, destination: str, to: str, plan: str) -> None:
     torch.ones(8).bfloat16().float()
     baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started, cpu_before = time.perf_counter(), cpu_seconds()
-    convert(Path(source), Path(destination), to, plan=Plan.load(Path(plan)) if plan else None, progress=False)
+    loaded = Plan.load(Path(plan)) if plan else None
+    convert(Path(source), Path(destination), to, plan=loaded, progress=False)
     seconds, cpu = time.perf_counter() - started, cpu_seconds() - cpu_before
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - baseline
     print(json.dumps({"seconds": seconds, "cpu": cpu, "mib": peak / 1024}))
@@ -126,6 +148,7 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=4.0)
     parser.add_argument("--directory", type=Path, default=None, help="where to work; default: a temporary directory")
     parser.add_argument("--repeat", type=int, default=3, help="the medians are printed")
+    parser.add_argument("--dense", action="store_true", help="measure a plan with matrices instead")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -133,15 +156,18 @@ def main() -> None:
         return
     work = Path(tempfile.mkdtemp(prefix="transform-", dir=options.directory))
     try:
-        measure(work, options.gib, options.repeat)
+        measure(work, options.gib, options.repeat, options.dense)
     finally:
         shutil.rmtree(work)
 
 
-def measure(work: Path, gib: float, repeat: int) -> None:
+def measure(work: Path, gib: float, repeat: int, dense: bool) -> None:
     architecture = architecture_of(gib)
     write_model(work / "hf", architecture)
-    make_plan(architecture).save(work / "plan.json")
+    plain = make_plan(architecture)
+    plain.save(work / "plan.json")
+    if dense:
+        save_repaired(plain, work / "repaired")
     scratch = work / "scratch"
     scratch.mkdir()
     passes = [
@@ -150,6 +176,8 @@ def measure(work: Path, gib: float, repeat: int) -> None:
         ("prune Megatron -> Megatron", "megatron", "student", "megatron", str(work / "plan.json")),
         ("prune HF -> HF", "hf", "student-hf", "hf", str(work / "plan.json")),
     ]
+    if dense:
+        passes = [("prune HF -> HF, dense maps", "hf", "student-dense", "hf", str(work / "repaired" / "plan.json"))]
     size = weight_bytes(work / "hf") / GIB
     print(f"{size:.2f} GiB of bfloat16 weights, {architecture.num_layers} layers, one process, median of {repeat}\n")
     print("| pass | GiB read + written | s | s copying | speed / copying | CPU s | CPU s copying | peak MiB |")

@@ -46,15 +46,36 @@ class CalibrationConfig:
 
 
 @dataclass
+class RepairConfig:
+    """What the student's weights do about what was cut; its architecture stays what it is without."""
+
+    # norm_scale and hidden: None is true for families with RMSNorm, and false for the others, which have neither.
+    norm_scale: bool | None = None  # hidden_size: norm gains times a constant: the RMS of fewer channels differs
+    # Least squares on activations of the teacher, in forward passes of their own (`minitron repair`):
+    ffn: bool = True  # ffn_hidden_size: linear_fc2 makes up for the removed neurons
+    hidden: bool | None = None  # hidden_size: every reader of the residual stream does so for the removed channels
+    # num_attention_heads: queries of kept heads take in those of dropped ones (2407.14679 section 2.3)
+    merge_heads: bool = False
+    ridge: float = 0.01  # towards the plain cut, in units of the mean second moment
+    samples: int = 128  # sequences of data.sequence_length
+    statistics_bytes: int = 4 * 1024**3  # of fp64 second moments held at once on a rank; beyond: more passes
+
+
+@dataclass
 class PruneConfig:
     """Target sizes; a size that is not given stays as it is."""
 
     hidden_size: int | None = None
     ffn_hidden_size: int | None = None
     num_attention_heads: int | None = None
+    num_query_groups: int | None = None  # whole groups go, with their keys, values and heads
     num_layers: int | None = None
     drop_layers: list[int] | None = None  # 0-indexed; instead of num_layers
     depth_method: str = "block_influence"  # block_influence | contiguous (the block with the smallest summed influence)
+    # What ranks the entries: activation (as prune.calibration aggregates it), or
+    ffn_score: str = "output"  # output: rms of the activation x norm of the column of linear_fc2 that reads it
+    hidden_score: str = "activation"  # energy: mean square after the norms, without their gains, over all norms
+    repair: RepairConfig = field(default_factory=RepairConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
 

@@ -30,6 +30,7 @@ from minitron_nemo.errors import UserError
 from minitron_nemo.kernels.objective import DIVERGENCES
 from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.pruning.plan import target_architecture
+from minitron_nemo.pruning.repair import fits, repair_warnings
 
 CHOICES = {
     "distill.divergence": DIVERGENCES,
@@ -38,6 +39,8 @@ CHOICES = {
     "prune.calibration.precision": ("bf16", "fp32"),
     "prune.calibration.sequence_aggregation": ("mean", "l2", "var"),
     "prune.calibration.batch_aggregation": ("mean", "l2", "var"),
+    "prune.ffn_score": ("activation", "output"),
+    "prune.hidden_score": ("activation", "energy"),
     "prune.depth_method": ("block_influence", "contiguous"),
     "teacher.placement": ("colocated", "separate", "cached"),
     "teacher.cache.precision": tuple(DTYPES),
@@ -49,6 +52,9 @@ POSITIVE = (
     "data.sequence_length",
     "prune.calibration.samples",
     "prune.calibration.micro_batch_size",
+    "prune.repair.ridge",
+    "prune.repair.samples",
+    "prune.repair.statistics_bytes",
     "teacher.buffer_bytes",
     "teacher.cache.top_k",
     "distill.temperature",
@@ -100,6 +106,7 @@ class Preflight:
         return {
             "correction": correction.steps * correction.global_batch_size * length,
             "calibration": recipe.prune.calibration.samples * length,
+            "repair": recipe.prune.repair.samples * length * fits(self.teacher, self.student, recipe.prune.repair),
             "distillation": sum(segment.samples * segment.sequence_length for segment in self.segments),
         }
 
@@ -198,6 +205,7 @@ def preflight(recipe: Recipe, world_size: int | None = None, distils: bool = Tru
     if correction.steps:
         check_phases(correction, recipe.data, layout, world_size, longest, "teacher.correction")
     warnings = hf_warnings(student) if "hf" in recipe.export.formats else []
+    warnings += repair_warnings(teacher, student, recipe.prune.repair, recipe.data.sequence_length)
     return Preflight(recipe, teacher, student, layout, teacher_layout, world_size, tuple(warnings), worlds)
 
 

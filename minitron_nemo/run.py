@@ -1,6 +1,7 @@
 """The chain of steps and its manifest.
 
-    convert -> prepare -> (correct) -> calibrate -> prune -> (cache-teacher) -> distill -> evaluate -> export
+    convert -> prepare -> (correct) -> calibrate -> (repair) -> prune -> (cache-teacher) -> distill -> evaluate
+        -> export
 
 The chain runs inside the job: every rank walks the same steps, whether torchrun, srun or a plain start made it. Rank 0
 decides whether a step has to run, and records it. A step that was killed is started again and resumes by itself.
@@ -21,6 +22,8 @@ from typing import Any
 import torch
 
 import minitron_nemo
+from minitron_nemo.arch import Plan
+from minitron_nemo.arch.plan import FILE_NAME as PLAN_FILE
 from minitron_nemo.checkpoint.files import write_atomic
 from minitron_nemo.checkpoint.fingerprint import fingerprint
 from minitron_nemo.checkpoint.transform import convert
@@ -41,9 +44,11 @@ from minitron_nemo.preflight import Preflight, preflight
 from minitron_nemo.pruning.calibrate import calibrate
 from minitron_nemo.pruning.plan import make_plan
 from minitron_nemo.pruning.prune import prune
+from minitron_nemo.pruning.repair import fits, repair
 
 # Why a recipe may lack a step.
 ABSENT = {
+    "repair": "nothing is cut that prune.repair.ffn or prune.repair.hidden is on for",
     "correct": "teacher.correction.steps is 0",
     "cache-teacher": "teacher.placement is not cached, or distill.logits_weight is 0",
     "export": "export.formats is empty",
@@ -77,6 +82,7 @@ class Chain:
         self.prepared = self.run_dir / "data"
         self.corrected = self.run_dir / "corrected"
         self.scores = self.run_dir / "scores.npz"
+        self.repaired = self.run_dir / "plan"
         self.pruned = self.run_dir / "pruned"
         self.cached = self.run_dir / "teacher_cache.json"
         self.distilled = self.run_dir / "distilled"
@@ -104,7 +110,8 @@ class Chain:
             models["source"] = self.converted
         steps += [
             Step("calibrate", {**teacher, **data}, {**calibration, "data": visits}, self.scores, self._calibrate),
-            Step("prune", {**teacher, "scores": self.scores}, asdict(recipe.prune), self.pruned, self._prune),
+            *self._repairing({**teacher, **data, "scores": self.scores}),
+            Step("prune", {**teacher, **self._plan_input()}, asdict(recipe.prune), self.pruned, self._prune),
             *self._caching({**teacher, **data}),
             Step(
                 "distill",
@@ -120,6 +127,22 @@ class Chain:
             written = {"to": to, "dtype": recipe.export.dtype}
             steps.append(Step("export", {"distilled": self.distilled}, written, output, self._export(to, output)))
         return steps
+
+    @property
+    def _repairs(self) -> bool:
+        return fits(self.plan.teacher, self.plan.student, self.recipe.prune.repair)
+
+    def _repairing(self, inputs: Mapping[str, Path]) -> list[Step]:
+        if not self._repairs:
+            return []
+        settings = asdict(self.recipe.prune)
+        del settings["repair"]["statistics_bytes"], settings["calibration"]["micro_batch_size"]
+        settings["data"] = asdict(self.recipe.data)
+        return [Step("repair", inputs, settings, self.repaired, self._repair)]
+
+    def _plan_input(self) -> dict[str, Path]:
+        """What the cut is decided by."""
+        return {"plan": self.repaired} if self._repairs else {"scores": self.scores}
 
     @property
     def _reads_cache(self) -> bool:
@@ -190,8 +213,14 @@ class Chain:
         scores = calibrate(self.teacher, self.prepared, self.recipe, self.plan.layout)
         launch.from_rank_0(lambda: scores.save(self.scores))
 
+    def _make_plan(self) -> Plan:
+        return make_plan(Scores.load(self.scores), self.plan.teacher, self.recipe.prune)
+
+    def _repair(self, key: str) -> None:
+        repair(self.teacher, self.prepared, self.recipe, self.plan.layout, self._make_plan(), self.repaired)
+
     def _prune(self, key: str) -> None:
-        plan = make_plan(Scores.load(self.scores), self.plan.teacher, self.recipe.prune)
+        plan = Plan.load(self.repaired / PLAN_FILE) if self._repairs else self._make_plan()
         prune(self.teacher, plan, self.pruned, launch.rank(), launch.world_size(), launch.barrier)
 
     def _cache_teacher(self, key: str) -> None:

@@ -115,7 +115,7 @@ def fused_like(original: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[
 
 
 def cut(tensors: dict[str, Tensor], plan: Plan) -> dict[str, Tensor]:
-    """The student's Hugging Face weights by plain indexing of the teacher's."""
+    """The student's Hugging Face weights by plain indexing of the teacher's, merges of heads and factors on norms."""
     outside = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.layers.")}
     result = {
         name: _take(tensor, [plan.kept_hidden] if tensor.dim() == 1 else [None, plan.kept_hidden])
@@ -125,19 +125,41 @@ def cut(tensors: dict[str, Tensor], plan: Plan) -> dict[str, Tensor]:
     for new, old in enumerate(plan.kept_layers):
         ffn = plan.kept_ffn and plan.kept_ffn[new]
         heads = plan.kept_heads and rows_of(plan.kept_heads[new], plan.source.kv_channels)
-        kept = {"hidden": plan.kept_hidden, "ffn": ffn, "heads": heads, "all": None}
+        groups = plan.kept_groups and rows_of(plan.kept_groups[new], plan.source.kv_channels)
+        kept = {"hidden": plan.kept_hidden, "ffn": ffn, "heads": heads, "groups": groups, "all": None}
+        pairs = plan.merged_heads[new] if plan.merged_heads else ()
         for name, tensor in split.items():
             if name.startswith(f"model.layers.{old}."):
                 module, _ = name.removeprefix(f"model.layers.{old}.").rsplit(".", 1)
-                result[name.replace(f".{old}.", f".{new}.", 1)] = _take(tensor, [kept[axis] for axis in DIMS[module]])
+                whole = merged(tensor, pairs, plan.source.kv_channels) if module == "self_attn.q_proj" else tensor
+                result[name.replace(f".{old}.", f".{new}.", 1)] = _take(whole, [kept[axis] for axis in DIMS[module]])
+    for name, factor in plan.norm_scales.items():
+        result[norm_name(name)] = result[norm_name(name)] * factor
     return fused_like(tensors, result)
+
+
+def merged(queries: Tensor, pairs: Sequence[tuple[int, int]], head_dim: int) -> Tensor:
+    """`q_proj`'s weight or bias after every (kept head, dropped head) has become twice the kept one less the other."""
+    heads = queries.unflatten(0, (-1, head_dim))
+    result = heads.clone()
+    for stays, goes in pairs:
+        result[stays] = 2 * heads[stays] - heads[goes]
+    return result.flatten(0, 1)
+
+
+def norm_name(name: str) -> str:
+    """What Hugging Face calls a norm of ours."""
+    if name == "decoder.final_layernorm.weight":
+        return "model.norm.weight"
+    layer = "model.layers." + name.split(".")[2]
+    return f"{layer}.input_layernorm.weight" if "qkv" in name else f"{layer}.post_attention_layernorm.weight"
 
 
 DIMS = {  # rows, columns; a bias has the rows of its matrix
     "input_layernorm": ("hidden",),
     "self_attn.q_proj": ("heads", "hidden"),
-    "self_attn.k_proj": ("all", "hidden"),
-    "self_attn.v_proj": ("all", "hidden"),
+    "self_attn.k_proj": ("groups", "hidden"),
+    "self_attn.v_proj": ("groups", "hidden"),
     "self_attn.q_norm": ("all",),
     "self_attn.k_norm": ("all",),
     "self_attn.o_proj": ("hidden", "heads"),

@@ -140,9 +140,15 @@ class QKVDim:
         if Axis.HEADS not in kept:
             return None
         heads_per_group = architecture.heads_per_group
-        slots = np.arange(architecture.num_query_groups)[:, None] * (heads_per_group + 2)
+        groups = kept.get(Axis.GROUPS, np.arange(architecture.num_query_groups))
+        slots = groups[:, None] * (heads_per_group + 2)
         key_and_value = (slots + heads_per_group + np.arange(2)).reshape(-1)  # slot = kv_channels rows
         queries = kept[Axis.HEADS] // heads_per_group * 2 + kept[Axis.HEADS]
         kept_slots = np.sort(np.concatenate([queries, key_and_value]))
         channels = np.arange(architecture.kv_channels)
         return (kept_slots[:, None] * architecture.kv_channels + channels).reshape(-1)
+
+    def query_rows(self, architecture: Architecture, head: int) -> Indices:
+        """The rows of one head's query."""
+        slot = head // architecture.heads_per_group * 2 + head
+        return slot * architecture.kv_channels + np.arange(architecture.kv_channels)

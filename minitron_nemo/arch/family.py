@@ -51,6 +51,14 @@ class Family:
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
 
+    @property
+    def rescales_norms(self) -> bool:
+        """Whether a cut may multiply the stored gains of norms, or fold them into what reads the norm.
+
+        Gains stored minus one do not scale like that, and LayerNorm over fewer channels has another mean as well.
+        """
+        return self.normalization == "RMSNorm" and not self.layernorm_zero_centered_gamma
+
 
 def family(name: str) -> Family:
     """The family called `name`. Raises UserError for a name that is none."""

@@ -1,25 +1,45 @@
-"""`Plan`: which entries of which axes a student keeps of its teacher.
+"""`Plan`: which entries of which axes a student keeps of its teacher, and how what stays makes up for what goes.
 
-A Plan is a small file that a person can read and diff. Pruning makes one from Scores; `checkpoint.transform` carries it
-out, tensor by tensor, without building a model. The identity Plan is a conversion.
+A Plan is a small file that a person can read and diff; its matrices, where it has any, are a safetensors file beside
+it. Pruning makes one from Scores; `checkpoint.transform` carries it out, tensor by tensor, without building a model.
+The identity Plan is a conversion.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from minitron_nemo.arch.architecture import Architecture
-from minitron_nemo.arch.axes import Axis, Indices
+from minitron_nemo.arch.axes import Axis, Indices, QKVDim
+from minitron_nemo.arch.family import family
+from minitron_nemo.arch.tensors import NamedTensor, tensors
 from minitron_nemo.errors import UserError
 
 FILE_NAME = "plan.json"  # in the directory of a checkpoint that a Plan made
-SCHEMA_VERSION = 1
+MATRICES_NAME = "plan.safetensors"  # beside it
+SCHEMA_VERSION = 2
+
+REPLACE, ADD = "replace", "add"
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A dense map on the columns of one tensor of the student; its fp32 values are in the file beside the Plan.
+
+    `replace` [n, k]: the student's tensor is the source's, with all its n columns, times the matrix. `add` [n - k, k]:
+    it is the source's k kept columns plus the others, in their order, times the matrix. `sha256` is of its bytes.
+    """
+
+    kind: str
+    shape: tuple[int, int]
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -27,11 +47,17 @@ class Plan:
     """Selection of entries, from the `source` architecture to the `target` one.
 
     `kept_layers` are the source's layers that stay, ascending, 0-indexed. `kept_hidden` are the hidden channels that
-    stay, or None for all. `kept_ffn[i]` and `kept_heads[i]` belong to student layer i, which is source layer
-    `kept_layers[i]`; None for all. `gaps` records, per cut (`hidden_size`, `ffn_hidden_size/3`: of source layer 3), the
-    relative difference between the worst score kept and the best score dropped: where it is below the accuracy of the
-    Scores, another layout may choose otherwise. `provenance` holds fingerprints of the teacher and the Scores and the
-    settings used.
+    stay, or None for all. `kept_ffn[i]`, `kept_groups[i]` and `kept_heads[i]` belong to student layer i, which is
+    source layer `kept_layers[i]`; None for all. Every kept group keeps equally many of its heads. `merged_heads[i]` are
+    pairs (kept head, dropped head): the query of the kept one becomes twice its own less that of the dropped one.
+
+    `norm_scales` gives norms of the student, by name, a factor on their gains; the gains of `folded_norms` become 1,
+    since the matrices of their readers contain them. `matrices` maps tensors of the student to what their columns are
+    multiplied by; `directory` is where their file lies.
+
+    `gaps` records, per cut (`hidden_size`, `ffn_hidden_size/3`: of source layer 3), the relative difference between the
+    worst score kept and the best score dropped: where it is below the accuracy of the Scores, another layout may choose
+    otherwise. `provenance` holds fingerprints of the teacher and the Scores and the settings used.
     """
 
     source: Architecture
@@ -39,7 +65,13 @@ class Plan:
     kept_layers: tuple[int, ...]
     kept_hidden: tuple[int, ...] | None = None
     kept_ffn: tuple[tuple[int, ...], ...] | None = None
+    kept_groups: tuple[tuple[int, ...], ...] | None = None
     kept_heads: tuple[tuple[int, ...], ...] | None = None
+    merged_heads: tuple[tuple[tuple[int, int], ...], ...] | None = None
+    norm_scales: Mapping[str, float] = field(default_factory=dict)
+    folded_norms: tuple[str, ...] = ()
+    matrices: Mapping[str, Matrix] = field(default_factory=dict)
+    directory: Path | None = field(default=None, compare=False)
     gaps: Mapping[str, float] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -49,6 +81,7 @@ class Plan:
             self._check("kept_hidden", self.kept_hidden, Axis.HIDDEN)
         for name, per_layer, axis in (
             ("kept_ffn", self.kept_ffn, Axis.FFN),
+            ("kept_groups", self.kept_groups, Axis.GROUPS),
             ("kept_heads", self.kept_heads, Axis.HEADS),
         ):
             if per_layer is not None:
@@ -56,19 +89,70 @@ class Plan:
                     raise UserError(f"plan: {name} has {len(per_layer)} layers, kept_layers {len(self.kept_layers)}")
                 for layer, kept in enumerate(per_layer):
                     self._check(f"{name}[{layer}]", kept, axis)
-        for axis, cut in ((Axis.HIDDEN, self.kept_hidden), (Axis.FFN, self.kept_ffn), (Axis.HEADS, self.kept_heads)):
+        for axis, cut in (
+            (Axis.HIDDEN, self.kept_hidden),
+            (Axis.FFN, self.kept_ffn),
+            (Axis.GROUPS, self.kept_groups),
+            (Axis.HEADS, self.kept_heads),
+        ):
             if cut is None and self.source.size(axis) != self.target.size(axis):
                 raise UserError(f"plan: {axis} shrinks but the plan does not say which entries are kept")
-        if self.kept_heads is not None:
-            per_group = self.target.heads_per_group
-            for layer, kept in enumerate(self.kept_heads):
-                groups = np.bincount(
-                    np.array(kept) // self.source.heads_per_group, minlength=self.source.num_query_groups
-                )
-                if (groups != per_group).any():
+        for layer, kept in enumerate(self.kept_heads or ()):
+            self._check_heads(layer, kept)
+        if self.kept_groups is not None and self.kept_heads is None:
+            raise UserError("plan: kept_groups without kept_heads; list the heads of the groups that stay")
+        if self.merged_heads is not None:
+            self._check_merges(self.merged_heads)
+        self._check_repairs()
+
+    def _check_heads(self, layer: int, kept: tuple[int, ...]) -> None:
+        per_group = self.target.heads_per_group
+        groups = np.bincount(np.array(kept) // self.source.heads_per_group, minlength=self.source.num_query_groups)
+        wanted = np.full_like(groups, per_group)
+        if self.kept_groups is not None:
+            wanted[np.setdiff1d(np.arange(len(groups)), self.kept_groups[layer])] = 0
+        if (groups != wanted).any():
+            raise UserError(
+                f"plan: kept_heads[{layer}] keeps {groups.tolist()} heads per query group, not {wanted.tolist()}"
+            )
+
+    def _check_merges(self, merged: tuple[tuple[tuple[int, int], ...], ...]) -> None:
+        """Raise UserError unless pairs are of a kept and a dropped head of one query group, each head in one pair."""
+        kept = self.kept_heads or ()
+        if len(merged) != len(kept):
+            raise UserError(f"plan: merged_heads has {len(merged)} layers, kept_heads {len(kept)}")
+        for layer, pairs in enumerate(merged):
+            heads = [head for pair in pairs for head in pair]
+            if len(set(heads)) != len(heads) or not set(heads) <= set(range(self.source.num_attention_heads)):
+                raise UserError(f"plan: merged_heads[{layer}]: a head is listed twice, or there is no such head")
+            for stays, goes in pairs:
+                same_group = stays // self.source.heads_per_group == goes // self.source.heads_per_group
+                if stays not in kept[layer] or goes in kept[layer] or not same_group:
                     raise UserError(
-                        f"plan: kept_heads[{layer}] keeps {groups.tolist()} heads per query group, not {per_group} each"
+                        f"plan: merged_heads[{layer}]: ({stays}, {goes}) is not a kept and a dropped head of one group"
                     )
+
+    def _check_repairs(self) -> None:
+        """Raise UserError for a norm or a matrix that does not fit the student."""
+        if not (self.norm_scales or self.folded_norms or self.matrices):
+            return
+        if (self.norm_scales or self.folded_norms) and not family(self.source.family).rescales_norms:
+            raise UserError(f"plan: norm_scales and folded_norms are not for the norms of {self.source.family}")
+        found = {tensor.name: tensor for tensor in tensors(self.target)}
+        for name in (*self.norm_scales, *self.folded_norms, *self.matrices):
+            if name not in found:
+                raise UserError(f"plan: the target has no tensor {name}")
+        for name, factor in self.norm_scales.items():
+            if found[name].spec.part != "norm" or not isfinite(factor) or factor <= 0:
+                raise UserError(f"plan: norm_scales: {name}: {factor} is no factor on a norm's gain")
+        for name in self.folded_norms:
+            if found[name].spec.part != "norm" or name in self.norm_scales:
+                raise UserError(f"plan: folded_norms: {name} is not a norm, or has a factor as well")
+        for name, matrix in self.matrices.items():
+            before, after = (found[name].spec.shape(model)[1:] for model in (self.source, self.target))
+            rows = before[0] - after[0] if matrix.kind == ADD else before[0]
+            if matrix.kind not in (REPLACE, ADD) or before == after or matrix.shape != (rows, *after):
+                raise UserError(f"plan: matrices: {name}: {matrix.kind} {list(matrix.shape)} does not fit its columns")
 
     def _check(self, name: str, kept: tuple[int, ...], axis: Axis) -> None:
         if len(kept) != self.target.size(axis):
@@ -92,7 +176,22 @@ class Plan:
             entries[Axis.FFN] = np.array(self.kept_ffn[layer], dtype=np.int64)
         if layer is not None and self.kept_heads is not None:
             entries[Axis.HEADS] = np.array(self.kept_heads[layer], dtype=np.int64)
+        if layer is not None and self.kept_groups is not None:
+            entries[Axis.GROUPS] = np.array(self.kept_groups[layer], dtype=np.int64)
         return entries
+
+    def merged_rows(self, tensor: NamedTensor) -> dict[int, int]:
+        """Rows of a tensor of the student that become twice themselves less a row of the source: {row: source row}."""
+        dim = tensor.spec.dims[0]
+        if self.merged_heads is None or tensor.layer is None or not isinstance(dim, QKVDim):
+            return {}
+        rows = dim.select(self.source, self.kept(tensor.layer))
+        assert rows is not None  # heads are cut where they are merged
+        merged: dict[int, int] = {}
+        for stays, goes in self.merged_heads[tensor.layer]:
+            places = np.searchsorted(rows, dim.query_rows(self.source, stays))
+            merged |= dict(zip(places.tolist(), dim.query_rows(self.source, goes).tolist(), strict=True))
+        return merged
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -102,12 +201,18 @@ class Plan:
             "kept_layers": self.kept_layers,
             "kept_hidden": self.kept_hidden,
             "kept_ffn": self.kept_ffn,
+            "kept_groups": self.kept_groups,
             "kept_heads": self.kept_heads,
+            "merged_heads": self.merged_heads,
+            "norm_scales": dict(self.norm_scales),
+            "folded_norms": self.folded_norms,
+            "matrices": {name: asdict(matrix) for name, matrix in self.matrices.items()},
             "gaps": dict(self.gaps),
             "provenance": dict(self.provenance),
         }
 
     def save(self, path: Path) -> None:
+        """Write the Plan without its matrices' values."""
         path.write_text(json.dumps(self.to_dict()) + "\n")
 
     @staticmethod
@@ -123,14 +228,25 @@ class Plan:
                 kept_layers=tuple(data["kept_layers"]),
                 kept_hidden=_tuple(data["kept_hidden"]),
                 kept_ffn=_tuples(data["kept_ffn"]),
+                kept_groups=_tuples(data["kept_groups"]),
                 kept_heads=_tuples(data["kept_heads"]),
+                merged_heads=_pairs(data["merged_heads"]),
+                norm_scales={name: float(factor) for name, factor in data["norm_scales"].items()},
+                folded_norms=tuple(data["folded_norms"]),
+                matrices={
+                    name: Matrix(matrix["kind"], tuple(matrix["shape"]), matrix["sha256"])
+                    for name, matrix in data["matrices"].items()
+                },
+                directory=path.parent,
                 gaps=data["gaps"],
                 provenance=data["provenance"],
             )
         except FileNotFoundError:
             raise UserError(f"{path}: no such plan") from None
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not a plan: {error}") from None
+        except UserError as error:
+            raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise UserError(f"{path}: not a plan: {error!r}") from None
 
 
 def _tuple(values: list[int] | None) -> tuple[int, ...] | None:
@@ -139,3 +255,7 @@ def _tuple(values: list[int] | None) -> tuple[int, ...] | None:
 
 def _tuples(values: list[list[int]] | None) -> tuple[tuple[int, ...], ...] | None:
     return None if values is None else tuple(tuple(row) for row in values)
+
+
+def _pairs(values: list[list[list[int]]] | None) -> tuple[tuple[tuple[int, int], ...], ...] | None:
+    return None if values is None else tuple(tuple((stays, goes) for stays, goes in row) for row in values)

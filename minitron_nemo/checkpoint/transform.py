@@ -2,10 +2,12 @@
 
 Import, export, resharding and pruning are all this pass. Memory is bounded by a few blocks whatever the model's size.
 The blocks are fixed by the result alone and dealt out to the processes, so any number of them writes the same bytes.
+What a Plan does to a block beyond selecting from it is computed in fp32 and rounded once.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +24,9 @@ from tqdm import tqdm
 from minitron_nemo.arch import Architecture, Plan
 from minitron_nemo.arch.axes import Indices
 from minitron_nemo.arch.plan import FILE_NAME as PLAN_FILE
+from minitron_nemo.arch.plan import MATRICES_NAME
 from minitron_nemo.arch.tensors import NamedTensor, tensors
+from minitron_nemo.checkpoint.dense import DenseMaps, check_matrices
 from minitron_nemo.checkpoint.files import commit_partial, make_partial, partial_path
 from minitron_nemo.checkpoint.sink import Chunk, Sink, open_sink
 from minitron_nemo.checkpoint.source import Source, open_source
@@ -78,6 +82,8 @@ def transform(
 ) -> None:
     """Carry `plan` out: fill `sink` from `source` and put it in place, with the plan in it unless it keeps everything.
 
+    `progress` shows the way on process 0, and the speed of the products with the Plan's matrices.
+
     Process `rank` of `world_size` writes its share of the blocks; `barrier` waits for all. Process 0 puts the result in
     place after all have written. When one fails nothing takes the final name; it raises UserError for a full disk.
     """
@@ -85,16 +91,21 @@ def transform(
     partial = partial_path(sink.path)
     try:
         if rank == 0:
+            check_matrices(plan)
             make_partial(sink.path)
             sink.prepare()
         barrier()
+        maps = DenseMaps(plan)
         mine = share(chunks(plan.target, sink.dtypes), rank, world_size)
-        sink.write(_ahead(_shown(mine, sink, progress and rank == 0), slicer(source, plan, sink.dtypes)), rank)
+        sink.write(_ahead(_shown(mine, sink, progress and rank == 0), Slicer(source, plan, maps, sink.dtypes)), rank)
+        if maps.flops and progress and rank == 0:
+            gflops = maps.flops / 1e9
+            print(f"[transform] dense maps: {gflops:.1f} GFLOP, {gflops / maps.seconds:.1f} GFLOP/s a thread")
         barrier()
         if rank == 0:
             sink.finish(source)
             if plan != Plan.identity(source.architecture):
-                plan.save(partial / PLAN_FILE)
+                _save_plan(plan, partial)
             commit_partial(sink.path)
         barrier()
     except OSError as error:
@@ -121,7 +132,8 @@ def share(blocks: Sequence[Chunk], rank: int, world_size: int) -> Sequence[Chunk
 
 def _ahead(blocks: Iterable[Chunk], rows: Callable[[Chunk], torch.Tensor]) -> Iterator[tuple[Chunk, torch.Tensor]]:
     """Blocks with their rows, in order; threads read the next ones while the caller writes one."""
-    with ThreadPoolExecutor(BLOCKS_AHEAD) as readers:
+    # Sums of products are in the same order for any number of threads if each product has one.
+    with ThreadPoolExecutor(BLOCKS_AHEAD, initializer=torch.set_num_threads, initargs=(1,)) as readers:
         pending: deque[tuple[Chunk, Future[torch.Tensor]]] = deque()
         for chunk in blocks:
             pending.append((chunk, readers.submit(rows, chunk)))
@@ -132,31 +144,69 @@ def _ahead(blocks: Iterable[Chunk], rows: Callable[[Chunk], torch.Tensor]) -> It
             yield ready, future.result()
 
 
-def slicer(source: Source, plan: Plan, dtypes: Mapping[str, torch.dtype]) -> Callable[[Chunk], torch.Tensor]:
-    """A function that computes a block of the result, of the wanted data type: [rows, columns] or [rows]."""
+class Slicer:
+    """Computes a block of the result when called: [rows, columns] or [rows], of the data type in `dtypes`."""
 
-    @lru_cache(maxsize=BLOCKS_AHEAD)  # the blocks of a tensor follow each other
-    def selections(tensor: NamedTensor) -> list[Indices | None]:
-        kept = plan.kept(tensor.layer)
-        return [dim.select(plan.source, kept) for dim in tensor.spec.dims]
+    def __init__(self, source: Source, plan: Plan, maps: DenseMaps, dtypes: Mapping[str, torch.dtype]) -> None:
+        self.source, self.plan, self.maps, self.dtypes = source, plan, maps, dtypes
+        once = lru_cache(maxsize=BLOCKS_AHEAD)  # the blocks of a tensor follow each other
+        self._selections = once(self._select)
+        self._partners = once(plan.merged_rows)
 
-    def rows(chunk: Chunk) -> torch.Tensor:
-        name = _source_name(plan, chunk.tensor)
-        kept_rows, *kept_columns = selections(chunk.tensor)
-        columns = kept_columns[0] if kept_columns else None
-        if kept_rows is None:
-            block = _take(source.read(name, chunk.start, chunk.stop), columns, 1)
+    def __call__(self, chunk: Chunk) -> torch.Tensor:
+        name, plan = chunk.tensor.name, self.plan
+        rows, *others = self._selections(chunk.tensor)
+        columns = others[0] if others else None
+        if name in plan.matrices:
+            assert columns is not None, f"{name} has a matrix, but its columns are not cut"
+            block = self.maps.columns(name, self._block(chunk, rows, None), columns)
         else:
-            wanted = kept_rows[chunk.start : chunk.stop]
-            row_bytes = prod(chunk.tensor.spec.shape(plan.source)[1:]) * source.dtype(name).itemsize
-            window = max(1, BLOCK_BYTES // row_bytes)
-            width = chunk.tensor.spec.shape(plan.target)[1:]
-            block = torch.empty((len(wanted), *width), dtype=source.dtype(name))
-            for position, part in _selected_rows(source, name, wanted, window):
-                _take(part, columns, 1, out=block[position : position + len(part)])
-        return block.to(dtypes[chunk.tensor.name])
+            block = self._block(chunk, rows, columns)
+        if name in plan.folded_norms:
+            block = torch.ones_like(block)
+        elif name in plan.norm_scales:
+            block = block.float() * plan.norm_scales[name]
+        return block.to(self.dtypes[name])
 
-    return rows
+    def _select(self, tensor: NamedTensor) -> list[Indices | None]:
+        kept = self.plan.kept(tensor.layer)
+        return [dim.select(self.plan.source, kept) for dim in tensor.spec.dims]
+
+    def _block(self, chunk: Chunk, rows: Indices | None, columns: Indices | None) -> torch.Tensor:
+        """The chunk's rows of the plain cut; those with a partner twice less the partner, the whole in fp32 then."""
+        if rows is None:
+            name = _source_name(self.plan, chunk.tensor)
+            return _take(self.source.read(name, chunk.start, chunk.stop), columns, 1)
+        block = self._gather(chunk.tensor, rows[chunk.start : chunk.stop], columns)
+        partners = self._partners(chunk.tensor).items()
+        pairs = {row - chunk.start: partner for row, partner in partners if chunk.start <= row < chunk.stop}
+        if not pairs:
+            return block
+        wanted, order = np.unique(list(pairs.values()), return_inverse=True)
+        subtracted = self._gather(chunk.tensor, wanted, columns).float()[torch.from_numpy(order)]
+        block = block.float()
+        block[list(pairs)] = 2 * block[list(pairs)] - subtracted
+        return block
+
+    def _gather(self, tensor: NamedTensor, wanted: Indices, columns: Indices | None) -> torch.Tensor:
+        """The `wanted` rows (ascending) of a tensor of the source, their `columns` alone where given."""
+        name, width = _source_name(self.plan, tensor), tensor.spec.shape(self.plan.source)[1:]
+        dtype = self.source.dtype(name)
+        window = max(1, BLOCK_BYTES // (prod(width) * dtype.itemsize))
+        block = torch.empty((len(wanted), *(width if columns is None else (len(columns),))), dtype=dtype)
+        for position, part in _selected_rows(self.source, name, wanted, window):
+            _take(part, columns, 1, out=block[position : position + len(part)])
+        return block
+
+
+def _save_plan(plan: Plan, directory: Path) -> None:
+    """The Plan and its matrices; the same file once more where the file system can."""
+    plan.save(directory / PLAN_FILE)
+    if plan.matrices and plan.directory is not None:
+        try:
+            os.link(plan.directory / MATRICES_NAME, directory / MATRICES_NAME)
+        except OSError:
+            shutil.copyfile(plan.directory / MATRICES_NAME, directory / MATRICES_NAME)
 
 
 def _selected_rows(source: Source, name: str, wanted: Indices, window: int) -> Iterator[tuple[int, torch.Tensor]]:

@@ -3,11 +3,12 @@
     layer input --+-- input norm --> attention --> (linear_proj's input: heads)
                   |
                   +-- + --> pre-MLP norm --> linear_fc1 --> (linear_fc2's input: ffn)
-    layer input and output: block influence;  the two norms' outputs: hidden
+    layer input and output: block influence;  the two norms' outputs: hidden;  the final norm's: its scale
 
 TransformerEngine fuses a norm into the linear layer that follows, where no hook sees its output. So norms are measured
 from their inputs, which both specs show: |RMSNorm(x)| is |gain| |x| / rms(x), and sums of it need no normalised tensor.
-LayerNorm's mean and bias cannot be taken out of the sums like that: it is computed again, span by span.
+LayerNorm's mean and bias cannot be taken out of the sums like that: it is computed again, span by span, and what it
+is before its gain is not measured.
 
 Sums over a sequence are complete before anything that is not linear happens to them: under sequence parallelism they
 are all-reduced over the tensor-parallel group first. Moments over sequences stay on the rank that measured them until
@@ -17,8 +18,7 @@ are all-reduced over the tensor-parallel group first. Moments over sequences sta
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -27,49 +27,45 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional
 
 from minitron_nemo.arch import Architecture
-from minitron_nemo.arch.family import Family, family
+from minitron_nemo.arch.family import family
+from minitron_nemo.importance.counted import Counted, Current, Norm, final_norm, layer_norms, transformer_layers
 from minitron_nemo.importance.reduce import Reducer, head_sums, sequence_moments, token_norms
 from minitron_nemo.importance.scores import AGGREGATIONS, Scores
-
-
-@dataclass(frozen=True)
-class Counted:
-    """Which tokens of a microbatch count. Sequence-parallel ranks see their share of the norms' tokens."""
-
-    mask: Tensor  # fp32 [b, s], 1 or 0
-    local_mask: Tensor  # fp32 [b, s/tp] under sequence parallelism, else `mask`
-    tokens: Tensor  # fp64 [b]
-
-
-class Norm(NamedTuple):
-    """Gain and bias [h] of a norm; an RMSNorm has no bias."""
-
-    gain: Tensor
-    bias: Tensor | None
 
 
 class ChunkSums:
     """What the layers of one model chunk measure on this rank; fp64.
 
     `totals` has moments over the sequences so far: `norms` [2, 3, 2 x layers, h], input and pre-MLP norm in turn; `ffn`
-    [2, 3, layers, ffn/tp] and `heads` [2, 3, layers, heads/tp], this tensor-parallel rank's slices; and `cosines`
-    [layers], summed over this rank's tokens. `current` lists the same of the microbatch that is in the chunk, layer by
-    layer, before any aggregation: sums [2, b, n] of each sequence.
+    [2, 3, layers, ffn/tp] and `heads` [2, 3, layers, heads/tp], this tensor-parallel rank's slices; `norm_squares`
+    [2 x layers, h] the squares of RMSNorms' outputs before their gains, summed over the tokens; and over this rank's
+    tokens `cosines` [layers] and, where the chunk ends with a final RMSNorm, its `final_squares` [h]. `current` lists
+    the same of the microbatch that is in the chunk, layer by layer, before any aggregation: sums [2, b, n] of each
+    sequence, those of RMSNorms without their gains. `norms` are all norms of the chunk in their order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, norms: Sequence[Norm]) -> None:
         self.totals: dict[str, Tensor] = {}
         self.current: dict[str, list[Tensor]] = {"norms": [], "ffn": [], "heads": [], "cosines": []}
+        self.factors: Tensor | None = None  # [2 x layers, 2, 1, h], on the sums of RMSNorms
+        if all(norm.bias is None for norm in norms):
+            sizes = torch.stack([norm.gain for norm in norms]).double().abs()
+            self.factors = torch.stack([sizes, sizes.square()], dim=1)[:, :, None]
 
     def finish_microbatch(self, tokens: Tensor, shards: distributed.ProcessGroup | None) -> None:
         """Move `current` to `totals`; `tokens` [b] counts. Sums of norms are completed over the group `shards`."""
         sums = {name: torch.stack(by_layer) for name, by_layer in self.current.items()}
         if shards is not None:
             distributed.all_reduce(sums["norms"], group=shards)
+        if self.factors is not None:
+            self.add("norm_squares", sums["norms"][:, 1].sum(dim=1))
+            sums["norms"].mul_(self.factors)
         for name, measured in sums.items():
-            added = measured if name == "cosines" else sequence_moments(measured, tokens)
-            self.totals[name] = self.totals[name].add_(added) if name in self.totals else added
+            self.add(name, measured if name == "cosines" else sequence_moments(measured, tokens))
             self.current[name].clear()
+
+    def add(self, name: str, measured: Tensor) -> None:
+        self.totals[name] = self.totals[name].add_(measured) if name in self.totals else measured
 
 
 class Collector:
@@ -96,15 +92,20 @@ class Collector:
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
         self.tp_rank = parallel_state.get_tensor_model_parallel_rank()
         self.tp_size = parallel_state.get_tensor_model_parallel_world_size()
-        self.chunks = [[m for m in chunk.modules() if isinstance(m, TransformerLayer)] for chunk in chunks]
-        self.sums = [ChunkSums() for _ in chunks]
+        self.chunks = [transformer_layers(chunk) for chunk in chunks]
+        self.traits = family(architecture.family)
+        self.sums = [
+            ChunkSums([norm for layer in layers for norm in layer_norms(layer, self.traits)]) for layers in self.chunks
+        ]
+        self.rms_norms = self.traits.normalization == "RMSNorm"
+        self.final_norms = [final_norm(chunk) if self.rms_norms else None for chunk in chunks]
         self.device = next(chunks[0].parameters()).device
         self.reducer = Reducer(self.device)
         self.handles: list[Any] = []
 
     def __enter__(self) -> Collector:
-        for layers, sums in zip(self.chunks, self.sums, strict=True):
-            self._attach_chunk(layers, sums)
+        for layers, sums, last in zip(self.chunks, self.sums, self.final_norms, strict=True):
+            self._attach_chunk(layers, sums, last)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -119,29 +120,41 @@ class Collector:
         ffn = self._zeros(*moments, layers, shape.ffn_hidden_size)
         heads = self._zeros(*moments, layers, shape.num_attention_heads)
         cosines = self._zeros(layers)
+        norm_squares = self._zeros(layers, 2, shape.hidden_size)
+        final_squares = self._zeros(shape.hidden_size)
+        column_norms = self._zeros(layers, shape.ffn_hidden_size)
         counts = self._zeros(2)  # sequences, tokens
         for chunk, sums in zip(self.chunks, self.sums, strict=True):
             mine = [layer.layer_number - 1 for layer in chunk]
             ffn[:, :, mine, self._slice(shape.ffn_hidden_size)] = sums.totals["ffn"]
             heads[:, :, mine, self._slice(shape.num_attention_heads)] = sums.totals["heads"]
+            if parallel_state.get_data_parallel_rank() == 0:
+                columns = [layer.mlp.linear_fc2.weight.detach().double().norm(dim=0) for layer in chunk]
+                column_norms[mine, self._slice(shape.ffn_hidden_size)] = torch.stack(columns)
             # What all tensor-parallel ranks hold alike is given by the first; cosines of other tokens by each.
             if self.tp_rank == 0:
                 norms[:, :, mine] = sums.totals["norms"].unflatten(2, (len(mine), 2))
+                if self.rms_norms:
+                    norm_squares[mine] = sums.totals["norm_squares"].unflatten(0, (len(mine), 2))
             if self.tp_rank == 0 or self.sequence_parallel:
                 cosines[mine] = sums.totals["cosines"]
+                final_squares += sums.totals.get("final_squares", 0)
         if self.tp_rank == 0 and parallel_state.get_pipeline_model_parallel_rank() == 0:
             for microbatch in self.microbatches:
                 tokens = (microbatch["token_weights"] != 0).sum(dim=1)
                 counts += torch.stack([(tokens > 0).sum(), tokens.sum()])
-        for array in (norms, ffn, heads, cosines, counts):
+        for array in (norms, ffn, heads, cosines, norm_squares, final_squares, column_norms, counts):
             distributed.all_reduce(array)  # over all ranks: each entry has one contributor per data-parallel replica
         sequences, tokens = counts.tolist()
+        squares = torch.cat([norm_squares.flatten(0, 1), final_squares[None]]) / tokens
         return Scores(
             architecture=shape,
             hidden=norms.flatten(2, 3).cpu().numpy(),
             ffn=ffn.cpu().numpy(),
             heads=heads.cpu().numpy(),
             block_influence=(1 - cosines / tokens).cpu().numpy(),
+            norm_squares=(squares if self.rms_norms else squares[:0]).cpu().numpy(),
+            ffn_column_norms=column_norms.cpu().numpy(),
             sequences=int(sequences),
             tokens=int(tokens),
             model_fingerprint=model_fingerprint,
@@ -149,45 +162,47 @@ class Collector:
             settings=settings,
         )
 
-    def _attach_chunk(self, layers: list[TransformerLayer], sums: ChunkSums) -> None:
-        counted: list[Counted] = []  # of the microbatch that is in the chunk
-
-        def on_microbatch(module: nn.Module, args: tuple[Any, ...]) -> None:
-            # Megatron's schedules number the microbatches on the layers, chunk by chunk.
-            microbatch = layers[0].current_microbatch
-            counted[:] = [self._counted(microbatch)]
-            if layers is self.chunks[0] and microbatch < len(self.microbatches):
-                self.on_microbatch()
+    def _attach_chunk(self, layers: list[TransformerLayer], sums: ChunkSums, last: nn.Module | None) -> None:
+        current = Current(
+            layers,
+            self.microbatches,
+            sequence_parallel=self.sequence_parallel,
+            on_microbatch=self.on_microbatch if layers is self.chunks[0] else None,
+        )
 
         def after_microbatch(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            sums.finish_microbatch(counted[0].tokens, self.tp_group if self.sequence_parallel else None)
+            sums.finish_microbatch(current.counted.tokens, self.tp_group if self.sequence_parallel else None)
 
-        self.handles.append(layers[0].register_forward_pre_hook(on_microbatch))
+        def on_final_norm(module: nn.Module, args: tuple[Any, ...]) -> None:
+            squares = self._rms_norm_sums(args[0], token_norms(args[0]), current.counted)[1]
+            sums.add("final_squares", squares.sum(dim=0))
+
+        self.handles.append(current.handle)
         for layer in layers:
-            self._attach(layer, sums, counted)
+            self._attach(layer, sums, current)
         self.handles.append(layers[-1].register_forward_hook(after_microbatch))
+        if last is not None:
+            self.handles.append(last.register_forward_pre_hook(on_final_norm))
 
-    def _attach(self, layer: TransformerLayer, sums: ChunkSums, counted: list[Counted]) -> None:
+    def _attach(self, layer: TransformerLayer, sums: ChunkSums, current: Current) -> None:
         def on_heads(module: nn.Module, args: tuple[Any, ...]) -> None:
-            sums.current["heads"].append(head_sums(args[0], counted[0].mask, self.architecture.kv_channels))
+            sums.current["heads"].append(head_sums(args[0], current.counted.mask, self.architecture.kv_channels))
 
         def on_pre_mlp(module: nn.Module, args: tuple[Any, ...]) -> None:
-            sums.current["norms"].append(self._norm_sums(args[0], token_norms(args[0]), pre_mlp_norm, counted[0]))
+            sums.current["norms"].append(self._norm_sums(args[0], token_norms(args[0]), pre_mlp_norm, current.counted))
 
         def on_ffn(module: nn.Module, args: tuple[Any, ...]) -> None:
-            sums.current["ffn"].append(self.reducer.absolute_sums(args[0], counted[0].mask))
+            sums.current["ffn"].append(self.reducer.absolute_sums(args[0], current.counted.mask))
 
         def on_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             states, result = kwargs["hidden_states"], output[0]  # [s(/tp), b, h]
             lengths = token_norms(states)
-            cosines = self.reducer.cosines(states, result, lengths) * counted[0].local_mask.t()
+            cosines = self.reducer.cosines(states, result, lengths) * current.counted.local_mask.t()
             sums.current["cosines"].append(cosines.sum(dtype=torch.float64))
             # Its norm comes first, but the length of its input is needed here anyway.
-            sums.current["norms"].insert(-1, self._norm_sums(states, lengths, input_norm, counted[0]))
+            sums.current["norms"].insert(-1, self._norm_sums(states, lengths, input_norm, current.counted))
 
-        traits = family(self.architecture.family)
-        input_norm = _norm(layer.input_layernorm, layer.self_attention.linear_qkv, traits)
-        pre_mlp_norm = _norm(layer.pre_mlp_layernorm, layer.mlp.linear_fc1, traits)
+        input_norm, pre_mlp_norm = layer_norms(layer, self.traits)
         self.handles += [
             layer.self_attention.linear_proj.register_forward_pre_hook(on_heads),
             layer.pre_mlp_layernorm.register_forward_pre_hook(on_pre_mlp),
@@ -196,26 +211,22 @@ class Collector:
         ]
 
     def _norm_sums(self, states: Tensor, lengths: Tensor, norm: Norm, counted: Counted) -> Tensor:
-        """`absolute_sums` of the normed states over this rank's tokens: [2, b, h]. `lengths` are the states' norms."""
-        epsilon = self.architecture.layernorm_epsilon
-        if norm.bias is not None:
-            gain, bias = norm.gain.float(), norm.bias.float()
-            return self.reducer.absolute_sums(
-                states,
-                counted.local_mask,
-                lambda span: functional.layer_norm(span, span.shape[-1:], gain, bias, epsilon),
-            )
-        scale = torch.rsqrt(lengths.square() / states.shape[-1] + epsilon)  # [s, b]
-        size = norm.gain.double().abs()
-        of_both_sums = torch.stack([size, size.square()])[:, None]  # [2, 1, h]
-        return self.reducer.absolute_sums(states, counted.local_mask * scale.t()).mul_(of_both_sums)
+        """`absolute_sums` of the normed states over this rank's tokens: [2, b, h]; of RMSNorms without their gains.
 
-    def _counted(self, microbatch: int) -> Counted:
-        fills = microbatch >= len(self.microbatches)
-        weights = self.microbatches[-1 if fills else microbatch]["token_weights"]  # [b, s]
-        mask = torch.zeros_like(weights) if fills else (weights != 0).float()
-        local = mask.chunk(self.tp_size, dim=1)[self.tp_rank] if self.sequence_parallel else mask
-        return Counted(mask, local, mask.sum(dim=1, dtype=torch.float64))
+        `lengths` are the states' norms.
+        """
+        if norm.bias is None:
+            return self._rms_norm_sums(states, lengths, counted)
+        gain, bias, epsilon = norm.gain.float(), norm.bias.float(), self.architecture.layernorm_epsilon
+        return self.reducer.absolute_sums(
+            states,
+            counted.local_mask,
+            lambda span: functional.layer_norm(span, span.shape[-1:], gain, bias, epsilon),
+        )
+
+    def _rms_norm_sums(self, states: Tensor, lengths: Tensor, counted: Counted) -> Tensor:
+        scale = torch.rsqrt(lengths.square() / states.shape[-1] + self.architecture.layernorm_epsilon)  # [s, b]
+        return self.reducer.absolute_sums(states, counted.local_mask * scale.t())
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=self.device)
@@ -223,11 +234,3 @@ class Collector:
     def _slice(self, size: int) -> slice:
         """This tensor-parallel rank's share of an axis: ranks hold contiguous, equal parts."""
         return slice(self.tp_rank * size // self.tp_size, (self.tp_rank + 1) * size // self.tp_size)
-
-
-def _norm(norm: nn.Module, fused: nn.Module, traits: Family) -> Norm:
-    """The parameters of a norm: its own, or those of the linear layer that TransformerEngine fused it into."""
-    module, prefix = (norm, "") if hasattr(norm, "weight") else (fused, "layer_norm_")
-    gain = getattr(module, prefix + "weight").detach()
-    bias = getattr(module, prefix + "bias").detach() if traits.normalization == "LayerNorm" else None
-    return Norm(gain + 1 if traits.layernorm_zero_centered_gamma else gain, bias)

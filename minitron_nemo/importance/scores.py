@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minitron_nemo.arch import Architecture, Axis
+from minitron_nemo.arch.family import family
 from minitron_nemo.checkpoint.files import write_atomic
 from minitron_nemo.errors import UserError
 
 AGGREGATIONS = ("mean", "l2", "var")
-ARRAYS = ("hidden", "ffn", "heads", "block_influence")
-SCHEMA_VERSION = 1
+ARRAYS = ("hidden", "ffn", "heads", "block_influence", "norm_squares", "ffn_column_norms")
+SCHEMA_VERSION = 2
+
+# The norms that are measured, in their order in a layer, and the one behind the last layer.
+LAYER_NORMS = (
+    "decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight",
+    "decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight",
+)
+FINAL_NORM = "decoder.final_layernorm.weight"
 
 Array = NDArray[np.float64]
 
@@ -39,6 +47,10 @@ class Scores:
     and the pre-MLP norm of layer 0, of layer 1, and so on. `block_influence` [num_layers] is 1 - the mean cosine
     between a layer's input and output (2407.14679 section 2.2), over all tokens.
 
+    `norm_squares` [2 x num_layers + 1, hidden_size] is the mean square over all tokens of every RMSNorm's output before
+    its gain, the final norm's last; of families with LayerNorm it has no rows. `ffn_column_norms` [num_layers,
+    ffn_hidden_size] is the L2 norm of the column of linear_fc2 that reads a neuron.
+
     `sequences` and `tokens` count what was measured: tokens of weight 0, and sequences without any other, are not.
     `data_fingerprint` stands for the sequences that were read. Raises UserError for a wrong shape or a value that is
     not finite.
@@ -49,6 +61,8 @@ class Scores:
     ffn: Array
     heads: Array
     block_influence: Array
+    norm_squares: Array
+    ffn_column_norms: Array
     sequences: int
     tokens: int
     model_fingerprint: str
@@ -82,6 +96,27 @@ class Scores:
         if axis == Axis.HEADS:
             return self._over_sequences(self.heads, sequence, batch)
         raise ValueError(f"no scores are measured for axis {axis}")
+
+    def ffn_outputs(self) -> Array:
+        """What each FFN neuron adds to the residual stream: rms(activation) x column norm, [num_layers, n].
+
+        The L2 norm of the difference that removing the neuron alone makes, per token in root mean square.
+        """
+        squares = self.ffn[1, AGGREGATIONS.index("l2")] / self.tokens
+        return np.sqrt(squares) * self.ffn_column_norms
+
+    def hidden_energy(self) -> Array:
+        """Mean square of each hidden channel after the RMSNorms of all layers, before their gains, summed: [n]."""
+        return self.norm_squares[:-1].sum(axis=0)
+
+    def norm_scales(self, kept: Sequence[int]) -> Array:
+        """For each RMSNorm, the factor on its gain when only the channels `kept` stay: [2 x num_layers + 1].
+
+        RMSNorm divides by the root mean square of the channels that it sees. That of k kept channels is smaller than
+        that of all d where the dropped ones are the large ones, and the other way round; the ratio of both, in root
+        mean square over tokens, is sqrt(sum of the kept channels' mean squares after the norm / k).
+        """
+        return np.sqrt(self.norm_squares[:, list(kept)].mean(axis=1))
 
     def _over_sequences(self, moments: Array, sequence: str, batch: str) -> Array:
         total, squares = moments[:, AGGREGATIONS.index(sequence)]
@@ -136,9 +171,12 @@ class Scores:
 
 def _shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     layers, per_sequence = architecture.num_layers, (2, len(AGGREGATIONS))
+    norms = 2 * layers + 1 if family(architecture.family).normalization == "RMSNorm" else 0
     return {
         "hidden": (*per_sequence, 2 * layers, architecture.hidden_size),
         "ffn": (*per_sequence, layers, architecture.ffn_hidden_size),
         "heads": (*per_sequence, layers, architecture.num_attention_heads),
         "block_influence": (layers,),
+        "norm_squares": (norms, architecture.hidden_size),
+        "ffn_column_norms": (layers, architecture.ffn_hidden_size),
     }

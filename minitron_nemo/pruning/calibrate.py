@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from minitron_nemo.arch import Architecture
 from minitron_nemo.checkpoint.fingerprint import fingerprint
 from minitron_nemo.config import Recipe
-from minitron_nemo.data.dataset import open_train
+from minitron_nemo.data.dataset import Blend, open_train
 from minitron_nemo.data.sampler import Microbatch, Sampler, microbatches
 from minitron_nemo.errors import UserError
 from minitron_nemo.importance.collect import Collector
@@ -36,6 +36,24 @@ def calibrate(teacher: Path, prepared: Path, recipe: Recipe, layout: Layout) -> 
     The samples are the first ones in the order that `data.seed` gives, whatever the layout. Collective over the job;
     every rank gets the same Scores. Raises UserError for what does not fit together.
     """
+    samples, precision = recipe.prune.calibration.samples, recipe.prune.calibration.precision
+    model, batches, blend = open_calibration(teacher, prepared, recipe, layout, samples)
+    return measure(
+        model,
+        batches,
+        model_fingerprint=launch.from_rank_0(lambda: fingerprint(teacher)),
+        data_fingerprint=hashlib.sha256(f"{blend.fingerprint} {recipe.data.seed} {samples}".encode()).hexdigest(),
+        settings={"samples": samples, "precision": precision, "sequence_length": blend.sequence_length},
+    )
+
+
+def open_calibration(
+    teacher: Path, prepared: Path, recipe: Recipe, layout: Layout, samples: int
+) -> tuple[Model, list[Microbatch], Blend]:
+    """The loaded teacher, and this data-parallel rank's microbatches of the first `samples` sequences. Collective.
+
+    Ranks have equally many full microbatches; copies of the last sample fill them up, with weights of 0.
+    """
     config = recipe.prune.calibration
     if layout.context_parallel_size > 1:
         raise UserError(
@@ -46,24 +64,15 @@ def calibrate(teacher: Path, prepared: Path, recipe: Recipe, layout: Layout) -> 
     model = build_model(Architecture.load(teacher), layout, dtype=DTYPES[config.precision])
     load_model(model, teacher)
     blend = open_train(recipe.data, prepared)
-    indices = Sampler(blend, recipe.data.seed).global_batch(0, config.samples)
-    # Ranks run equally many full microbatches; copies of the last sample fill them up and do not count.
+    indices = Sampler(blend, recipe.data.seed).global_batch(0, samples)
     dp_rank, dp_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     together = config.micro_batch_size * dp_size
     filled = [*indices, *indices[-1:] * (-len(indices) % together)]
     batches = microbatches(blend, filled, dp_rank, dp_size, config.micro_batch_size)
     for number, batch in enumerate(batches):
         first = number * together + dp_rank * config.micro_batch_size
-        batch["token_weights"][max(0, config.samples - first) :] = 0.0
-    return measure(
-        model,
-        batches,
-        model_fingerprint=launch.from_rank_0(lambda: fingerprint(teacher)),
-        data_fingerprint=hashlib.sha256(
-            f"{blend.fingerprint} {recipe.data.seed} {config.samples}".encode()
-        ).hexdigest(),
-        settings={"samples": config.samples, "precision": config.precision, "sequence_length": blend.sequence_length},
-    )
+        batch["token_weights"][max(0, samples - first) :] = 0.0
+    return model, batches, blend
 
 
 def measure(
@@ -79,7 +88,7 @@ def measure(
     Sequences without any token of weight other than 0 are not counted. Collective; every rank gets the same Scores.
     """
     micro_batch_size, sequence_length = batches[0]["tokens"].shape
-    with _progress(len(batches)) as advance, _without_logits(model):
+    with progress("calibrate", len(batches)) as advance, without_logits(model):
         collector = Collector(
             model.chunks,
             model.architecture,
@@ -93,7 +102,7 @@ def measure(
 
 
 @contextmanager
-def _without_logits(model: Model) -> Iterator[None]:
+def without_logits(model: Model) -> Iterator[None]:
     """Nothing here reads logits, and with a large vocabulary they are most of a forward pass's memory."""
     layer = model.output_layer
     if layer is None:
@@ -107,13 +116,13 @@ def _without_logits(model: Model) -> Iterator[None]:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
+def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
     """A bar on rank 0's terminal; a line for every tenth of the way where there is none."""
     console = Console(quiet=launch.rank() != 0, highlight=False)
     if console.is_terminal and launch.rank() == 0:
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
         with Progress(*columns, TextColumn("microbatches  ETA"), TimeRemainingColumn(), console=console) as bar:
-            task = bar.add_task("calibrate", total=total)
+            task = bar.add_task(label, total=total)
             yield lambda: bar.advance(task)
         return
     done = 0
@@ -122,6 +131,6 @@ def _progress(total: int) -> Iterator[Callable[[], None]]:
         nonlocal done
         done += 1
         if done * 10 // total > (done - 1) * 10 // total:
-            console.print(f"[calibrate] {min(done, total)}/{total} microbatches", markup=False)
+            console.print(f"[{label}] {min(done, total)}/{total} microbatches", markup=False)
 
     yield advance

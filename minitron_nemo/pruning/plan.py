@@ -7,35 +7,38 @@ end before the last), and Block Influence need not see it. An explicit list drop
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from minitron_nemo.arch import Architecture, Axis, Plan
-from minitron_nemo.config import PruneConfig
+from minitron_nemo.arch.family import family
+from minitron_nemo.config import PruneConfig, RepairConfig
 from minitron_nemo.errors import UserError
-from minitron_nemo.importance.scores import Array, Scores
+from minitron_nemo.importance.scores import FINAL_NORM, LAYER_NORMS, Array, Scores
 
 DEPTH_METHODS = ("block_influence", "contiguous")
 
 
 def target_architecture(source: Architecture, config: PruneConfig) -> Architecture:
-    """The student's architecture. Raises UserError, naming the recipe's key, for a size that cannot be reached."""
+    """The student's architecture. Raises UserError, naming the key, for a size or score that the source cannot have."""
     sizes: dict[Axis, int] = {}
-    for axis in (Axis.HIDDEN, Axis.FFN, Axis.HEADS, Axis.LAYERS):
+    for axis in (Axis.HIDDEN, Axis.FFN, Axis.HEADS, Axis.GROUPS, Axis.LAYERS):
         size: int | None = getattr(config, axis.value)
         if size is None:
             continue
         if not 1 <= size <= source.size(axis):
             raise UserError(f"prune.{axis}: {size} is not a size to prune to; the source has {source.size(axis)}")
         sizes[axis] = size
-    groups, heads = source.num_query_groups, sizes.get(Axis.HEADS, source.num_attention_heads)
-    if heads % groups:
+    groups = sizes.get(Axis.GROUPS, source.num_query_groups)
+    heads = sizes.setdefault(Axis.HEADS, groups * source.heads_per_group)
+    if heads % groups or heads > groups * source.heads_per_group:
         multiples = ", ".join(str(groups * n) for n in range(1, source.heads_per_group + 1))
         raise UserError(
-            f"prune.num_attention_heads: {heads} is not a multiple of the source's num_query_groups {groups}; "
-            f"use one of {multiples}"
+            f"prune.num_attention_heads: {heads} is not a multiple of num_query_groups, {groups}, "
+            f"or more than they have; use one of {multiples}"
         )
     if config.drop_layers is not None:
         if config.num_layers is not None:
@@ -48,52 +51,76 @@ def target_architecture(source: Architecture, config: PruneConfig) -> Architectu
             f"prune.num_layers: 1 is too few, {config.depth_method} keeps the first and the last layer; "
             f"list what goes in prune.drop_layers"
         )
+    normalization = family(source.family).normalization
+    if config.hidden_score == "energy" and normalization != "RMSNorm":
+        raise UserError(
+            f"prune.hidden_score: energy is of RMSNorm, {source.family} has {normalization}; use activation"
+        )
     return source.resized(sizes)
+
+
+def repairs_of(source: Architecture, config: RepairConfig) -> RepairConfig:
+    """`config` with what it leaves to the family decided. Raises UserError for a repair that the family has not."""
+    able = family(source.family).rescales_norms
+    decided = {}
+    for key in ("norm_scale", "hidden"):
+        asked: bool | None = getattr(config, key)
+        if asked and not able:
+            raise UserError(
+                f"prune.repair.{key}: needs RMSNorm with gains stored as they are, which {source.family} has not; "
+                f"leave it out"
+            )
+        decided[key] = able if asked is None else asked
+    return replace(config, **decided)
 
 
 def make_plan(scores: Scores, source: Architecture, config: PruneConfig) -> Plan:
     """The Plan that keeps the entries with the highest scores; ties go to the lower index.
 
-    FFN neurons are ranked per layer; heads per layer and query group, every group keeping equally many; hidden channels
-    over the whole model. `gaps` has one number per decision that Scores took, named by axis and, where layers decide on
-    their own, the source's layer: (worst kept - best dropped) / worst kept, the smallest of the groups' for heads, and
-    for `contiguous` the same of the dropped block's summed influence and the runner-up's.
+    FFN neurons are ranked per layer; query groups per layer, by the sum of their heads' scores; heads per layer and
+    group, every group keeping equally many and, with `repair.merge_heads`, merging dropped ones; hidden channels over
+    the whole model, where `repair.norm_scale` gives the gain of every norm a factor. `gaps` has one number per decision
+    that Scores took, named by axis and, where layers decide on their own, the source's layer: (worst kept - best
+    dropped) / worst kept, the smallest of the groups' for heads, and for `contiguous` the same of the dropped block's
+    summed influence and the runner-up's.
 
-    Raises UserError for Scores of another architecture and for what `target_architecture` refuses.
+    Raises UserError for Scores of another architecture and for what `target_architecture` and `repairs_of` refuse.
     """
     if scores.architecture != source:
         measured, given = scores.architecture.to_dict(), source.to_dict()
         key = next(key for key in given if measured[key] != given[key])
         raise UserError(f"scores: measured on a model with {key} {measured[key]}, not {given[key]}; calibrate again")
-    target = target_architecture(source, config)
+    target, repairs = target_architecture(source, config), repairs_of(source, config.repair)
     gaps: dict[str, float] = {}
     kept_layers = _kept_layers(scores, source, target, config, gaps)
 
     def score(axis: Axis) -> Array:
         return scores.get(axis, config.calibration.sequence_aggregation, config.calibration.batch_aggregation)
 
+    norm_scales: dict[str, float] = {}
     kept_hidden: tuple[int, ...] | None = None
     if target.hidden_size < source.hidden_size:
-        kept_hidden, gaps[Axis.HIDDEN.value] = _best(score(Axis.HIDDEN), target.hidden_size)
+        channels = scores.hidden_energy() if config.hidden_score == "energy" else score(Axis.HIDDEN)
+        kept_hidden, gaps[Axis.HIDDEN.value] = _best(channels, target.hidden_size)
+        if repairs.norm_scale:
+            norm_scales = _norm_scales(scores, kept_layers, kept_hidden)
     kept_ffn: list[tuple[int, ...]] = []
     if target.ffn_hidden_size < source.ffn_hidden_size:
-        neurons = score(Axis.FFN)
+        neurons = scores.ffn_outputs() if config.ffn_score == "output" else score(Axis.FFN)
         for layer in kept_layers:
             kept, gaps[f"{Axis.FFN}/{layer}"] = _best(neurons[layer], target.ffn_hidden_size)
             kept_ffn.append(kept)
-    kept_heads: list[tuple[int, ...]] = []
+    heads: dict[str, Any] = {}
     if target.num_attention_heads < source.num_attention_heads:
-        heads = score(Axis.HEADS).reshape(source.num_layers, source.num_query_groups, source.heads_per_group)
-        for layer in kept_layers:
-            kept, gaps[f"{Axis.HEADS}/{layer}"] = _best_per_group(heads[layer], target.heads_per_group)
-            kept_heads.append(kept)
+        heads = _heads(score(Axis.HEADS), kept_layers, source, target, repairs.merge_heads, gaps)
     return Plan(
         source=source,
         target=target,
         kept_layers=kept_layers,
         kept_hidden=kept_hidden,
         kept_ffn=tuple(kept_ffn) or None,
-        kept_heads=tuple(kept_heads) or None,
+        **heads,
+        norm_scales=norm_scales,
         gaps=gaps,
         provenance=_provenance(scores, config),
     )
@@ -134,6 +161,16 @@ def _kept_layers(
     return (0, *between, last)
 
 
+def _norm_scales(scores: Scores, kept_layers: tuple[int, ...], kept_hidden: tuple[int, ...]) -> dict[str, float]:
+    """Factors on the gains of all norms of the student, by name."""
+    *of_layers, final = scores.norm_scales(kept_hidden).tolist()
+    named = {FINAL_NORM: final}
+    for layer, source in enumerate(kept_layers):
+        for position, norm in enumerate(LAYER_NORMS):
+            named[norm.format(layer=layer)] = of_layers[2 * source + position]
+    return named
+
+
 def _best(scores: Array, count: int) -> tuple[tuple[int, ...], float]:
     """Indices of the `count` highest scores, ascending, and the gap at the cut. Ties go to the lower index."""
     order = np.argsort(-scores, kind="stable")
@@ -141,11 +178,60 @@ def _best(scores: Array, count: int) -> tuple[tuple[int, ...], float]:
     return kept, _gap(scores[order[count - 1]], scores[order[count]]) if count else 0.0
 
 
-def _best_per_group(scores: Array, count: int) -> tuple[tuple[int, ...], float]:
-    """`_best` within each row of `scores` [num_query_groups, heads_per_group], as head numbers."""
-    best = [_best(row, count) for row in scores]
-    kept = tuple(group * scores.shape[1] + head for group, (heads, _) in enumerate(best) for head in heads)
-    return kept, min(gap for _, gap in best)
+def _heads(
+    scores: Array,
+    kept_layers: tuple[int, ...],
+    source: Architecture,
+    target: Architecture,
+    merge: bool,
+    gaps: dict[str, float],
+) -> dict[str, Any]:
+    """The Plan's `kept_heads` and, where there are any, `kept_groups` and `merged_heads`."""
+    cut_groups = target.num_query_groups < source.num_query_groups
+    cut_inside = target.heads_per_group < source.heads_per_group
+    all_groups = tuple(range(source.num_query_groups))
+    kept_groups, kept_heads, merged_heads = [], [], []
+    for layer in kept_layers:
+        by_group = scores[layer].reshape(source.num_query_groups, source.heads_per_group)
+        groups = all_groups
+        if cut_groups:
+            groups, gaps[f"{Axis.GROUPS}/{layer}"] = _best(by_group.sum(axis=1), target.num_query_groups)
+        kept, gap = _best_per_group(by_group, groups, target.heads_per_group)
+        if cut_inside:
+            gaps[f"{Axis.HEADS}/{layer}"] = gap
+        kept_groups.append(groups)
+        kept_heads.append(kept)
+        merged_heads.append(_merges(by_group, groups, target.heads_per_group))
+    return {
+        "kept_heads": tuple(kept_heads),
+        "kept_groups": tuple(kept_groups) if cut_groups else None,
+        "merged_heads": tuple(merged_heads) if merge and cut_inside else None,
+    }
+
+
+def _best_per_group(scores: Array, groups: Sequence[int], count: int) -> tuple[tuple[int, ...], float]:
+    """`_best` within each of the rows `groups` of `scores` [num_query_groups, heads_per_group], as head numbers."""
+    if count == scores.shape[1]:
+        return tuple(group * count + head for group in groups for head in range(count)), 0.0
+    best = {group: _best(scores[group], count) for group in groups}
+    kept = tuple(group * scores.shape[1] + head for group, (heads, _) in best.items() for head in heads)
+    return kept, min(gap for _, gap in best.values())
+
+
+def _merges(scores: Array, groups: Sequence[int], count: int) -> tuple[tuple[int, int], ...]:
+    """Pairs (kept head, dropped head) of the residual merge of arXiv 2407.14679 section 2.3, within query groups.
+
+    With the L heads of a group ranked from 1, of which K = `count` stay, head i becomes head_i + (head_i -
+    head_{2K-i+1}), on the rows of its query. The paper lets i run from 2K-L to K; but the partner of head 2K-L would be
+    head L+1, which does not exist. So i runs from 2K-L+1: K pairs with K+1, K-1 with K+2, and so on up to L. Where
+    fewer than half of the heads stay, each gets a partner, and the heads ranked below 2K go without.
+    """
+    size = scores.shape[1]
+    pairs = []
+    for group in groups:
+        ranked = [group * size + head for head in np.argsort(-scores[group], kind="stable").tolist()]
+        pairs += [(ranked[i - 1], ranked[2 * count - i]) for i in range(count, max(0, 2 * count - size), -1)]
+    return tuple(pairs)
 
 
 def _weakest_block(influence: Array, size: int) -> tuple[int, float]:
@@ -172,5 +258,7 @@ def _provenance(scores: Scores, config: PruneConfig) -> Mapping[str, Any]:
         "calibration": dict(scores.settings),
         "sequence_aggregation": config.calibration.sequence_aggregation,
         "batch_aggregation": config.calibration.batch_aggregation,
+        "ffn_score": config.ffn_score,
+        "hidden_score": config.hidden_score,
         "depth_method": "drop_layers" if config.drop_layers is not None else config.depth_method,
     }

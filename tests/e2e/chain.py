@@ -27,7 +27,12 @@ def write_recipe(directory: Path, **sections: dict) -> Path:
             "heldout_fraction": 0.2,
             "sequence_length": 64,
         },
-        "prune": {"ffn_hidden_size": 64, "num_layers": 2, "calibration": {"samples": 8}},
+        "prune": {
+            "ffn_hidden_size": 64,
+            "num_layers": 2,
+            "calibration": {"samples": 8},
+            "repair": {"samples": 16},
+        },
         "teacher": {"correction": {"steps": 4, "lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 1}},
         "train": {
             "steps": 6,

@@ -235,6 +235,14 @@ def test_plan_gives_the_published_parameter_counts(
     assert plan["student"]["non_embedding_parameters"] == pytest.approx(non_embedding, rel=2e-4)
 
 
+@pytest.mark.parametrize(
+    "override", ["prune.repair.norm_scale=true", "prune.repair.hidden=true", "prune.hidden_score=energy"]
+)
+def test_what_needs_rms_norm_is_refused_before_anything_runs(refused: Callable[..., str], override: str) -> None:
+    recipe = Path(__file__).parents[2] / "recipes" / "nemotron4_15b_to_minitron_8b.yaml"
+    assert f"{override.partition('=')[0]}: " in refused("plan", str(recipe), override)
+
+
 def test_every_key_of_a_recipe_is_documented() -> None:
     documented = (Path(__file__).parents[2] / "docs" / "recipe.md").read_text()
     for section in fields(Recipe):

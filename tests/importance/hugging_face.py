@@ -44,8 +44,12 @@ def load(directory: Path) -> Any:
 
 
 def activations(model: Any, tokens: torch.Tensor) -> dict[str, list[np.ndarray]]:
-    """All that is scored, each [b, s, n]: `norms` (two a layer), `ffn`, `heads`, the layers' `inputs` and `outputs`."""
-    seen: dict[str, list[np.ndarray]] = {name: [] for name in ("norms", "ffn", "heads", "inputs", "outputs")}
+    """All that is measured, each [b, s, n]: `norms` (two a layer), `ffn`, `heads`, the layers' `inputs` and `outputs`.
+
+    `residuals` are the inputs of all norms, the final one's last.
+    """
+    names = ("norms", "ffn", "heads", "inputs", "outputs", "residuals")
+    seen: dict[str, list[np.ndarray]] = {name: [] for name in names}
 
     def keep(name: str, tensor: torch.Tensor) -> None:
         seen[name].append(tensor.detach().numpy())
@@ -54,11 +58,13 @@ def activations(model: Any, tokens: torch.Tensor) -> dict[str, list[np.ndarray]]
     for layer in model.model.layers:
         for norm in (layer.input_layernorm, layer.post_attention_layernorm):
             handles.append(norm.register_forward_hook(lambda _, args, out: keep("norms", out)))
+            handles.append(norm.register_forward_pre_hook(lambda _, args: keep("residuals", args[0])))
         for name, module in (("ffn", layer.mlp.down_proj), ("heads", layer.self_attn.o_proj), ("inputs", layer)):
             handles.append(module.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0])))
         handles.append(
             layer.register_forward_hook(lambda _, args, out: keep("outputs", out[0] if isinstance(out, tuple) else out))
         )
+    handles.append(model.model.norm.register_forward_pre_hook(lambda _, args: keep("residuals", args[0])))
     with torch.no_grad():
         model(tokens)
     for handle in handles:
@@ -66,10 +72,17 @@ def activations(model: Any, tokens: torch.Tensor) -> dict[str, list[np.ndarray]]
     return seen
 
 
+def rms_normed(x: np.ndarray, epsilon: float) -> np.ndarray:
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon)
+
+
 def reference_scores(
     directory: Path, tokens: torch.Tensor, weights: torch.Tensor
 ) -> dict[tuple[str, str, str] | str, np.ndarray]:
-    """Scores of each (axis, sequence aggregation, batch aggregation), and `layers`; weight 0 does not count."""
+    """Scores of each (axis, sequence aggregation, batch aggregation), `layers`, `columns`, RMSNorms' `norm_squares`.
+
+    Weight 0 does not count.
+    """
     model = load(directory)
     seen = activations(model, tokens)
     kept = [row != 0 for row in weights.numpy() if (row != 0).any()]
@@ -92,5 +105,11 @@ def reference_scores(
         (x * y).sum(-1) / (np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1))
         for x, y in zip(seen["inputs"], seen["outputs"], strict=True)
     ]
+    if hasattr(model.config, "rms_norm_eps"):
+        normed = [rms_normed(x, model.config.rms_norm_eps) for x in seen["residuals"]]
+        scores["norm_squares"] = np.stack([(x[mask] ** 2).mean(0) for x in normed])
+    scores["columns"] = np.stack(
+        [np.linalg.norm(layer.mlp.down_proj.weight.detach(), axis=0) for layer in model.model.layers]
+    )
     scores["layers"] = np.array([1 - cosine[mask].mean() for cosine in cosines])
     return scores

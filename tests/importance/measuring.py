@@ -31,13 +31,25 @@ def measured(
 
     With `fused_norms` the model has its norms where TransformerEngine's layers have them.
     """
+    model = loaded(directory, layout, dtype, fused_norms)
+    batches = dealt_out(tokens, weights, micro_batch_size)
+    return measure(model, batches, model_fingerprint="model", data_fingerprint="data", settings={})
+
+
+def loaded(directory: Path, layout: Layout, dtype: torch.dtype = torch.float32, fused_norms: bool = False) -> Model:
+    """The model in `directory` on this rank."""
     launch.initialize(layout, seed=1)
     model = build_model(Architecture.load(directory), layout, dtype=dtype)
     load_model(model, directory)
     if fused_norms:
         fuse_norms(model)
+    return model
+
+
+def dealt_out(tokens: torch.Tensor, weights: torch.Tensor, micro_batch_size: int = 1) -> list[dict[str, torch.Tensor]]:
+    """This data-parallel rank's microbatches of `tokens` [n, s]."""
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    batches = [
+    return [
         {
             "tokens": tokens[start : start + micro_batch_size],
             "labels": tokens[start : start + micro_batch_size],
@@ -46,7 +58,6 @@ def measured(
         }
         for start in range(rank * micro_batch_size, len(tokens), size * micro_batch_size)
     ]
-    return measure(model, batches, model_fingerprint="model", data_fingerprint="data", settings={})
 
 
 class NormedLinear(nn.Module):

@@ -25,11 +25,16 @@ def architecture(**sizes: Any) -> Architecture:
 
 
 def scores_from(values: dict[str, np.ndarray], shape: Architecture, sequences: int = 7) -> Scores:
-    """Scores from per-sequence values: `hidden` [sequences, 3, 2L, h], `ffn` and `heads` [sequences, 3, L, n]."""
-    moments = {name: np.stack([array.sum(0), (array**2).sum(0)]) for name, array in values.items() if name != "layers"}
+    """Scores from per-sequence values: `hidden` [sequences, 3, 2L, h], `ffn` and `heads` [sequences, 3, L, n].
+
+    `layers`, `squares` and `columns` are taken as they are.
+    """
+    moments = {name: np.stack([values[name].sum(0), (values[name] ** 2).sum(0)]) for name in ("hidden", "ffn", "heads")}
     return Scores(
         architecture=shape,
         block_influence=values["layers"],
+        norm_squares=values["squares"],
+        ffn_column_norms=values["columns"],
         sequences=sequences,
         tokens=sequences * 5,
         model_fingerprint="m" * 64,
@@ -47,4 +52,6 @@ def random_values(shape: Architecture, seed: int = 0, sequences: int = 7) -> dic
         "ffn": generator.random((sequences, 3, layers, shape.ffn_hidden_size)),
         "heads": generator.random((sequences, 3, layers, shape.num_attention_heads)),
         "layers": generator.random(layers),
+        "squares": generator.random((2 * layers + 1 if shape.family != "nemotron" else 0, shape.hidden_size)),
+        "columns": generator.random((layers, shape.ffn_hidden_size)),
     }

@@ -11,7 +11,7 @@ import torch
 from minitron_nemo.arch import Axis, Plan
 from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.config import CalibrationConfig, PruneConfig
-from minitron_nemo.importance.scores import AGGREGATIONS, Scores
+from minitron_nemo.importance.scores import AGGREGATIONS, ARRAYS, Scores
 from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.pruning.plan import make_plan
 from tests.families import FAMILIES, write_tiny
@@ -81,7 +81,8 @@ def assert_same(actual: Scores, expected: Scores, tolerance: float) -> None:
                     rtol=tolerance,
                     err_msg=f"{axis} {sequence} {over_sequences}",
                 )
-    np.testing.assert_allclose(actual.block_influence, expected.block_influence, rtol=tolerance)
+    for array in ("block_influence", "norm_squares", "ffn_column_norms"):
+        np.testing.assert_allclose(getattr(actual, array), getattr(expected, array), rtol=tolerance, err_msg=array)
     assert (actual.sequences, actual.tokens) == (expected.sequences, expected.tokens)
 
 
@@ -103,6 +104,11 @@ def assert_equal_hugging_face(scores: Scores, hugging_face: Path, tolerance: flo
                     err_msg=f"{axis} {sequence} {over_sequences}",
                 )
     np.testing.assert_allclose(scores.get(Axis.LAYERS), reference["layers"], rtol=tolerance)
+    if "norm_squares" in reference:
+        np.testing.assert_allclose(scores.norm_squares, reference["norm_squares"], rtol=tolerance)
+    else:
+        assert scores.norm_squares.shape == (0, scores.architecture.hidden_size)
+    np.testing.assert_allclose(scores.ffn_column_norms, reference["columns"], rtol=1e-6)
     assert (scores.sequences, scores.tokens) == (5, int((weights != 0).sum()))
 
 
@@ -124,7 +130,7 @@ def test_scores_and_kept_sets_do_not_depend_on_the_layout(name: str, teacher: Pa
     world_size, layout = LAYOUTS[name]
     by_rank = run_distributed(world_size, measured, teacher, layout, *batch())
     for other in by_rank[1:]:
-        for array in ("hidden", "ffn", "heads", "block_influence"):
+        for array in ARRAYS:
             np.testing.assert_array_equal(getattr(by_rank[0], array), getattr(other, array))
     assert_same(by_rank[0], scores, 1e-5)
     for sequence in AGGREGATIONS:

@@ -12,7 +12,7 @@ import pytest
 
 from minitron_nemo.arch import Axis
 from minitron_nemo.errors import UserError
-from minitron_nemo.importance.scores import Scores
+from minitron_nemo.importance.scores import ARRAYS, Scores
 from tests.importance.synthetic import architecture, random_values, scores_from
 
 BATCH = {
@@ -48,7 +48,7 @@ def test_saved_scores_are_read_back_bit_for_bit(tmp_path: Path) -> None:
     )
     scores.save(tmp_path / "scores.npz")
     loaded = Scores.load(tmp_path / "scores.npz")
-    for name in ("hidden", "ffn", "heads", "block_influence"):
+    for name in ARRAYS:
         np.testing.assert_array_equal(getattr(loaded, name), getattr(scores, name))
     for name in ("architecture", "sequences", "tokens", "model_fingerprint", "data_fingerprint", "settings"):
         assert getattr(loaded, name) == getattr(scores, name)
@@ -86,7 +86,7 @@ def test_anything_else_is_refused_in_one_line_that_names_the_file(tmp_path: Path
             "empty": b"",
             "text": b"scores: none\n",
             "truncated": whole[: len(whole) // 2],
-            "schema": _rewritten(path, schema_version=2),
+            "schema": _rewritten(path, schema_version=1),
             "shape": _rewritten(path, architecture=replace(scores.architecture, num_layers=5).to_dict()),
             "not finite": whole.replace(scores.ffn[0, 0, 0].tobytes(), np.full(12, np.nan).tobytes()),
         }[damage]
@@ -113,3 +113,16 @@ def test_an_unknown_aggregation_is_named(key: str) -> None:
     scores = scores_from(random_values(architecture()), architecture())
     with pytest.raises(UserError, match=f"prune.calibration.{key}_aggregation: 'max' is not one of mean, l2, var"):
         scores.get(Axis.FFN, **{key: "max"})
+
+
+def test_constants_and_outputs_follow_from_the_stored_mean_squares() -> None:
+    shape = architecture()
+    values = random_values(shape)
+    scores = scores_from(values, shape)
+    kept = [0, 3, 4, 9]
+    expected = [np.sqrt(sum(row[channel] for channel in kept) / 4) for row in values["squares"]]
+    np.testing.assert_allclose(scores.norm_scales(kept), expected, rtol=1e-12)
+    np.testing.assert_allclose(scores.norm_scales(range(10)), np.sqrt(values["squares"].mean(axis=1)), rtol=1e-12)
+    np.testing.assert_allclose(scores.hidden_energy(), values["squares"][:12].sum(axis=0), rtol=1e-12)
+    squares = (values["ffn"][:, 1] ** 2).sum(axis=0) / scores.tokens
+    np.testing.assert_allclose(scores.ffn_outputs(), np.sqrt(squares) * values["columns"], rtol=1e-12)

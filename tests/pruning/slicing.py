@@ -21,6 +21,7 @@ def slice_hugging_face(directory: Path, plan: Plan, destination: Path) -> Path:
         ("hidden_size", plan.kept_hidden),
         ("intermediate_size", plan.kept_ffn and plan.kept_ffn[0]),
         ("num_attention_heads", plan.kept_heads and plan.kept_heads[0]),
+        ("num_key_value_heads", plan.kept_groups and plan.kept_groups[0]),
     ):
         if kept:
             config[key] = len(kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from minitron_nemo.arch import Architecture, Axis, Plan
-from minitron_nemo.config import CalibrationConfig, PruneConfig
+from minitron_nemo.config import CalibrationConfig, PruneConfig, RepairConfig
 from minitron_nemo.errors import UserError
 from minitron_nemo.importance.scores import Scores
 from minitron_nemo.pruning.plan import make_plan, target_architecture
@@ -18,7 +19,7 @@ from tests.importance.synthetic import architecture, random_values, scores_from
 
 def plan(scores: Scores | None = None, **config: Any) -> Plan:
     scores = scores or scores_from(random_values(architecture()), architecture())
-    return make_plan(scores, scores.architecture, PruneConfig(**config))
+    return make_plan(scores, scores.architecture, PruneConfig(**{"ffn_score": "activation", **config}))
 
 
 def with_influence(influence: list[float]) -> Scores:
@@ -46,6 +47,56 @@ def test_width_keeps_the_subsets_with_the_highest_scores(seed: int, aggregation:
         groups = best_subset(heads[:3], 2), tuple(head + 3 for head in best_subset(heads[3:], 2))
         assert made.kept_heads[layer] == groups[0] + groups[1]
     assert made.target == architecture(hidden_size=4, ffn_hidden_size=5, num_attention_heads=4)
+
+
+def test_neurons_rank_by_what_they_add_and_channels_by_energy_where_asked_for() -> None:
+    shape = architecture()
+    scores = scores_from(random_values(shape), shape)
+    made = plan(scores, hidden_size=4, ffn_hidden_size=5, ffn_score="output", hidden_score="energy")
+    assert made.kept_hidden == best_subset(scores.hidden_energy(), 4)
+    assert made.kept_ffn == tuple(best_subset(layer, 5) for layer in scores.ffn_outputs())
+
+
+def test_every_norm_of_the_student_gets_the_factor_of_its_source() -> None:
+    shape = architecture()
+    values = random_values(shape)
+    made = plan(scores_from(values, shape), hidden_size=4, drop_layers=[1])
+    factors = np.sqrt(values["squares"][:, np.array(made.kept_hidden)].mean(axis=1))
+    assert len(made.norm_scales) == 11
+    assert made.norm_scales["decoder.final_layernorm.weight"] == pytest.approx(factors[12])
+    qkv = made.norm_scales["decoder.layers.1.self_attention.linear_qkv.layer_norm_weight"]
+    fc1 = made.norm_scales["decoder.layers.4.mlp.linear_fc1.layer_norm_weight"]
+    assert (qkv, fc1) == (pytest.approx(factors[4]), pytest.approx(factors[11]))  # source layers 2 and 5
+    off = plan(scores_from(values, shape), hidden_size=4, repair=RepairConfig(norm_scale=False))
+    assert off.norm_scales == {} and plan(scores_from(values, shape), ffn_hidden_size=5).norm_scales == {}
+
+
+NO_RMS_NORM = [
+    ({"repair": RepairConfig(norm_scale=True)}, "prune.repair.norm_scale: needs RMSNorm .* nemotron has not"),
+    ({"repair": RepairConfig(hidden=True)}, "prune.repair.hidden: needs RMSNorm .* nemotron has not"),
+    ({"hidden_score": "energy"}, "prune.hidden_score: energy is of RMSNorm, nemotron has LayerNorm; use activation"),
+]
+
+
+@pytest.mark.parametrize("config, message", NO_RMS_NORM)
+def test_what_needs_rms_norm_is_off_by_default_and_refused_by_key_for_another_norm(
+    config: dict[str, Any], message: str
+) -> None:
+    shape = architecture(family="nemotron", model_type="nemotron")
+    scores = scores_from(random_values(shape), shape)
+    assert plan(scores, hidden_size=4).norm_scales == {}
+    with pytest.raises(UserError, match=message) as error:
+        plan(scores, hidden_size=4, **config)
+    assert "\n" not in str(error.value)
+
+
+def test_a_plan_that_scales_or_folds_gains_stored_minus_one_is_refused() -> None:
+    shape = architecture(family="nemotron", model_type="nemotron")
+    made = plan(scores_from(random_values(shape), shape), hidden_size=4)
+    final = "decoder.final_layernorm.weight"
+    for change in ({"norm_scales": {final: 1.1}}, {"folded_norms": (final,)}):
+        with pytest.raises(UserError, match="plan: norm_scales and folded_norms are not for the norms of nemotron"):
+            replace(made, **change)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -119,6 +170,56 @@ def test_gaps_are_the_relative_distance_between_worst_kept_and_best_dropped() ->
     }
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_whole_query_groups_stay_where_their_heads_scores_have_the_highest_sum(seed: int) -> None:
+    shape = architecture(num_attention_heads=12, num_query_groups=4)
+    scores = scores_from(random_values(shape, seed), shape)
+    made = plan(scores, num_query_groups=2, num_attention_heads=4)
+    assert made.kept_groups is not None and made.kept_heads is not None
+    for layer in range(6):
+        heads = scores.get(Axis.HEADS)[layer]
+        groups = best_subset(heads.reshape(4, 3).sum(axis=1), 2)
+        assert made.kept_groups[layer] == groups
+        best = [3 * group + head for group in groups for head in best_subset(heads[3 * group : 3 * group + 3], 2)]
+        assert made.kept_heads[layer] == tuple(best)
+    whole = plan(scores, num_query_groups=3)
+    assert whole.target == architecture(num_attention_heads=9, num_query_groups=3)
+    assert whole.kept_heads == tuple(
+        tuple(3 * group + head for group in groups for head in range(3)) for groups in whole.kept_groups
+    )
+    assert set(whole.gaps) == {f"num_query_groups/{layer}" for layer in range(6)}
+
+
+@pytest.mark.parametrize(
+    "kept, pairs",
+    [
+        (5, [(5, 6)]),  # i = K alone, whose partner is K + 1; the paper's range begins one earlier, at a head 7
+        (4, [(4, 5), (3, 6)]),
+        (3, [(3, 4), (2, 5), (1, 6)]),
+        (2, [(2, 3), (1, 4)]),
+    ],
+)
+def test_heads_merge_in_the_papers_order_within_their_query_group(kept: int, pairs: list[tuple[int, int]]) -> None:
+    shape = architecture(num_attention_heads=12)
+    values = random_values(shape)
+    ranks = {1: 2, 2: 0, 3: 5, 4: 1, 5: 4, 6: 3}  # of a group: which head is the best, the second, and so on
+    for group in range(2):
+        for rank, head in ranks.items():
+            values["heads"][..., 6 * group + head] = 7 - rank
+    made = plan(scores_from(values, shape), num_attention_heads=2 * kept, repair=RepairConfig(merge_heads=True))
+    expected = [(6 * group + ranks[i], 6 * group + ranks[j]) for group in range(2) for i, j in pairs]
+    assert made.merged_heads == (tuple(expected),) * 6
+
+
+@pytest.mark.parametrize("pairs", [((0, 1),), ((4, 2),), ((1, 2), (1, 2)), ((0, 6),)])
+def test_merges_that_are_not_of_a_kept_and_a_dropped_head_of_one_group_are_refused(pairs: tuple) -> None:
+    made = plan(num_attention_heads=4)
+    kept = ((0, 1, 3, 4),) * 6
+    assert replace(made, kept_heads=kept, merged_heads=(((1, 2),),) * 6).merged_heads is not None
+    with pytest.raises(UserError, match=r"plan: merged_heads\[0\]"):
+        replace(made, kept_heads=kept, merged_heads=(pairs,) * 6)
+
+
 def test_nothing_to_prune_is_the_identity() -> None:
     shape = architecture()
     made = plan(hidden_size=10, ffn_hidden_size=12, num_attention_heads=6, num_layers=6)
@@ -141,7 +242,9 @@ def test_a_plan_says_where_it_comes_from() -> None:
         ({"num_layers": 7}, "prune.num_layers: 7 .* the source has 6"),
         ({"num_layers": 1}, "prune.num_layers: 1 is too few.* prune.drop_layers"),
         ({"num_attention_heads": 8}, "prune.num_attention_heads: 8 .* the source has 6"),
-        ({"num_attention_heads": 5}, "prune.num_attention_heads: 5 is not a multiple .* 2; use one of 2, 4, 6"),
+        ({"num_attention_heads": 5}, "prune.num_attention_heads: 5 is not a multiple .* 2, .*; use one of 2, 4, 6"),
+        ({"num_attention_heads": 4, "num_query_groups": 1}, "prune.num_attention_heads: 4 .* use one of 1, 2, 3"),
+        ({"num_query_groups": 3}, "prune.num_query_groups: 3 .* the source has 2"),
         ({"num_layers": 4, "drop_layers": [1]}, "prune.drop_layers: prune.num_layers is given too"),
         ({"drop_layers": [6]}, "prune.drop_layers: there is no layer 6; .* 0 to 5"),
         ({"drop_layers": [-1]}, "prune.drop_layers: there is no layer -1"),

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from minitron_nemo.arch import Architecture, Axis, Plan
 from minitron_nemo.checkpoint.transform import convert
-from minitron_nemo.config import PruneConfig
+from minitron_nemo.config import PruneConfig, RepairConfig
 from minitron_nemo.errors import UserError
 from minitron_nemo.importance.scores import Scores
 from minitron_nemo.models.build import build_model
@@ -37,6 +37,9 @@ TARGETS: dict[str, dict[str, Any]] = {
     "depth": {"num_layers": 3},
     "depth, a block": {"num_layers": 3, "depth_method": "contiguous"},
     "heads": {"num_attention_heads": 4},
+    "heads, merged": {"num_attention_heads": 4, "repair": RepairConfig(merge_heads=True)},
+    "query groups": {"num_query_groups": 3, "hidden_size": 48},
+    "groups and heads": {"num_query_groups": 2, "num_attention_heads": 2, "repair": RepairConfig(merge_heads=True)},
 }
 
 
@@ -70,11 +73,12 @@ def test_student_has_the_logits_of_hugging_faces_model_sliced_by_the_plan(
     assert_student_is_hugging_faces_slice("llama", TARGETS[target], tied, tmp_path)
 
 
+@pytest.mark.parametrize("target", ["all axes", "groups and heads"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_students_of_every_family_have_the_logits_of_hugging_faces_model_sliced_by_the_plan(
-    family: str, tmp_path: Path
+    family: str, target: str, tmp_path: Path
 ) -> None:
-    assert_student_is_hugging_faces_slice(family, TARGETS["all axes"], family in ("qwen3", "phi3"), tmp_path)
+    assert_student_is_hugging_faces_slice(family, TARGETS[target], family in ("qwen3", "phi3"), tmp_path)
 
 
 def assert_student_is_hugging_faces_slice(family: str, target: dict[str, Any], tied: bool, tmp_path: Path) -> None:

@@ -1,0 +1,359 @@
+"""Repaired students against Hugging Face's model with weights from the formula; what a Plan with them refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from minitron_nemo.arch import Architecture, Axis, Plan
+from minitron_nemo.checkpoint import dense
+from minitron_nemo.checkpoint.fingerprint import fingerprint
+from minitron_nemo.checkpoint.transform import convert
+from minitron_nemo.config import RepairConfig
+from minitron_nemo.errors import UserError
+from minitron_nemo.parallel.layout import Layout
+from minitron_nemo.pruning.prune import prune
+from minitron_nemo.pruning.repair import repair_plan, repair_warnings
+from tests.families import FAMILIES, fused_like, norm_name, unfused, write_tiny
+from tests.importance.measuring import dealt_out, loaded
+from tests.importance.test_collect import LAYOUTS, batch
+from tests.importance.test_second_moments import LAYERS, a_plan, assert_solves, neurons, reads
+from tests.pool import run_distributed
+from tests.pruning.slicing import slice_hugging_face
+from tests.pruning.test_prune import logits_of, prune_together
+
+Text = tuple[torch.Tensor, torch.Tensor]  # tokens and weights, both [n, s]
+
+
+class Repaired(NamedTuple):
+    """A teacher, its plain Plan, and the directory of the repaired one."""
+
+    hugging_face: Path
+    teacher: Path
+    plain: Plan
+    directory: Path
+
+    @property
+    def plan(self) -> Plan:
+        return Plan.load(self.directory / "plan.json")
+
+    @property
+    def matrices(self) -> dict[str, torch.Tensor]:
+        return load_file(self.directory / "plan.safetensors")
+
+
+def repair_together(
+    teacher: Path, layout: Layout, plan: Plan, config: RepairConfig, directory: Path, text: Text | None = None
+) -> None:
+    repair_plan(loaded(teacher, layout), dealt_out(*(text or batch())), plan, config, directory)
+
+
+def random_text(seed: int, sequences: int) -> Text:
+    tokens = torch.randint(0, 259, (sequences, 32), generator=torch.Generator().manual_seed(seed))
+    return tokens, torch.ones(sequences, 32)
+
+
+def repaired(
+    directory: Path,
+    family: str = "llama",
+    tied: bool = False,
+    change: Callable[[dict[str, torch.Tensor]], None] = lambda weights: None,
+    text: Text | None = None,
+    **config: Any,
+) -> Repaired:
+    """A tiny model with its weights changed by `change`, its Plan, repaired on `text` in one process."""
+    hugging_face = write_tiny(family, directory / "hf", num_layers=LAYERS, tied=tied)
+    weights = load_file(hugging_face / "model.safetensors")
+    change(weights)
+    save_file(weights, hugging_face / "model.safetensors", {"format": "pt"})
+    convert(hugging_face, directory / "teacher", "megatron", progress=False)
+    plain = a_plan(Architecture.load(directory / "teacher"))
+    # Irregular factors, as a calibration pass would measure them: only a norm without a matrix keeps its own.
+    norms = [name.removesuffix(".weight") + ".layer_norm_weight" for name in maps(plain, "linear_qkv", "linear_fc1")]
+    scales = {name: 1 + 0.01 * number for number, name in enumerate((*norms, "decoder.final_layernorm.weight"))}
+    scales = {name.replace("norm.weight.layer_norm_weight", "norm.weight"): s for name, s in scales.items()}
+    plain = replace(plain, norm_scales={} if family == "nemotron" else scales)
+    arguments = directory / "teacher", Layout(), plain, RepairConfig(**config), directory / "plan", text
+    run_distributed(1, repair_together, *arguments)
+    return Repaired(hugging_face, directory / "teacher", plain, directory / "plan")
+
+
+def maps(plan: Plan, *modules: str) -> list[str]:
+    parts = {"linear_qkv": "self_attention", "linear_fc1": "mlp", "linear_fc2": "mlp"}
+    return [f"decoder.layers.{n}.{parts[m]}.{m}.weight" for n in range(len(plan.kept_layers)) for m in modules]
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Repaired:
+    return repaired(tmp_path_factory.mktemp("untied"))
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Repaired:
+    return repaired(tmp_path_factory.mktemp("tied"), tied=True)
+
+
+def gains(case: Repaired) -> dict[str, np.ndarray]:
+    """Gain of the norm that a tensor of the student reads, in the teacher."""
+    weights = load_file(case.hugging_face / "model.safetensors")
+    found = {"output_layer.weight": weights["model.norm.weight"]}
+    for new, old in enumerate(case.plain.kept_layers):
+        prefix = f"decoder.layers.{new}."
+        found[prefix + "self_attention.linear_qkv.weight"] = weights[f"model.layers.{old}.input_layernorm.weight"]
+        found[prefix + "mlp.linear_fc1.weight"] = weights[f"model.layers.{old}.post_attention_layernorm.weight"]
+    return {name: gain.numpy() for name, gain in found.items()}
+
+
+def whole(name: str, case: Repaired) -> np.ndarray:
+    """A matrix of the file as the map [n, k] from what the student's tensor reads to what the teacher's does."""
+    matrix = case.matrices[name].double().numpy()
+    if "linear_fc2" not in name:
+        return matrix
+    kept = neurons(case.plain, int(name.split(".")[2]))
+    full = np.zeros((96, 56))
+    full[kept, range(56)] = 1
+    full[[neuron for neuron in range(96) if neuron not in kept]] = matrix
+    return full
+
+
+@pytest.mark.parametrize(
+    ("family", "ridge"), [("llama", 1e-3), ("llama", 1e-2), *((family, 1e-2) for family in FAMILIES)]
+)
+def test_maps_are_the_least_squares_solutions_on_hugging_faces_activations(
+    family: str, ridge: float, tmp_path: Path
+) -> None:
+    case = repaired(tmp_path, family, ridge=ridge)
+    hidden = np.array(case.plain.kept_hidden)
+    folded = gains(case)
+    found = reads(case.hugging_face, case.plain, *batch())
+    assert sorted(case.matrices) == sorted(found)
+    for name, (x, y) in found.items():
+        kept = np.array(neurons(case.plain, int(name.split(".")[2]))) if "linear_fc2" in name else hidden
+        fitted = whole(name, case)
+        assert_solves(x, y, kept, ridge, fitted / folded[name][:, None] if name in folded else fitted)
+
+
+@pytest.mark.parametrize("name", ["TP2", "TP2 SP", "DP2", "PP2 VPP2", "TP2 PP2"])
+def test_maps_do_not_depend_on_the_layout(name: str, untied: Repaired, tmp_path: Path) -> None:
+    world_size, layout = LAYOUTS[name]
+    arguments = untied.teacher, layout, untied.plain, RepairConfig(), tmp_path / "plan"
+    run_distributed(world_size, repair_together, *arguments)
+    other = untied._replace(directory=tmp_path / "plan")
+    assert replace(other.plan, matrices={}) == replace(untied.plan, matrices={})
+    for tensor, matrix in untied.matrices.items():
+        np.testing.assert_allclose(
+            other.matrices[tensor], matrix, rtol=0, atol=2e-4 * float(matrix.abs().max()), err_msg=tensor
+        )
+
+
+def test_a_small_byte_budget_takes_more_passes_and_gives_the_same_bits(untied: Repaired, tmp_path: Path) -> None:
+    config = RepairConfig(statistics_bytes=100_000)
+    run_distributed(1, repair_together, untied.teacher, Layout(), untied.plain, config, tmp_path / "plan")
+    assert (tmp_path / "plan" / "plan.safetensors").read_bytes() == (untied.directory / "plan.safetensors").read_bytes()
+
+
+def formula_student(case: Repaired, destination: Path) -> Path:
+    """Hugging Face's model with weights by the formula: sliced by the Plan, then W M on the columns that have a map."""
+    slice_hugging_face(case.hugging_face, case.plan, destination)
+    original, file = load_file(case.hugging_face / "model.safetensors"), destination / "model.safetensors"
+    source, target = case.plain.source, case.plain.target
+    before = unfused(original, source.num_attention_heads, source.num_query_groups)
+    after = unfused(load_file(file), target.num_attention_heads, target.num_query_groups)
+    hidden = torch.tensor(case.plain.kept_hidden)
+    for name in case.matrices:
+        matrix = torch.from_numpy(whole(name, case))
+        if name == "output_layer.weight":
+            after["lm_head.weight"] = (before["lm_head.weight"].double() @ matrix).float()
+            after["model.norm.weight"] = torch.ones(len(hidden))
+            continue
+        new = int(name.split(".")[2])
+        old = case.plain.kept_layers[new]
+        if "linear_fc2" in name:
+            down = before[f"model.layers.{old}.mlp.down_proj.weight"][hidden]
+            after[f"model.layers.{new}.mlp.down_proj.weight"] = (down.double() @ matrix).float()
+            continue
+        readers, norm = {
+            "linear_qkv": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
+            "linear_fc1": (("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
+        }[name.split(".")[-2]]
+        after[f"model.layers.{new}.{norm}.weight"] = torch.ones(len(hidden))
+        for reader in readers:
+            weight = before[f"model.layers.{old}.{reader}.weight"]
+            if "mlp" in reader:
+                weight = weight[neurons(case.plain, new)]
+            after[f"model.layers.{new}.{reader}.weight"] = (weight.double() @ matrix).float()
+    fused = fused_like(original, after)
+    save_file({name: tensor.contiguous() for name, tensor in fused.items()}, file, {"format": "pt"})
+    return destination
+
+
+@pytest.mark.parametrize("output", ["untied", "tied"])
+def test_a_repaired_student_has_the_logits_of_hugging_faces_model_by_the_formula(
+    output: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    assert_student_is_the_formulas(request.getfixturevalue(output), tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_repaired_students_of_every_family_have_the_logits_of_hugging_faces_model_by_the_formula(
+    family: str, tmp_path: Path
+) -> None:
+    case = repaired(tmp_path, family)
+    norms = [] if family == "nemotron" else ["output_layer.weight", *maps(case.plain, "linear_qkv", "linear_fc1")]
+    assert sorted(case.matrices) == sorted([*norms, *maps(case.plain, "linear_fc2")])
+    assert_student_is_the_formulas(case, tmp_path)
+
+
+def assert_student_is_the_formulas(case: Repaired, tmp_path: Path) -> None:
+    run_distributed(2, prune_together, case.teacher, case.plan, tmp_path / "student")
+    model = AutoModelForCausalLM.from_pretrained(
+        formula_student(case, tmp_path / "formula"), dtype=torch.float32, attn_implementation="eager"
+    )
+    tokens, _ = batch()
+    with torch.no_grad():
+        expected = model(tokens).logits.numpy()
+    actual = run_distributed(1, logits_of, tmp_path / "student", tokens)[0]
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert Plan.load(tmp_path / "student" / "plan.json") == case.plan
+
+
+def test_a_tied_output_keeps_its_embedding_and_only_the_final_gain_is_scaled(tied: Repaired) -> None:
+    assert "output_layer.weight" not in tied.matrices
+    assert list(tied.plan.norm_scales) == ["decoder.final_layernorm.weight"]
+    assert sorted(map(norm_name, tied.plan.folded_norms)) == sorted(
+        f"model.layers.{layer}.{norm}.weight"
+        for layer in range(LAYERS - 1)
+        for norm in ("input_layernorm", "post_attention_layernorm")
+    )
+
+
+def test_a_plan_with_matrices_gives_the_same_bits_from_any_number_of_processes_and_threads(
+    untied: Repaired, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    students = [tmp_path / name for name in ("one", "two", "threads")]
+    run_distributed(1, prune_together, untied.teacher, untied.plan, students[0])
+    run_distributed(2, prune_together, untied.teacher, untied.plan, students[1])
+    torch.set_num_threads(2)
+    try:
+        prune(untied.teacher, untied.plan, students[2], 0, 1, lambda: None)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert len({fingerprint(student) for student in students}) == 1
+    monkeypatch.setattr(dense, "BLOCK_BYTES", 1000)  # sums in parts: nearly the same, not the same
+    prune(untied.teacher, untied.plan, tmp_path / "parts", 0, 1, lambda: None)
+    tokens, _ = batch()
+    whole, parts = (run_distributed(1, logits_of, tmp_path / name, tokens)[0] for name in ("one", "parts"))
+    np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
+
+
+def test_repairs_lower_the_error_on_tokens_that_they_have_not_seen(tmp_path: Path) -> None:
+    """In a model where every neuron has one that is much like it, as neurons of trained models do."""
+
+    def pair_up(weights: dict[str, torch.Tensor]) -> None:
+        for name, rows in weights.items():
+            if "gate_proj" in name or "up_proj" in name:
+                rows[48:] = 0.9 * rows[:48] + 0.1 * rows[48:]
+
+    case = repaired(tmp_path, change=pair_up, text=random_text(1, 32))
+    weights = load_file(case.hugging_face / "model.safetensors")
+    unseen = reads(case.hugging_face, case.plain, *random_text(2, 16))
+    for layer, name in enumerate(maps(case.plain, "linear_fc2")):
+        x, y = unseen[name]
+        down = weights[f"model.layers.{case.plain.kept_layers[layer]}.mlp.down_proj.weight"].double().numpy()
+        target = x @ down.T
+        plain = y @ down[:, neurons(case.plain, layer)].T
+        fitted = y @ (down @ whole(name, case)).T
+        assert ((fitted - target) ** 2).sum() < 0.7 * ((plain - target) ** 2).sum(), name
+
+
+def test_what_is_switched_off_is_left_as_the_plan_has_it(untied: Repaired, tmp_path: Path) -> None:
+    config = RepairConfig(hidden=False)
+    run_distributed(1, repair_together, untied.teacher, Layout(), untied.plain, config, tmp_path / "plan")
+    plan = Plan.load(tmp_path / "plan" / "plan.json")
+    assert sorted(plan.matrices) == maps(plan, "linear_fc2")
+    assert (plan.norm_scales, plan.folded_norms) == (untied.plain.norm_scales, ())
+
+
+def _edit(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        data = json.loads((directory / "plan.json").read_text())
+        change(data)
+        (directory / "plan.json").write_text(json.dumps(data))
+
+    return damage
+
+
+def _values(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        values = load_file(directory / "plan.safetensors")
+        change(values)
+        save_file(values, directory / "plan.safetensors")
+
+    return damage
+
+
+FC2 = "decoder.layers.0.mlp.linear_fc2.weight"
+QKV = "decoder.layers.0.self_attention.linear_qkv.weight"
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no matrices": (lambda d: (d / "plan.safetensors").unlink(), "plan.safetensors is not beside it"),
+    "cut off": (lambda d: (d / "plan.safetensors").write_bytes(b"\1" * 20), "truncated"),
+    "one changed": (_values(lambda v: v[FC2].add_(1)), "is not what the plan was made with"),
+    "not finite": (_values(lambda v: v[FC2][0].fill_(np.nan)), "not finite everywhere"),
+    "another shape": (_values(lambda v: v.update({FC2: v[FC2][1:].clone()})), "not the fp32 matrix"),
+    "another type": (_values(lambda v: v.update({FC2: v[FC2].double()})), "not the fp32 matrix"),
+    "one too many": (_values(lambda v: v.update(more=torch.zeros(1, 1))), "more is not in the plan"),
+    "old schema": (_edit(lambda p: p.update(schema_version=1)), "schema_version 1 is not 2"),
+    "unknown tensor": (_edit(lambda p: p["norm_scales"].update(nothing=1.0)), "the target has no tensor nothing"),
+    "no factor": (
+        _edit(lambda p: p.update(norm_scales={"decoder.final_layernorm.weight": -1.0}, folded_norms=[])),
+        "is no factor",
+    ),
+    "not a norm": (_edit(lambda p: p["folded_norms"].append(FC2)), "is not a norm"),
+    "wrong kind": (_edit(lambda p: p["matrices"][FC2].update(kind="replace")), "does not fit its columns"),
+    "columns that stay": (
+        _edit(lambda p: p["matrices"].update({QKV.replace("qkv", "proj"): p["matrices"][QKV]})),
+        "does not fit its columns",
+    ),
+    "no mapping": (_edit(lambda p: p.update(matrices=[1])), "not a plan"),
+    "outside": (_edit(lambda p: p["kept_hidden"].__setitem__(-1, 64)), "within the source's hidden_size"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_plan_is_refused_in_one_line_and_leaves_nothing_behind(
+    damage: str, untied: Repaired, tmp_path: Path
+) -> None:
+    directory = tmp_path / "plan"
+    shutil.copytree(untied.directory, directory)
+    change, message = DAMAGE[damage]
+    change(directory)
+    with pytest.raises(UserError, match=message) as error:
+        prune(untied.teacher, Plan.load(directory / "plan.json"), tmp_path / "student", 0, 1, lambda: None)
+    assert "\n" not in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan"]
+
+
+def test_too_few_tokens_to_fit_get_a_warning_with_the_number_that_is_enough() -> None:
+    source = Architecture(4, 64, 96, 8, 4, 8, 259, 512)
+    target = source.resized({Axis.HIDDEN: 48, Axis.FFN: 80})
+    assert repair_warnings(source, target, RepairConfig(samples=40), 32) == []  # 16 tokens for each of 80 columns
+    [warning] = repair_warnings(source, target, RepairConfig(samples=39), 32)
+    assert warning.startswith("prune.repair.samples: 1,248 tokens are few") and "use 40 samples" in warning
+    assert repair_warnings(source, target, RepairConfig(samples=1, ffn=False, hidden=False), 32) == []
+    assert repair_warnings(source, source, RepairConfig(samples=1), 32) == []
+    # Channels of a family without RMSNorm are cut, not fitted.
+    source = replace(source, family="nemotron", model_type="nemotron")
+    target = source.resized({Axis.HIDDEN: 60, Axis.FFN: 40})
+    assert repair_warnings(source, target, RepairConfig(samples=20), 32) == []
+    assert "use 20 samples" in repair_warnings(source, target, RepairConfig(samples=19), 32)[0]
