@@ -49,7 +49,10 @@ def _claim(run_dir: Path, held: ExitStack) -> str:
     """On rank 0: the token of this claim, whose lock `held` releases."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        return _lock(run_dir / FILE_NAME, held)
+        token = _lock(run_dir / FILE_NAME, held)
+        for left in run_dir.glob(".*.partial"):  # by processes that were killed while they wrote a file
+            left.unlink(missing_ok=True)
+        return token
     except OSError as error:
         raise UserError(f"run_dir {run_dir}: cannot be written to ({error.strerror}); choose another one") from None
 

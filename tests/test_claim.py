@@ -74,3 +74,11 @@ def test_an_earlier_start_that_was_killed_may_have_left_ranks_and_one_that_ended
     assert "did not end by itself" in out
     assert (tmp_path / ".lock").read_text() == ""
     assert end(start(tmp_path, "7", restarts=2)) == (0, "held\n", "")
+
+
+def test_what_killed_processes_left_half_written_goes(tmp_path: Path) -> None:
+    left = tmp_path / ".status.json.n1.17.partial"
+    left.write_text('{"state": "run')
+    with ExitStack() as held:
+        claim._claim(tmp_path, held)
+    assert not left.exists()
