@@ -31,7 +31,7 @@ def recipe(tmp_path: Path) -> Path:
         "name": "tiny",
         "run_dir": str(run_dir),
         "model": {"source": str(source)},
-        "prune": {"hidden_size": 48},
+        "prune": {"hidden_size": 48, "repair": {"ffn": False, "hidden": False}},  # no model runs here
         "data": {"train": [{"path": str(tmp_path / "text.txt")}], "sequence_length": 64},
         "train": {"steps": 1, "global_batch_size": 1},
     }
