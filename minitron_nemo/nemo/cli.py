@@ -50,6 +50,12 @@ def calibrate(recipe: Recipe) -> None:
 
 
 @run.cli.entrypoint(namespace=NAMESPACE)
+def repair(recipe: Recipe) -> None:
+    """Fit what the student's weights do about what is cut, on the teacher's activations."""
+    _become("repair", recipe)
+
+
+@run.cli.entrypoint(namespace=NAMESPACE)
 def prune(recipe: Recipe) -> None:
     """Cut the teacher to the target shape, checkpoint to checkpoint."""
     _become("prune", recipe)
@@ -73,7 +79,15 @@ def chain(recipe: Recipe) -> None:
     _become("run", recipe)
 
 
-VERBS = {"plan": plan, "calibrate": calibrate, "prune": prune, "distill": distill, "export": export, "run": chain}
+VERBS = {
+    "plan": plan,
+    "calibrate": calibrate,
+    "repair": repair,
+    "prune": prune,
+    "distill": distill,
+    "export": export,
+    "run": chain,
+}
 
 
 def _become(verb: str, recipe: Recipe) -> NoReturn:
