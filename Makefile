@@ -12,7 +12,7 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DELETE_ON_ERROR:
-.PHONY: install install-nemo demo lint check test test-nemo soak slurm-packages clean
+.PHONY: install install-nemo demo lint docs check test test-nemo soak slurm-packages clean
 
 install: $(VENV)/.installed
 
@@ -43,6 +43,10 @@ lint: install
 	$(BIN)/lint-imports
 	$(BIN)/shellcheck .ci/run launch/*.sh tests/slurm/*.sh
 	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
+
+# The site, in build/site; what is wrong with a link or a docstring's name is an error.
+docs: install
+	$(BIN)/mkdocs build
 
 # For every few minutes: under 3 minutes on 2 cores.
 check: lint

@@ -47,7 +47,7 @@ EXAMPLE = """examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code."""
-    options = _parser().parse_args(arguments)
+    options = command_line().parse_args(arguments)
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     try:
         return int(options.function(options))
@@ -59,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USER_ERROR
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_line() -> argparse.ArgumentParser:
+    """The parser of the command line, with one below it for every verb."""
     parser = argparse.ArgumentParser(
         prog="minitron",
         description="Prune a large language model by structure and distil the original into what is left.",
