@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,17 +21,20 @@ class Shown(NamedTuple):
         return f"{self.document}: {' '.join(self.words)}"
 
 
-def commands(program: str) -> Iterator[Shown]:
+def commands(program: str) -> list[Shown]:
     """Every line of a code block that begins with `program`, without the remark behind it."""
+    shown = []
     for document in DOCUMENTS:
         lines = document.read_text().splitlines()
         for number, line in enumerate(lines):
             if not line.startswith(f"    {program} "):
                 continue
-            command, *remark = line.strip().partition("   ")
+            command = line.strip().partition("   ")[0]
             while command.endswith("\\"):
                 number += 1
                 command = command[:-1] + lines[number].strip()
             below = [text.strip() for text in lines[number + 1 : number + 3]]
             error = next((text for text in below if text.startswith("minitron: error: ")), None)
-            yield Shown(str(document.relative_to(ROOT)), tuple(shlex.split(command, comments=True)), error)
+            words = tuple(shlex.split(command, comments=True))
+            shown.append(Shown(str(document.relative_to(ROOT)), words, error))
+    return shown

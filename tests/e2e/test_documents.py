@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 # The tiny model's sizes in place of those shown.
 VALUES = {
     "train.steps=20": "train.steps=4",
+    "train.lr=5e-5": "train.lr=5e-4",
     "data.sequence_length=512": "data.sequence_length=32",
     "prune.num_layers=20": "prune.num_layers=3",
 }
