@@ -28,6 +28,7 @@ from minitron_nemo.distillation.teacher import colocated_layout
 from minitron_nemo.distillation.train import correction_config
 from minitron_nemo.errors import UserError
 from minitron_nemo.kernels.objective import DIVERGENCES
+from minitron_nemo.models.groups import padding
 from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.pruning.plan import target_architecture
 from minitron_nemo.pruning.repair import fits, repair_warnings
@@ -139,6 +140,13 @@ class Preflight:
         )
         return [transfers(update, rank) for rank in range(self.layout.pipeline_model_parallel_size)]
 
+    @property
+    def padding(self) -> dict[str, dict[str, Any] | None]:
+        """Groups of zeros of both models while the student trains, and their cost."""
+        both = {"teacher": (self.teacher, self.teacher_layout), "student": (self.student, self.layout)}
+        length = self.recipe.data.sequence_length
+        return {name: padding(model, layout, length) for name, (model, layout) in both.items()}
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.recipe.name,
@@ -156,6 +164,7 @@ class Preflight:
             ],
             "data_parallel_size": self.layout.data_parallel_size(self.world_size),
             "distillation": None if self.worlds is None else self.worlds.to_dict(),
+            "padding": self.padding,
             "warnings": list(self.warnings),
         }
 
@@ -249,10 +258,19 @@ def text(plan: Preflight) -> str:
             if not plan.worlds and plan.teacher_layout != layout
             else []
         ),
+        *((f"{name}, padded", _padded(cost)) for name, cost in plan.padding.items() if cost is not None),
         ("sent per update", _sent(plan.communication)),
         *(("warning", warning) for warning in plan.warnings),
     ]
     return "\n".join(f"{name:<22}{value}" for name, value in rows)
+
+
+def _padded(cost: dict[str, Any]) -> str:
+    """Groups of zeros and what they cost."""
+    return (
+        f"to {cost['num_attention_heads']} heads in {cost['num_query_groups']} groups, by zeros: "
+        f"{cost['parameters']:.1%} more parameters, {cost['flops']:.1%} more FLOPs (arithmetic)"
+    )
 
 
 def _sent(communication: list[list[Transfer]]) -> str:

@@ -112,7 +112,7 @@ def test_plan_names_the_key_that_is_wrong(refused: Callable[..., str], recipe: P
         ("teacher.layout.context_parallel_size=2 teacher.processes=2", "teacher.layout.context_parallel_size"),
         (
             "teacher.layout.tensor_model_parallel_size=3 teacher.processes=3",
-            "teacher.layout.tensor_model_parallel_size: 3 does not divide the model's num_query_groups 4",
+            "teacher.layout.tensor_model_parallel_size: 3 does not divide the sequence length 64",
         ),
         ("teacher.layout={} teacher.processes=2 distill.logits_weight=0 distill.ce_weight=1", "means training without"),
         ("teacher.placement=colocated teacher.processes=2", "is for placement separate, not colocated"),
