@@ -235,6 +235,16 @@ def test_plan_gives_the_published_parameter_counts(
     assert plan["student"]["non_embedding_parameters"] == pytest.approx(non_embedding, rel=2e-4)
 
 
+def test_the_shipped_stages_have_the_published_parameter_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = Path(__file__).parents[2] / "recipes" / "nemotron4_15b_to_8b_to_4b.yaml"
+    assert main(["plan", str(recipe), "--json"]) == 0
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    students = [stage["student"]["non_embedding_parameters"] for stage in stages.values()]
+    assert students == pytest.approx([6.175e9, 2.618e9], rel=2e-4)
+    assert stages["minitron_4b"]["source"] == stages["minitron_8b"]["student"]
+    assert stages["minitron_4b"]["teacher"] == stages["minitron_8b"]["teacher"]
+
+
 @pytest.mark.parametrize(
     "override", ["prune.repair.norm_scale=true", "prune.repair.hidden=true", "prune.hidden_score=energy"]
 )
