@@ -21,8 +21,8 @@ from minitron_nemo.submit import jobs
 from tests.e2e.chain import Command, write_recipe
 from tests.pool import run_distributed
 
-LARGER = {"prune": {"ffn_hidden_size": 80}, "train": {"steps": 4}}
-SMALLER = {"prune": {"ffn_hidden_size": 64, "num_layers": 3}, "train": {"steps": 5, "lr": 2e-3}}
+LARGER = {"prune": {"ffn_hidden_size": 80}, "train": {"steps": 6}}
+SMALLER = {"prune": {"ffn_hidden_size": 64, "num_layers": 3}, "train": {"steps": 7, "lr": 2e-3}}
 CUT = {"prune": {"ffn_hidden_size": 48}, "train": {"steps": 0}}
 STAGES = {"larger": LARGER, "smaller": SMALLER, "cut": CUT}
 COMMON = {"prune": {"ffn_hidden_size": None, "num_layers": None}, "evaluate": {"generate_tokens": 0}}
@@ -179,9 +179,9 @@ def test_plan_prices_every_stage_and_the_total(capsys: pytest.CaptureFixture[str
     )
     assert (teacher, larger, smaller, cut) == (96, 80, 64, 48)
     assert [plan["tokens"]["correction"] for plan in found["stages"].values()] == [4 * 4 * 64, 0, 0]
-    assert [plan["tokens"]["distillation"] for plan in found["stages"].values()] == [4 * 4 * 64, 5 * 4 * 64, 0]
+    assert [plan["tokens"]["distillation"] for plan in found["stages"].values()] == [6 * 4 * 64, 7 * 4 * 64, 0]
     first, second, third = plans(load_recipe(recipe))
-    assert second.flops["distillation"] == (5 * 4 * 64) * (
+    assert second.flops["distillation"] == (7 * 4 * 64) * (
         forward_flops_per_token(first.teacher, 64) + 3 * forward_flops_per_token(second.student, 64)
     )
     assert third.flops["calibration"] == 8 * 64 * forward_flops_per_token(second.student, 64)
