@@ -30,13 +30,15 @@ INTERVAL = 4.0  # seconds between two looks at the file
 
 
 @contextmanager
-def claimed(run_dir: Path) -> Iterator[None]:
+def claimed(run_dir: Path, *below: Path) -> Iterator[None]:
     """Hold `run_dir`, which is made if need be: a second job on it would overwrite what the first writes. Collective.
+
+    `below` are the directories in it that files are written to; they are made, too.
 
     Raises UserError if another job holds it, or if it cannot be written to.
     """
     with ExitStack() as held:
-        mine = launch.from_rank_0(lambda: _claim(run_dir, held))
+        mine = launch.from_rank_0(lambda: _claim(run_dir, held, *below))
         ended = threading.Event()
         threading.Thread(target=_watch, args=(run_dir / FILE_NAME, mine, ended), name="claim", daemon=True).start()
         try:
@@ -45,13 +47,15 @@ def claimed(run_dir: Path) -> Iterator[None]:
             ended.set()
 
 
-def _claim(run_dir: Path, held: ExitStack) -> str:
+def _claim(run_dir: Path, held: ExitStack, *below: Path) -> str:
     """On rank 0: the token of this claim, whose lock `held` releases."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         token = _lock(run_dir / FILE_NAME, held)
-        for left in run_dir.glob(".*.partial"):  # by processes that were killed while they wrote a file
-            left.unlink(missing_ok=True)
+        for directory in (run_dir, *below):
+            directory.mkdir(parents=True, exist_ok=True)
+            for left in directory.glob(".*.partial"):  # by processes that were killed while they wrote a file
+                left.unlink(missing_ok=True)
         return token
     except OSError as error:
         raise UserError(f"run_dir {run_dir}: cannot be written to ({error.strerror}); choose another one") from None

@@ -74,7 +74,9 @@ def command_line() -> argparse.ArgumentParser:
     forms.add_argument("--shell", action="store_true", help="print the variables that launch/common.sh needs")
     plan.set_defaults(function=_plan)
     for name, description in STEPS.items():
-        _recipe_verb(verbs, name, description).set_defaults(function=_steps, until=None)
+        step = _recipe_verb(verbs, name, description)
+        step.add_argument("--stage", metavar="NAME", help="of a recipe with stages: only what belongs to this one")
+        step.set_defaults(function=_steps, until=None)
     verbs.choices["run"].add_argument("--until", choices=("prune",), help="end after this step")
     submit = _recipe_verb(verbs, "submit", "check a recipe and submit it to Slurm by its `cluster` section")
     submit.add_argument("--dry-run", action="store_true", help="print the command lines of sbatch instead")
@@ -116,15 +118,16 @@ def _plan(options: argparse.Namespace) -> int:
     from minitron_nemo.parallel import launch
 
     launch.silence_known_warnings()
-    from minitron_nemo.preflight import preflight, text
+    from minitron_nemo.stages import plans, text, to_dict
 
-    plan = preflight(load_recipe(options.recipe, options.overrides))
+    recipe = load_recipe(options.recipe, options.overrides)
+    found = plans(recipe)
     if options.shell:
         from minitron_nemo.submit import shell_variables
 
-        print(shell_variables(plan))
+        print(shell_variables(recipe))
         return 0
-    print(json.dumps(plan.to_dict(), indent=2) if options.json else text(plan))
+    print(json.dumps(to_dict(found), indent=2) if options.json else text(found))
     return 0
 
 
@@ -147,7 +150,8 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _convert(options: argparse.Namespace) -> int:
     if options.source.endswith((".yaml", ".yml")):
-        options.recipe, options.overrides, options.until = Path(options.source), options.rest, None
+        options.recipe, options.overrides = Path(options.source), options.rest
+        options.until = options.stage = None
         return _steps(options)
     if len(options.rest) != 1 or options.to is None:
         raise UserError("convert: give SRC DST --to hf|megatron|nemo|bridge, or a recipe")
@@ -171,10 +175,11 @@ def _steps(options: argparse.Namespace) -> int:
 
     launch.outlive_a_full_disk()
     launch.join_job()  # before what imports Megatron-core, whose warnings it silences
-    from minitron_nemo.run import Stopped, run_chain
+    from minitron_nemo.run import run_chain
+    from minitron_nemo.steps import Stopped
 
     try:
-        run_chain(recipe, None if options.verb == "run" else options.verb, options.until)
+        run_chain(recipe, None if options.verb == "run" else options.verb, options.until, options.stage)
     except Stopped:
         return EXIT_STOPPED
     launch.shutdown()  # not after an error: other ranks may be in the middle of a collective
@@ -200,9 +205,10 @@ def _launch_locally(recipe: Recipe, options: argparse.Namespace) -> int:
     Signals are passed on. Returns the exit code of the first process that fails; the others are killed then, since
     they would wait for it. 75 is no failure: every process saves and stops by itself.
     """
-    from minitron_nemo.preflight import preflight
+    from minitron_nemo.stages import check_choice, plans
 
-    preflight(recipe)  # wrong input is said here, once, before any process starts
+    check_choice(recipe, None if options.verb == "run" else options.verb, options.until, options.stage)
+    plans(recipe)  # wrong input is said here, once, before any process starts
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -215,8 +221,10 @@ def _launch_locally(recipe: Recipe, options: argparse.Namespace) -> int:
         LOCAL: "1",
     }
     common = {"OMP_NUM_THREADS": "1", **os.environ, **common}
-    until = [] if options.until is None else ["--until", options.until]
-    command = [sys.executable, "-m", "minitron_nemo.cli", options.verb, str(options.recipe), *options.overrides, *until]
+    command = [sys.executable, "-m", "minitron_nemo.cli", options.verb, str(options.recipe), *options.overrides]
+    for flag in ("until", "stage"):
+        if (value := getattr(options, flag)) is not None:
+            command += [f"--{flag}", value]
     workers = [
         subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(recipe.cluster.processes_per_node)

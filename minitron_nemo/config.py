@@ -2,6 +2,7 @@
 
 A recipe is YAML with the sections below; `key=value` overrides use dots (`train.lr=1e-4`). `load_recipe` refuses
 unknown keys and wrong types; what needs the model (divisibility, target no larger than source) is `preflight`'s part.
+What is in `stages` waits for `stages.stage_recipes`.
 This module is plain data: any room may read its own section of it.
 """
 
@@ -129,6 +130,8 @@ class CacheConfig:
 
 @dataclass
 class TeacherConfig:
+    # Of a stage: source (model.source, corrected if asked for) | previous (the student of the stage before).
+    model: str = "source"
     placement: str = "colocated"  # colocated | separate | cached (`minitron cache-teacher` runs it once, before)
     layout: ParallelConfig | None = None  # the teacher's own, while the student trains; None: the student's
     processes: int | None = None  # of the job, its last ones, that run a separate teacher while the student trains
@@ -175,7 +178,7 @@ class PhaseConfig:
 
 @dataclass
 class TrainConfig:
-    steps: int = MISSING
+    steps: int = MISSING  # 0: no distillation, the pruned student is the result
     global_batch_size: int = MISSING
     micro_batch_size: int = 1
     phases: list[PhaseConfig] = field(default_factory=list)  # of the distillation; none: one, of all steps
@@ -269,6 +272,12 @@ class Recipe:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    # Partial recipes by name, run in this order: each cuts the student of the one before, the first model.source.
+    stages: dict[str, Any] = field(default_factory=dict)
+
+
+# Sections that are no stage's own.
+WHOLE = ("name", "run_dir", "model", "cluster", "stages")
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -288,7 +297,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             raise UserError(f"{path}: {missing[0]}: required, but not given")
         recipe: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {_key(error)}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: {said(error)}") from None
     return recipe
 
 
@@ -307,5 +316,6 @@ def shipped_recipe(name: str) -> Path:
     return Path(__file__).parent / "recipes" / f"{name}.yaml"
 
 
-def _key(error: OmegaConfBaseException) -> str:
-    return str(getattr(error, "full_key", None) or "recipe")
+def said(error: OmegaConfBaseException) -> str:
+    """The key and what is wrong with it, in one line."""
+    return f"{getattr(error, 'full_key', None) or 'recipe'}: {str(error).splitlines()[0]}"

@@ -5,6 +5,7 @@ Everything here is arithmetic on the families' tables; nothing is measured.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from minitron_nemo.distillation.teacher import colocated_layout
 from minitron_nemo.distillation.train import correction_config
 from minitron_nemo.errors import UserError
 from minitron_nemo.kernels.objective import DIVERGENCES
+from minitron_nemo.models.groups import padding
 from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.pruning.plan import target_architecture
 from minitron_nemo.pruning.repair import fits, repair_warnings
@@ -42,6 +44,7 @@ CHOICES = {
     "prune.ffn_score": ("activation", "output"),
     "prune.hidden_score": ("activation", "energy"),
     "prune.depth_method": ("block_influence", "contiguous"),
+    "teacher.model": ("source", "previous"),
     "teacher.placement": ("colocated", "separate", "cached"),
     "teacher.cache.precision": tuple(DTYPES),
     "cluster.launcher": ("none", "local"),
@@ -59,7 +62,6 @@ POSITIVE = (
     "teacher.cache.top_k",
     "distill.temperature",
     "distill.chunk_bytes",
-    "train.steps",
     "train.global_batch_size",
     "train.micro_batch_size",
     "train.lr",
@@ -77,26 +79,30 @@ POSITIVE = (
 
 @dataclass(frozen=True)
 class Preflight:
-    """What a recipe amounts to. `flops` are arithmetic; `tokens` count positions, separators included."""
+    """What a recipe, or one stage of it, amounts to. `flops` are arithmetic; `tokens` count positions, separators
+    included.
+    """
 
     recipe: Recipe
-    teacher: Architecture
+    source: Architecture  # what the student is cut out of
+    teacher: Architecture  # what the student learns from: the source, or in a later stage the first one's
     student: Architecture
     layout: Layout
     teacher_layout: Layout  # while the student trains
     world_size: int
     warnings: tuple[str, ...]
     worlds: Worlds | None = None  # of the distillation, with a separate teacher
+    stage: str | None = None
 
     @property
     def segments(self) -> tuple[Segment, ...]:
         """The updates of the distillation."""
-        return segments(self.recipe.train, self.recipe.data.sequence_length)
+        return segments(self.recipe.train, self.recipe.data.sequence_length) if self.recipe.train.steps else ()
 
     @property
     def tokens_per_step(self) -> int:
         """Of the distillation, the mean over phases."""
-        return self.tokens["distillation"] // self.recipe.train.steps
+        return self.tokens["distillation"] // max(self.recipe.train.steps, 1)
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -106,14 +112,14 @@ class Preflight:
         return {
             "correction": correction.steps * correction.global_batch_size * length,
             "calibration": recipe.prune.calibration.samples * length,
-            "repair": recipe.prune.repair.samples * length * fits(self.teacher, self.student, recipe.prune.repair),
+            "repair": recipe.prune.repair.samples * length * fits(self.source, self.student, recipe.prune.repair),
             "distillation": sum(segment.samples * segment.sequence_length for segment in self.segments),
         }
 
     @property
     def flops(self) -> dict[str, int]:
-        """Forward = 1, backward = 2: correction 3 teachers, calibration 1, distillation 1 teacher + 3 students."""
-        teacher = forward_flops_per_token(self.teacher, self.recipe.data.sequence_length)
+        """Forward = 1, backward = 2: correction 3 sources, calibration 1, distillation 1 teacher + 3 students."""
+        source = forward_flops_per_token(self.source, self.recipe.data.sequence_length)
         tokens = self.tokens
         distillation = 0
         for segment in self.segments:
@@ -121,14 +127,16 @@ class Preflight:
             per_token = sum(factor * flops for factor, flops in zip((1, 3), both, strict=True))
             distillation += per_token * segment.steps * segment.tokens_per_step
         return {
-            "correction": 3 * teacher * tokens["correction"],
-            "calibration": teacher * tokens["calibration"],
+            "correction": 3 * source * tokens["correction"],
+            "calibration": source * tokens["calibration"],
             "distillation": distillation,
         }
 
     @property
     def communication(self) -> list[list[Transfer]]:
-        """By pipeline rank, what one of its ranks communicates in the distillation's largest update."""
+        """By pipeline rank, what one of its ranks communicates in the distillation's largest update, if any."""
+        if not self.segments:
+            return []
         update = Update.of_recipe(
             self.recipe,
             self.teacher,
@@ -139,9 +147,17 @@ class Preflight:
         )
         return [transfers(update, rank) for rank in range(self.layout.pipeline_model_parallel_size)]
 
+    @property
+    def padding(self) -> dict[str, dict[str, Any] | None]:
+        """Groups of zeros of both models while the student trains, and their cost."""
+        both = {"teacher": (self.teacher, self.teacher_layout), "student": (self.student, self.layout)}
+        length = self.recipe.data.sequence_length
+        return {name: padding(model, layout, length) for name, (model, layout) in both.items()}
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.recipe.name,
+            "source": _model(self.source),
             "teacher": _model(self.teacher),
             "student": _model(self.student),
             "steps": self.recipe.train.steps,
@@ -156,30 +172,58 @@ class Preflight:
             ],
             "data_parallel_size": self.layout.data_parallel_size(self.world_size),
             "distillation": None if self.worlds is None else self.worlds.to_dict(),
+            "padding": self.padding,
             "warnings": list(self.warnings),
         }
 
 
-def preflight(recipe: Recipe, world_size: int | None = None, distils: bool = True) -> Preflight:
+def preflight(
+    recipe: Recipe,
+    world_size: int | None = None,
+    distils: bool = True,
+    stage: str | None = None,
+    earlier: Sequence[Preflight] = (),
+) -> Preflight:
     """Check every key and every divisibility. Raises UserError for the first that is wrong.
 
     `world_size` is the size of the job; None takes `cluster.nodes * cluster.processes_per_node`. A job that does not
-    distil need not have the processes of a separate teacher.
+    distil need not have the processes of a separate teacher. `recipe` may be that of a `stage`, after `earlier` ones.
     """
     _check_values(recipe)
     if world_size is None:
         world_size = recipe.cluster.nodes * recipe.cluster.processes_per_node
-    teacher = teacher_architecture(recipe)
-    student = target_architecture(teacher, recipe.prune)
+    original = earlier[0].source if earlier else teacher_architecture(recipe)
+    source = earlier[-1].student if earlier else original
+    teacher = source if recipe.teacher.model == "previous" else original
+    student = target_architecture(source, recipe.prune)
     layout = Layout.from_config(recipe.parallel)
-    for architecture in (teacher, student):
+    for architecture in (original, source, student):  # all of which are evaluated
         layout.check(architecture, world_size)
     layout.check_split("student", student.num_layers)
-    train = recipe.train
-    Schedule.from_config(train).check("train")
-    correction = correction_config(recipe)
+    correction, longest = correction_config(recipe), original.max_position_embeddings
+    if recipe.data.sequence_length > longest:
+        raise UserError(
+            f"data.sequence_length {recipe.data.sequence_length} is longer than the model's "
+            f"max_position_embeddings {longest}"
+        )
     if correction.steps:
         Schedule.from_config(correction).check("teacher.correction")
+        check_phases(correction, recipe.data, layout, world_size, longest, "teacher.correction")
+    worlds, teacher_layout = None, layout
+    if recipe.train.steps:
+        worlds, teacher_layout = _check_distillation(recipe, teacher, student, layout, world_size, distils)
+    warnings = hf_warnings(student) if "hf" in recipe.export.formats else []
+    warnings += repair_warnings(source, student, recipe.prune.repair, recipe.data.sequence_length)
+    return Preflight(
+        recipe, source, teacher, student, layout, teacher_layout, world_size, tuple(warnings), worlds, stage
+    )
+
+
+def _check_distillation(
+    recipe: Recipe, teacher: Architecture, student: Architecture, layout: Layout, world_size: int, distils: bool
+) -> tuple[Worlds | None, Layout]:
+    """The worlds of a separate teacher and the layout of any. Raises UserError for what does not fit."""
+    Schedule.from_config(recipe.train).check("train")
     pairs = resolve_pairs(recipe.distill.intermediate, teacher, student)
     check_cached(recipe, bool(pairs))
     separate = recipe.teacher.placement == "separate"
@@ -195,18 +239,14 @@ def preflight(recipe: Recipe, world_size: int | None = None, distils: bool = Tru
             "distill.logits_weight: 0 means training without the teacher, and distill.intermediate.pairs need it; "
             "raise it, or set the pairs to []"
         )
-    if recipe.data.sequence_length > teacher.max_position_embeddings:
-        raise UserError(
-            f"data.sequence_length {recipe.data.sequence_length} is longer than the model's "
-            f"max_position_embeddings {teacher.max_position_embeddings}"
-        )
-    longest = teacher.max_position_embeddings
-    check_phases(train, recipe.data, layout, worlds.student.processes if worlds else world_size, longest)
-    if correction.steps:
-        check_phases(correction, recipe.data, layout, world_size, longest, "teacher.correction")
-    warnings = hf_warnings(student) if "hf" in recipe.export.formats else []
-    warnings += repair_warnings(teacher, student, recipe.prune.repair, recipe.data.sequence_length)
-    return Preflight(recipe, teacher, student, layout, teacher_layout, world_size, tuple(warnings), worlds)
+    check_phases(
+        recipe.train,
+        recipe.data,
+        layout,
+        worlds.student.processes if worlds else world_size,
+        teacher.max_position_embeddings,
+    )
+    return worlds, teacher_layout
 
 
 def teacher_architecture(recipe: Recipe) -> Architecture:
@@ -231,12 +271,13 @@ def teacher_architecture(recipe: Recipe) -> Architecture:
 def text(plan: Preflight) -> str:
     """The plan as a person reads it."""
     recipe, layout = plan.recipe, plan.layout
-    kept = parameters(plan.student) / parameters(plan.teacher)
-    kept_inside = non_embedding_parameters(plan.student) / non_embedding_parameters(plan.teacher)
+    kept = parameters(plan.student) / parameters(plan.source)
+    kept_inside = non_embedding_parameters(plan.student) / non_embedding_parameters(plan.source)
     data_parallel_size = layout.data_parallel_size(plan.world_size)
     rows = [
         ("recipe", recipe.name),
         ("teacher", _shape(plan.teacher)),
+        *(() if plan.source == plan.teacher else (("cut from", _shape(plan.source)),)),
         ("student", _shape(plan.student)),
         ("kept", f"{kept:.1%} of the parameters, {kept_inside:.1%} without embeddings"),
         *(("steps", f"{part.steps} of {part.tokens_per_step:,} tokens ({part})") for part in plan.segments),
@@ -249,14 +290,25 @@ def text(plan: Preflight) -> str:
             if not plan.worlds and plan.teacher_layout != layout
             else []
         ),
+        *((f"{name}, padded", _padded(cost)) for name, cost in plan.padding.items() if cost is not None),
         ("sent per update", _sent(plan.communication)),
         *(("warning", warning) for warning in plan.warnings),
     ]
     return "\n".join(f"{name:<22}{value}" for name, value in rows)
 
 
+def _padded(cost: dict[str, Any]) -> str:
+    """Groups of zeros and what they cost."""
+    return (
+        f"to {cost['num_attention_heads']} heads in {cost['num_query_groups']} groups, by zeros: "
+        f"{cost['parameters']:.1%} more parameters, {cost['flops']:.1%} more FLOPs (arithmetic)"
+    )
+
+
 def _sent(communication: list[list[Transfer]]) -> str:
     """Of a rank of the stage that sends most."""
+    if not communication:
+        return "nothing: no distillation"
     totals = [wire_bytes(of_rank) for of_rank in communication]
     stage = max(range(len(totals)), key=lambda rank: sum(totals[rank].values()))
     if not totals[stage]:
@@ -290,13 +342,15 @@ def _check_values(recipe: Recipe) -> None:
             "distill: logits_weight is 0, and ce_weight is 0 or dynamic, which is in proportion to L_logits; there is "
             "nothing to train on"
         )
-    if recipe.train.hang_timeout < 0:
-        raise UserError(f"train.hang_timeout: {recipe.train.hang_timeout:g} must not be negative; 0 never ends a job")
-    _check_reports(recipe.train)
+    _check_training(recipe.train)
     _check_cluster(recipe.cluster)
 
 
-def _check_reports(train: TrainConfig) -> None:
+def _check_training(train: TrainConfig) -> None:
+    if train.steps < 0:
+        raise UserError(f"train.steps: {train.steps} must not be negative; 0 prunes without distilling")
+    if train.hang_timeout < 0:
+        raise UserError(f"train.hang_timeout: {train.hang_timeout:g} must not be negative; 0 never ends a job")
     if train.eval_interval < 0:
         raise UserError(f"train.eval_interval: {train.eval_interval} must not be negative; 0 for no validation")
     if train.peak_flops is not None and train.peak_flops <= 0:

@@ -1,36 +1,32 @@
-"""The chain of steps and its manifest.
+"""The chain of steps.
 
-    convert -> prepare -> (correct) -> calibrate -> (repair) -> prune -> (cache-teacher) -> distill -> evaluate
+    convert -> prepare -> (correct) -> calibrate -> (repair) -> prune -> (cache-teacher) -> (distill) -> evaluate
         -> export
 
 The chain runs inside the job: every rank walks the same steps, whether torchrun, srun or a plain start made it. Rank 0
 decides whether a step has to run, and records it. A step that was killed is started again and resumes by itself.
+
+A recipe with stages has the steps from `calibrate` on once for each: a stage cuts the student of the one before.
 """
 
 from __future__ import annotations
 
 import json
-import signal
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
-import minitron_nemo
 from minitron_nemo.arch import Plan
 from minitron_nemo.arch.plan import FILE_NAME as PLAN_FILE
 from minitron_nemo.checkpoint.files import write_atomic
-from minitron_nemo.checkpoint.fingerprint import fingerprint
 from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.claim import claimed
 from minitron_nemo.config import Recipe, TrainConfig
 from minitron_nemo.data import pypi
-from minitron_nemo.data.prepare import inputs_stamp, prepare_data
+from minitron_nemo.data.prepare import inputs_stamp, prepare_data, same_text
 from minitron_nemo.distillation.cache_teacher import cache_teacher
 from minitron_nemo.distillation.status import write_failure, write_status
 from minitron_nemo.distillation.train import correction_config, train
@@ -38,99 +34,123 @@ from minitron_nemo.errors import SaidByRankZero, UserError
 from minitron_nemo.evaluation.heldout import HeldOut
 from minitron_nemo.evaluation.report import evaluate_models, table
 from minitron_nemo.importance.scores import Scores
-from minitron_nemo.manifest import Manifest, file_fingerprint, step_key
+from minitron_nemo.manifest import Manifest
 from minitron_nemo.parallel import launch
-from minitron_nemo.preflight import Preflight, preflight
+from minitron_nemo.preflight import Preflight
 from minitron_nemo.pruning.calibrate import calibrate
 from minitron_nemo.pruning.plan import make_plan
 from minitron_nemo.pruning.prune import prune
 from minitron_nemo.pruning.repair import fits, repair
+from minitron_nemo.stages import check_choice, plans, stage_directory
+from minitron_nemo.steps import Step, Stopped, run_step, stopped_by_signals
 
 # Why a recipe may lack a step.
 ABSENT = {
     "repair": "nothing is cut that prune.repair.ffn or prune.repair.hidden is on for",
     "correct": "teacher.correction.steps is 0",
+    "distill": "train.steps is 0",
     "cache-teacher": "teacher.placement is not cached, or distill.logits_weight is 0",
     "export": "export.formats is empty",
 }
 
 
-class Stopped(Exception):
-    """A signal stopped the run with its state saved; the CLI exits with 75."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One arrow of the chain. `inputs` are paths it reads; `settings` decide its result; `output` is what it writes."""
-
-    name: str
-    inputs: Mapping[str, Path]
-    settings: Mapping[str, Any]
-    output: Path
-    work: Callable[[str], None]  # called on every rank with the step's key
-    finds_out: bool = False  # whether `work` itself knows what is left to do, and is called each time
-
-
 class Chain:
-    """The steps of one recipe, with their files under `run_dir`."""
+    """The steps of one recipe, or of a stage of one, which comes after the stage `before`; with their files."""
 
-    def __init__(self, plan: Preflight) -> None:
+    def __init__(self, plan: Preflight, before: Chain | None = None) -> None:
         self.plan = plan
         self.recipe: Recipe = plan.recipe
+        self.before = before
         self.run_dir = Path(self.recipe.run_dir)
+        self.directory = directory = stage_directory(self.recipe, plan.stage)
         self.converted = self.run_dir / "teacher"
-        self.prepared = self.run_dir / "data"
         self.corrected = self.run_dir / "corrected"
-        self.scores = self.run_dir / "scores.npz"
-        self.repaired = self.run_dir / "plan"
-        self.pruned = self.run_dir / "pruned"
-        self.cached = self.run_dir / "teacher_cache.json"
-        self.distilled = self.run_dir / "distilled"
-        self.evaluation = self.run_dir / "evaluation.json"
-        self.teacher = self.corrected if self.recipe.teacher.correction.steps else self.converted
+        self.scores = directory / "scores.npz"
+        self.repaired = directory / "plan"
+        self.pruned = directory / "pruned"
+        self.cached = directory / "teacher_cache.json"
+        self.distilled = directory / "distilled"
+        self.evaluation = directory / "evaluation.json"
+        self.exports = directory / "export"
+        self.student = self.distilled if self.recipe.train.steps else self.pruned
+        self.own_text = before is not None and not same_text(before.recipe.data, self.recipe.data)
+        if before is None:
+            self.prepared = self.run_dir / "data"
+            self.original = self.corrected if self.recipe.teacher.correction.steps else self.converted
+            self.source = self.original  # what is cut
+        else:
+            self.prepared = directory / "data" if self.own_text else before.prepared
+            self.original = before.original
+            self.source = before.student
+        self.teacher = self.source if self.recipe.teacher.model == "previous" else self.original
 
     def steps(self) -> list[Step]:
-        """All steps of the recipe in order."""
-        recipe, visits = self.recipe, asdict(self.recipe.data)
-        data, tokenizer = {"data": self.prepared / "prepared.json"}, self.converted / "tokenizer"
-        steps = [
-            Step("convert", {}, self._source_identity(), self.converted, self._convert),
-            Step("prepare", {"tokenizer": tokenizer}, self._text(), data["data"], self._prepare),
-        ]
+        """All steps of the recipe, or of the stage, in order."""
+        own = [replace(step, stage=self.plan.stage) for step in self._own_steps()]
+        return own if self.before is not None else [*self._first_steps(), *own]
+
+    def _first_steps(self) -> list[Step]:
+        """The steps that all stages have in common."""
+        recipe = self.recipe
+        steps = [Step("convert", {}, self._source_identity(), self.converted, self._convert), self._preparation()]
         if recipe.teacher.correction.steps:
             correction = {"train": _numerics(correction_config(recipe)), "seed": recipe.teacher.correction.seed}
-            settings = {"correction": correction, "data": visits}
-            steps.append(Step("correct", {"teacher": self.converted, **data}, settings, self.corrected, self._correct))
-        teacher = {"teacher": self.teacher}
+            settings = {"correction": correction, "data": asdict(recipe.data)}
+            inputs = {"teacher": self.converted, **self._data}
+            steps.append(Step("correct", inputs, settings, self.corrected, self._correct))
+        return steps
+
+    def _own_steps(self) -> list[Step]:
+        recipe, data, visits = self.recipe, self._data, asdict(self.recipe.data)
+        source, teacher = {"source": self.source}, {"teacher": self.teacher}
         calibration = {
             key: value for key, value in asdict(recipe.prune.calibration).items() if key in ("samples", "precision")
         }
-        models = {"teacher": self.teacher, "pruned": self.pruned, "distilled": self.distilled}
-        if self.teacher != self.converted:
-            models["source"] = self.converted
-        steps += [
-            Step("calibrate", {**teacher, **data}, {**calibration, "data": visits}, self.scores, self._calibrate),
-            *self._repairing({**teacher, **data, "scores": self.scores}),
-            Step("prune", {**teacher, **self._plan_input()}, asdict(recipe.prune), self.pruned, self._prune),
+        steps = [
+            *([self._preparation()] if self.own_text else []),
+            Step("calibrate", {**source, **data}, {**calibration, "data": visits}, self.scores, self._calibrate),
+            *self._repairing({**source, **data, "scores": self.scores}),
+            Step("prune", {**source, **self._plan_input()}, asdict(recipe.prune), self.pruned, self._prune),
             *self._caching({**teacher, **data}),
-            Step(
-                "distill",
-                {**teacher, "pruned": self.pruned, **data, **({"cache": self.cached} if self._reads_cache else {})},
-                {"distill": asdict(recipe.distill), "train": _numerics(recipe.train), "data": visits},
-                self.distilled,
-                self._distill,
-            ),
-            Step("evaluate", {**models, **data}, asdict(recipe.evaluate), self.evaluation, self._evaluate),
         ]
+        if recipe.train.steps:
+            inputs = {**teacher, "pruned": self.pruned, **data, **({"cache": self.cached} if self._reads_cache else {})}
+            settings = {"distill": asdict(recipe.distill), "train": _numerics(recipe.train), "data": visits}
+            steps.append(Step("distill", inputs, settings, self.distilled, self._distill))
+        inputs = {**self._models(), **data}
+        steps.append(Step("evaluate", inputs, asdict(recipe.evaluate), self.evaluation, self._evaluate))
         for to in recipe.export.formats:
-            output = self.run_dir / "export" / to
+            output = self.exports / to
             written = {"to": to, "dtype": recipe.export.dtype}
-            steps.append(Step("export", {"distilled": self.distilled}, written, output, self._export(to, output)))
+            steps.append(Step("export", {"student": self.student}, written, output, self._export(to, output)))
         return steps
 
     @property
+    def _data(self) -> dict[str, Path]:
+        return {"data": self.prepared / "prepared.json"}
+
+    def _preparation(self) -> Step:
+        tokenizer = {"tokenizer": self.converted / "tokenizer"}
+        return Step("prepare", tokenizer, self._text(), self._data["data"], self._prepare)
+
+    def _models(self) -> dict[str, Path]:
+        """What is evaluated, each model once, under the first of its names."""
+        models: dict[str, Path] = {}
+        for name, path in (
+            ("teacher", self.teacher),
+            ("source", self.converted),
+            ("corrected", self.original),
+            ("intermediate", self.source),
+            ("pruned", self.pruned),
+            ("distilled", self.student),
+        ):
+            if path not in models.values():
+                models[name] = path
+        return models
+
+    @property
     def _repairs(self) -> bool:
-        return fits(self.plan.teacher, self.plan.student, self.recipe.prune.repair)
+        return fits(self.plan.source, self.plan.student, self.recipe.prune.repair)
 
     def _repairing(self, inputs: Mapping[str, Path]) -> list[Step]:
         if not self._repairs:
@@ -146,7 +166,8 @@ class Chain:
 
     @property
     def _reads_cache(self) -> bool:
-        return self.recipe.teacher.placement == "cached" and self.recipe.distill.logits_weight != 0
+        recipe = self.recipe
+        return recipe.train.steps > 0 and recipe.teacher.placement == "cached" and recipe.distill.logits_weight != 0
 
     def _caching(self, inputs: Mapping[str, Path]) -> list[Step]:
         """The step that fills the teacher's cache. Another run may have filled it, or removed some: it looks itself."""
@@ -192,132 +213,98 @@ class Chain:
     def _prepare(self, key: str) -> None:
         launch.from_rank_0(lambda: prepare_data(self.recipe.data, self.converted / "tokenizer", self.prepared))
 
-    def _train(self, key: str, student: Path, teacher: Path | None, output: Path) -> None:
+    def _train(self, key: str, name: str, student: Path, teacher: Path | None, output: Path) -> None:
         outcome = train(
             self.recipe,
             student_dir=student,
             teacher_dir=teacher,
             prepared=self.prepared,
-            work_dir=self.run_dir / "training" / f"{output.name}-{key[:8]}",
+            work_dir=output.parent / "training" / f"{output.name}-{key[:8]}",
             output_dir=output,
             run_dir=self.run_dir,
+            name=name,
             heldout=lambda: HeldOut.from_recipe(self.recipe, self.prepared, self.plan.layout),
         )
         if outcome == "stopped":
             raise Stopped
 
     def _correct(self, key: str) -> None:
-        self._train(key, self.converted, None, self.corrected)
+        self._train(key, "correct", self.converted, None, self.corrected)
 
     def _calibrate(self, key: str) -> None:
-        scores = calibrate(self.teacher, self.prepared, self.recipe, self.plan.layout)
+        scores = calibrate(self.source, self.prepared, self.recipe, self.plan.layout)
         launch.from_rank_0(lambda: scores.save(self.scores))
 
     def _make_plan(self) -> Plan:
-        return make_plan(Scores.load(self.scores), self.plan.teacher, self.recipe.prune)
+        return make_plan(Scores.load(self.scores), self.plan.source, self.recipe.prune)
 
     def _repair(self, key: str) -> None:
-        repair(self.teacher, self.prepared, self.recipe, self.plan.layout, self._make_plan(), self.repaired)
+        repair(self.source, self.prepared, self.recipe, self.plan.layout, self._make_plan(), self.repaired)
 
     def _prune(self, key: str) -> None:
         plan = Plan.load(self.repaired / PLAN_FILE) if self._repairs else self._make_plan()
-        prune(self.teacher, plan, self.pruned, launch.rank(), launch.world_size(), launch.barrier)
+        prune(self.source, plan, self.pruned, launch.rank(), launch.world_size(), launch.barrier)
 
     def _cache_teacher(self, key: str) -> None:
         cache_teacher(self.recipe, teacher_dir=self.teacher, prepared=self.prepared, summary=self.cached)
 
     def _distill(self, key: str) -> None:
-        self._train(key, self.pruned, self.teacher, self.distilled)
+        name = "distill" if self.plan.stage is None else f"{self.plan.stage}/distill"
+        self._train(key, name, self.pruned, self.teacher, self.distilled)
 
     def _evaluate(self, key: str) -> None:
-        models = {"teacher": self.teacher, "pruned": self.pruned, "distilled": self.distilled}
-        if self.teacher != self.converted:
-            models["source"] = self.converted
-        evaluation = evaluate_models(models, self.prepared, self.recipe, self.plan.layout)
+        evaluation = evaluate_models(self._models(), self.prepared, self.recipe, self.plan.layout)
         if launch.rank() == 0:
             write_atomic(self.evaluation, json.dumps(evaluation, indent=2) + "\n")
             print(table(evaluation), flush=True)
 
     def _export(self, to: str, output: Path) -> Callable[[str], None]:
-        return lambda key: self._transform(self.distilled, output, to, self.recipe.export.dtype)
+        return lambda key: self._transform(self.student, output, to, self.recipe.export.dtype)
 
 
-def run_chain(recipe: Recipe, only: str | None = None, until: str | None = None) -> None:
+def chains(found: list[Preflight]) -> list[Chain]:
+    """One chain for a recipe, or one for each of its stages."""
+    result: list[Chain] = []
+    for plan in found:
+        result.append(Chain(plan, result[-1] if result else None))
+    return result
+
+
+def run_chain(recipe: Recipe, only: str | None = None, until: str | None = None, stage: str | None = None) -> None:
     """Run the whole chain, all of it up to and with the step `until`, or the step `only`, on every rank of the job.
 
-    Raises UserError for wrong input, Stopped where a signal ended the training with its state saved.
+    With `stage`, only what belongs to this stage. Raises UserError for wrong input, Stopped where a signal ended the
+    training with its state saved.
     """
-    distils = only in (None, "distill") and until is None
-    plan = launch.from_rank_0(lambda: preflight(recipe, launch.world_size(), distils))
-    chain = Chain(plan)
-    steps = [step for step in chain.steps() if only in (None, step.name)]
+
+    def planned() -> list[Preflight]:
+        check_choice(recipe, only, until, stage)
+        return plans(recipe, launch.world_size(), distils=only in (None, "distill") and until is None)
+
+    walked = chains(launch.from_rank_0(planned))
+    run_dir = Path(recipe.run_dir)
+    steps = [step for chain in walked for step in chain.steps()]
+    steps = [step for step in steps if only in (None, step.name) and stage in (None, step.stage)]
     if until is not None:
         steps = steps[: [step.name for step in steps].index(until) + 1]
     if not steps:
         raise UserError(f"{only}: the recipe has no such step ({ABSENT[str(only)]})")
-    with claimed(chain.run_dir):
-        manifest = Manifest(chain.run_dir)
+    with claimed(run_dir, *(chain.directory for chain in walked)):
+        manifest = Manifest(run_dir)
         for step in steps:
             try:
-                with _stopped_by_signals():
-                    _run_step(step, manifest, chain.run_dir)
+                with stopped_by_signals():
+                    run_step(step, manifest, run_dir)
             except Stopped as stop:
                 if stop.args:  # a training says so by itself
-                    write_status(chain.run_dir, "stopped", step=step.name, reason=stop.args[0])
+                    write_status(run_dir, "stopped", step=step.label, reason=stop.args[0])
                 raise
             except SaidByRankZero:
                 raise
             except Exception as error:
-                write_failure(chain.run_dir, step=step.name, reason=f"rank {launch.job_rank()}: {error}")
+                write_failure(run_dir, step=step.label, reason=f"rank {launch.job_rank()}: {error}")
                 raise
-        launch.from_rank_0(lambda: write_status(chain.run_dir, "done", step=only or until))
-
-
-@contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGUSR1 end a step; trainings have handlers of their own, which save first."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped(signal.Signals(number).name)
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _run_step(step: Step, manifest: Manifest, run_dir: Path) -> None:
-    inputs = launch.from_rank_0(
-        lambda: {name: _input_fingerprint(step, name, path) for name, path in step.inputs.items()}
-    )
-    key = step_key(inputs, step.settings)
-    label = f"[{step.name}]"
-    record = step.name if step.name != "export" else f"export/{step.output.name}"
-    if not step.finds_out and launch.from_rank_0(lambda: manifest.done(record, key, _fingerprint(step.output))):
-        _say(f"{label} unchanged, not run again: {step.output}")
-        return
-    _say(f"{label} -> {step.output}")
-    launch.from_rank_0(lambda: write_status(run_dir, "running", step=step.name))
-    start = time.time()
-    step.work(key)
-    launch.barrier()
-
-    def finish() -> None:
-        entry = {
-            "key": key,
-            "inputs": inputs,
-            "settings": dict(step.settings),
-            "output": _fingerprint(step.output),
-            "seconds": round(time.time() - start, 3),
-            "processes": launch.world_size(),
-            "versions": {"minitron_nemo": minitron_nemo.__version__, "torch": torch.__version__},
-        }
-        manifest.record(record, entry)
-
-    launch.from_rank_0(finish)
-    _say(f"{label} done in {time.time() - start:.1f} s")
+        launch.from_rank_0(lambda: write_status(run_dir, "done", step=only or until))
 
 
 def _numerics(config: TrainConfig) -> dict[str, Any]:
@@ -326,23 +313,3 @@ def _numerics(config: TrainConfig) -> dict[str, Any]:
     neutral = (*intervals, "peak_flops", "max_nonfinite_steps", "hang_timeout", "recompute")
     settings = {key: value for key, value in asdict(config).items() if key not in neutral}
     return {key: value for key, value in settings.items() if not key.startswith("overlap_")}
-
-
-def _fingerprint(path: Path) -> str | None:
-    """Layout-free hash of a checkpoint's weights, hash of the bytes of anything else, None for what is not there."""
-    if not path.exists():
-        return None
-    is_checkpoint = (path / "architecture.json").exists() or (path / "config.json").exists()
-    return fingerprint(path) if is_checkpoint else file_fingerprint(path)
-
-
-def _input_fingerprint(step: Step, name: str, path: Path) -> str:
-    found = _fingerprint(path)
-    if found is None:
-        raise UserError(f"{path}: not there, but {step.name} reads it as its {name}; run the steps before it first")
-    return found
-
-
-def _say(message: str) -> None:
-    if launch.rank() == 0:
-        print(message, flush=True)

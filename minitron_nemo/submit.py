@@ -1,6 +1,6 @@
 """`minitron submit`: sbatch's command lines by a recipe's `cluster` section; what the batch scripts ask of a recipe.
 
-    launch/distill.sh                                           one job runs the whole chain
+    launch/distill.sh                                           one job runs the whole chain, all stages of it
     launch/prune.sh --afterok--> launch/distill.sh              two, where `cluster.prune_nodes` is given
 
 The scripts decide everything else inside the job, so that plain `sbatch launch/distill.sh RECIPE` does the same.
@@ -17,7 +17,8 @@ from pathlib import Path
 
 from minitron_nemo.config import Recipe
 from minitron_nemo.errors import UserError
-from minitron_nemo.preflight import Preflight, preflight
+from minitron_nemo.preflight import preflight
+from minitron_nemo.stages import plans
 
 MOUNTS = "MINITRON_CONTAINER_MOUNTS"  # read by launch/common.sh
 
@@ -41,10 +42,14 @@ def jobs(recipe: Recipe) -> list[Job]:
     Raises UserError for what is wrong with the recipe.
     """
     cluster = recipe.cluster
-    preflight(recipe)
+    plans(recipe)
     last = Job("distill.sh", _options(recipe, cluster.nodes))
     if cluster.prune_nodes is None:
         return [last]
+    if recipe.stages:
+        raise UserError(
+            "cluster.prune_nodes: a recipe with stages trains between its prunings, which one job does; leave it out"
+        )
     preflight(recipe, cluster.prune_nodes * cluster.processes_per_node, distils=False)
     return [Job("prune.sh", _options(recipe, cluster.prune_nodes)), last]
 
@@ -75,10 +80,12 @@ def submit(recipe: Recipe, path: Path, overrides: Sequence[str], dry_run: bool) 
     return "\n".join(lines)
 
 
-def shell_variables(plan: Preflight) -> str:
+def shell_variables(recipe: Recipe) -> str:
     """What launch/common.sh needs to know of a recipe, as assignments that a shell can evaluate."""
-    cluster = plan.recipe.cluster
-    values = {"run_dir": str(Path(plan.recipe.run_dir).absolute()), "max_requeues": str(cluster.max_requeues)}
+    values = {
+        "run_dir": str(Path(recipe.run_dir).absolute()),
+        "max_requeues": str(recipe.cluster.max_requeues),
+    }
     return "\n".join(f"{name}={shlex.quote(value)}" for name, value in values.items())
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
@@ -77,6 +77,16 @@ def inputs_stamp(config: DataConfig) -> str:
     """Changes whenever the text that the sources name may have changed; reads no text. Raises UserError."""
     stamps = [stamp(source) for source in chain(config.heldout, config.train)]
     return hashlib.sha256("\n".join(stamps).encode()).hexdigest()
+
+
+def same_text(one: DataConfig, other: DataConfig) -> bool:
+    """Whether both are prepared alike: the same sources, in their order, and the same share held out."""
+
+    def prepared(config: DataConfig) -> list[object]:
+        sources = [[replace(source, weight=None) for source in part] for part in (config.train, config.heldout)]
+        return [*sources, config.heldout_fraction]
+
+    return prepared(one) == prepared(other)
 
 
 def is_held_out(document_id: bytes, fraction: float) -> bool:

@@ -20,8 +20,9 @@ def layers_of(model: Architecture, layout: Layout, rank: int) -> int:
 
 
 def held_elements(model: Architecture, layout: Layout, stage: int) -> list[tuple[str, int]]:
-    """Parameters of one stage on one tensor-parallel rank, the vocabulary padded: part of the model and number."""
+    """Parameters of one stage on one tensor-parallel rank, padding included: part of the model and number."""
     tp, rows = layout.tensor_model_parallel_size, padded_vocab_size(model, layout)
+    model = layout.padded(model)
     found = []
     for tensor in _held(model, layout, stage):
         part, shape = tensor.spec.part, tensor.spec.shape(model)

@@ -45,6 +45,7 @@ from minitron_nemo.distillation.intermediate import IntermediateLoss
 from minitron_nemo.distillation.validation import BestCheckpoint
 from minitron_nemo.errors import UserError
 from minitron_nemo.models.build import Model
+from minitron_nemo.models.checkpoint import sharded_states
 from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.device import current_device
 
@@ -301,7 +302,7 @@ class TrainingState:
         return Resumed(training["iteration"], training["data"], training["skips"], training["balance"], [])
 
     def _model_state(self) -> dict[str, Any]:
-        state = {f"model{index}": module.sharded_state_dict() for index, module in enumerate(self.student.modules)}
+        state = {f"model{index}": chunk for index, chunk in enumerate(sharded_states(self.student))}
         return state if self.intermediate is None else state | {"intermediate": self.intermediate.sharded_state_dict()}
 
     def _layout(self) -> dict[str, Any]:

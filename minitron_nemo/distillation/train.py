@@ -66,6 +66,7 @@ def train(
     work_dir: Path,
     output_dir: Path,
     run_dir: Path,
+    name: str | None = None,
     heldout: Callable[[], Measures] | None = None,
 ) -> Outcome:
     """Train the model in `student_dir` and write its weights to `output_dir`. Called on every rank of the job.
@@ -73,8 +74,9 @@ def train(
     With `teacher_dir`: distillation by `recipe.distill` and `recipe.train`. Without: teacher correction (2408.11796
     section 2), cross-entropy with the steps, learning rates and sample order of `recipe.teacher.correction` and the
     rest of `recipe.train`. `work_dir` holds the training checkpoints; where it holds some, the run goes on from the
-    latest. "stopped" means a signal came and the state is saved; `output_dir` is not written then. `heldout` gives,
-    once the job has its layout, what `train.eval_interval` measures the model with. Raises UserError.
+    latest. "stopped" means a signal came and the state is saved; `output_dir` is not written then. `name` is what
+    console and status.json call the step, by default correct or distill. `heldout` gives, once the job has its layout,
+    what `train.eval_interval` measures the model with. Raises UserError.
 
     With `teacher.placement: separate` the job's last processes serve the teacher meanwhile, and return the same.
     """
@@ -87,6 +89,7 @@ def train(
         work_dir=work_dir,
         output_dir=output_dir,
         run_dir=run_dir,
+        name=name or ("correct" if teacher_dir is None else "distill"),
         heldout=heldout,
     )
     if teacher_dir is None or recipe.teacher.placement != "separate":
@@ -138,6 +141,7 @@ def _train(
     work_dir: Path,
     output_dir: Path,
     run_dir: Path,
+    name: str,
     heldout: Callable[[], Measures] | None,
     bridge: tuple[Side, Transfers] | None = None,
 ) -> Outcome:
@@ -203,7 +207,7 @@ def _train(
         Sampler(blend, data.seed, stretches(config, blend)),
         directory=work_dir,
         run_dir=run_dir,
-        name="correct" if correcting else "distill",
+        name=name,
         settings={
             **_settings("train", config),
             **_settings("distill", recipe.distill if teacher_dir else objective),

@@ -28,11 +28,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Paired differences of loss that a model's record holds, where both models were measured.
 DELTAS = {"pruned": ("teacher",), "distilled": ("teacher", "pruned")}
 
+ORDER = ("source", "corrected", "teacher", "intermediate", "pruned", "distilled")
+
 Evaluation = dict[str, dict[str, float | int | None]]
 
 
 def evaluate_models(models: Mapping[str, Path], prepared: Path, recipe: Recipe, layout: Layout) -> Evaluation:
-    """Measure `models` (teacher, pruned, distilled, source) on the held-out documents, in `train.precision`.
+    """Measure `models` (teacher, pruned and others) on the held-out documents, in `train.precision`.
 
     Collective; every rank gets the same result, the content of evaluation.json. Raises UserError for input that does
     not fit.
@@ -85,7 +87,7 @@ def summarise(measured: Mapping[str, Measured]) -> Evaluation:
 
 
 def table(evaluation: Mapping[str, Mapping[str, Any]]) -> str:
-    """The evaluation as a markdown table, models in the order source, teacher, pruned, distilled, then others."""
+    """The evaluation as a markdown table, models in the order of `ORDER`, then others."""
     header = (
         "",
         "parameters",
@@ -97,7 +99,7 @@ def table(evaluation: Mapping[str, Mapping[str, Any]]) -> str:
         "Δ loss vs pruned",
         "tokens/s",
     )
-    known = [name for name in ("source", "teacher", "pruned", "distilled") if name in evaluation]
+    known = [name for name in ORDER if name in evaluation]
     rows = [header]
     for name in [*known, *(name for name in evaluation if name not in known)]:
         record = evaluation[name]

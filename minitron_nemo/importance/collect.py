@@ -118,7 +118,9 @@ class Collector:
         layers = shape.num_layers
         norms = self._zeros(*moments, layers, 2, shape.hidden_size)
         ffn = self._zeros(*moments, layers, shape.ffn_hidden_size)
-        heads = self._zeros(*moments, layers, shape.num_attention_heads)
+        # Where groups of zeros fill up the last ranks, theirs come after the model's own and are left out below.
+        padded_heads = self.sums[0].totals["heads"].shape[-1] * self.tp_size
+        heads = self._zeros(*moments, layers, padded_heads)
         cosines = self._zeros(layers)
         norm_squares = self._zeros(layers, 2, shape.hidden_size)
         final_squares = self._zeros(shape.hidden_size)
@@ -127,7 +129,7 @@ class Collector:
         for chunk, sums in zip(self.chunks, self.sums, strict=True):
             mine = [layer.layer_number - 1 for layer in chunk]
             ffn[:, :, mine, self._slice(shape.ffn_hidden_size)] = sums.totals["ffn"]
-            heads[:, :, mine, self._slice(shape.num_attention_heads)] = sums.totals["heads"]
+            heads[:, :, mine, self._slice(padded_heads)] = sums.totals["heads"]
             if parallel_state.get_data_parallel_rank() == 0:
                 columns = [layer.mlp.linear_fc2.weight.detach().double().norm(dim=0) for layer in chunk]
                 column_norms[mine, self._slice(shape.ffn_hidden_size)] = torch.stack(columns)
@@ -151,7 +153,7 @@ class Collector:
             architecture=shape,
             hidden=norms.flatten(2, 3).cpu().numpy(),
             ffn=ffn.cpu().numpy(),
-            heads=heads.cpu().numpy(),
+            heads=heads[..., : shape.num_attention_heads].cpu().numpy(),
             block_influence=(1 - cosines / tokens).cpu().numpy(),
             norm_squares=(squares if self.rms_norms else squares[:0]).cpu().numpy(),
             ffn_column_norms=column_norms.cpu().numpy(),

@@ -80,13 +80,14 @@ def build_model(
 ) -> Model:
     """Build this rank's part of the model, with undefined weights, in training mode.
 
+    Where the tensor-parallel size does not divide the query groups, groups of zeros fill them up (`models.groups`).
     `launch.initialize` must have been called, with this layout or one of the same groups. With `ddp` the chunks are
     wrapped and the config's `finalize_model_grads_func` and `no_sync_func` set, as Megatron's schedules expect.
     `recompute` recomputes the activations of whole layers in the backward pass. Raises UserError for a layout that the
     architecture does not fit.
     """
     layout.check(architecture, launch.world_size())
-    config = _transformer_config(architecture, layout, dtype, recompute)
+    config = _transformer_config(layout.padded(architecture), layout, dtype, recompute)
     stages: list[int | None] = list(range(layout.virtual_pipeline_model_parallel_size or 0)) or [None]
     with launch.virtual_stages(layout):
         chunks = [_build_chunk(architecture, layout, config, stage) for stage in stages]

@@ -21,6 +21,7 @@ from minitron_nemo.checkpoint import files, safe_pickle, tokenizer
 from minitron_nemo.checkpoint.source import open_source
 from minitron_nemo.errors import UserError
 from minitron_nemo.models.build import Model, padded_vocab_size
+from minitron_nemo.models.groups import without_padding
 from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.device import current_device
 from minitron_nemo.parallel.layout import Layout
@@ -99,10 +100,16 @@ def _write(model: Model, directory: Path, tokenizer_from: Path) -> None:
         tokenizer.copy_files(ours if ours.is_dir() else tokenizer_from, directory / tokenizer.DIRECTORY)
 
 
-def _sharded_state(model: Model) -> dict[str, Any]:
-    """Megatron's description of where this rank's tensors belong in the whole; keys in the files carry no chunk."""
+def sharded_states(model: Model) -> list[dict[str, Any]]:
+    """Megatron's description of where each chunk's tensors belong in the whole; keys in the files carry no chunk."""
     with launch.virtual_stages(model.layout):
-        return {f"chunk{index}": module.sharded_state_dict() for index, module in enumerate(model.modules)}
+        return [
+            without_padding(module.sharded_state_dict(), model.architecture, model.layout) for module in model.modules
+        ]
+
+
+def _sharded_state(model: Model) -> dict[str, Any]:
+    return {f"chunk{index}": state for index, state in enumerate(sharded_states(model))}
 
 
 def _check_architecture(wanted: Architecture, directory: Path) -> None:

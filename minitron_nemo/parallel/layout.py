@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from minitron_nemo.arch import Architecture
+from minitron_nemo.arch import Architecture, Axis
 from minitron_nemo.config import ParallelConfig
 from minitron_nemo.errors import UserError
 from minitron_nemo.parallel.device import has_transformer_engine
@@ -59,6 +59,12 @@ class Layout:
         first = (self.stages - left_over) // 2
         return [least + (first <= stage < first + left_over) for stage in range(self.stages)]
 
+    def padded(self, architecture: Architecture) -> Architecture:
+        """The shape that is built: query groups up to a multiple of the tensor-parallel size, those added of zeros."""
+        tp = self.tensor_model_parallel_size
+        groups = -(-architecture.num_query_groups // tp) * tp
+        return architecture.resized({Axis.GROUPS: groups, Axis.HEADS: groups * architecture.heads_per_group})
+
     def __str__(self) -> str:
         text = f"tp={self.tensor_model_parallel_size} pp={self.pipeline_model_parallel_size}"
         if self.virtual_pipeline_model_parallel_size:
@@ -72,18 +78,13 @@ class Layout:
     def check(self, architecture: Architecture, world_size: int, section: str = "parallel") -> None:
         """Raise UserError, naming the key of the recipe's `section`, unless `architecture` runs on this layout."""
         self.check_processes(world_size, section)
-        tp = self.tensor_model_parallel_size
-        for size, name in (
-            (architecture.num_query_groups, "num_query_groups"),
-            (architecture.num_attention_heads, "num_attention_heads"),
-            (architecture.ffn_hidden_size, "ffn_hidden_size"),
-        ):
-            if size % tp:
-                fitting = [n for n in range(1, min(size, world_size) + 1) if _fits(architecture, n)]
-                raise UserError(
-                    f"{section}.tensor_model_parallel_size: {tp} does not divide the model's {name} {size}; "
-                    f"use one of {fitting}, or pipeline stages instead"
-                )
+        tp, size = self.tensor_model_parallel_size, architecture.ffn_hidden_size
+        if size % tp:
+            fitting = [n for n in range(1, min(size, world_size) + 1) if size % n == 0]
+            raise UserError(
+                f"{section}.tensor_model_parallel_size: {tp} does not divide the model's ffn_hidden_size {size}; "
+                f"use one of {fitting}, or pipeline stages instead"
+            )
         if architecture.num_layers < self.stages:
             virtual = self.virtual_pipeline_model_parallel_size
             key = "virtual_pipeline_model_parallel_size" if virtual else "pipeline_model_parallel_size"
@@ -162,7 +163,3 @@ class Layout:
                 f"{section}: {self} needs a multiple of {self.model_parallel_size} processes, and this job has "
                 f"{world_size}; change the sizes or cluster.nodes and cluster.processes_per_node"
             )
-
-
-def _fits(architecture: Architecture, tp: int) -> bool:
-    return architecture.num_query_groups % tp == 0 and architecture.ffn_hidden_size % tp == 0

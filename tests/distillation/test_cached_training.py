@@ -32,7 +32,8 @@ from minitron_nemo.distillation.cached import check_cached
 from minitron_nemo.distillation.train import train
 from minitron_nemo.errors import UserError
 from minitron_nemo.preflight import preflight
-from minitron_nemo.run import Chain, Step
+from minitron_nemo.run import Chain
+from minitron_nemo.steps import Step
 from tests.e2e.chain import write_recipe
 from tests.pool import run_distributed
 from tests.text import write_documents

@@ -31,6 +31,7 @@ from tests.pool import run_distributed
 TEACHER = architecture(num_layers=6)
 STUDENT = replace(architecture(), hidden_size=48, ffn_hidden_size=64)
 TIED = replace(STUDENT, share_embeddings_and_output_weights=True)
+THREE_GROUPS = replace(STUDENT, num_attention_heads=6, num_query_groups=3)
 PAIRS = [Pair(-1, -1), Pair(5, 0), Pair(3, 2), Pair(0, 3)]
 
 # Processes, layouts of student and teacher (None: the same), the student, the rest.
@@ -44,6 +45,8 @@ CASES: dict[str, tuple[int, Layout, Layout | None, Architecture, dict[str, Any]]
         TIED,
         {},
     ),
+    # The teacher keeps its 4 groups, the student has one of zeros.
+    "TP2 SP, a group of zeros": (2, Layout(2, sequence_parallel=True), None, THREE_GROUPS, {"pairs": []}),
     "PP3, teacher VPP2, no pairs": (3, Layout(1, 3), Layout(1, 3, 2), STUDENT, {"pairs": []}),
 }
 

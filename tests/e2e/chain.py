@@ -51,7 +51,7 @@ def write_recipe(directory: Path, **sections: dict) -> Path:
     for name, values in sections.items():
         recipe[name] = {**recipe.get(name, {}), **values}  # type: ignore[dict-item]
     path = directory / "tiny.yaml"
-    path.write_text(yaml.safe_dump(recipe))
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return path
 
 

@@ -112,7 +112,7 @@ def test_plan_names_the_key_that_is_wrong(refused: Callable[..., str], recipe: P
         ("teacher.layout.context_parallel_size=2 teacher.processes=2", "teacher.layout.context_parallel_size"),
         (
             "teacher.layout.tensor_model_parallel_size=3 teacher.processes=3",
-            "teacher.layout.tensor_model_parallel_size: 3 does not divide the model's num_query_groups 4",
+            "teacher.layout.tensor_model_parallel_size: 3 does not divide the sequence length 64",
         ),
         ("teacher.layout={} teacher.processes=2 distill.logits_weight=0 distill.ce_weight=1", "means training without"),
         ("teacher.placement=colocated teacher.processes=2", "is for placement separate, not colocated"),
@@ -233,6 +233,16 @@ def test_plan_gives_the_published_parameter_counts(
     plan = json.loads(capsys.readouterr().out)
     assert plan["student"]["parameters"] == pytest.approx(student, rel=2e-4)
     assert plan["student"]["non_embedding_parameters"] == pytest.approx(non_embedding, rel=2e-4)
+
+
+def test_the_shipped_stages_have_the_published_parameter_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = Path(__file__).parents[2] / "recipes" / "nemotron4_15b_to_8b_to_4b.yaml"
+    assert main(["plan", str(recipe), "--json"]) == 0
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    students = [stage["student"]["non_embedding_parameters"] for stage in stages.values()]
+    assert students == pytest.approx([6.175e9, 2.618e9], rel=2e-4)
+    assert stages["minitron_4b"]["source"] == stages["minitron_8b"]["student"]
+    assert stages["minitron_4b"]["teacher"] == stages["minitron_8b"]["teacher"]
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,41 @@ def train_step(model: Any, loss: Callable[[Tensor, Tensor], Tensor]) -> float:
     return float(sum(totals)) / (len(share) * SEQUENCE) if totals else 0.0
 
 
+def trainable(
+    tiny: TinyModel,
+    layout: Layout,
+    *,
+    recompute: bool = False,
+    dtype: torch.dtype = torch.float32,
+    **ddp: Any,
+) -> Any:
+    """The model on this rank, loaded and in DDP, whose options `ddp` are."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    from minitron_nemo.models.build import build_model
+    from minitron_nemo.models.checkpoint import load_model
+
+    launch.initialize(layout, seed=1)
+    config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, **ddp)
+    model = build_model(tiny.architecture, layout, dtype=dtype, ddp=config, recompute=recompute)
+    load_model(model, tiny.megatron)
+    return model
+
+
+def save_gradients(tiny: TinyModel, layout: Layout, recompute: bool, directory: Path) -> float:
+    """One backward pass; the gradients are written as if they were the weights, which takes the layout out of them."""
+    from minitron_nemo.models.checkpoint import save_model
+
+    model = trainable(tiny, layout, recompute=recompute)
+    loss = train_step(model, partial(cross_entropy, tiny.architecture.vocab_size))
+    with torch.no_grad():
+        for chunk in model.chunks:
+            for parameter in chunk.parameters():
+                parameter.copy_(parameter.main_grad)
+    save_model(model, directory, tiny.huggingface)
+    return loss
+
+
 def optimizer(model: Any, **options: Any) -> Any:
     """Megatron's DistributedOptimizer with a large learning rate, so that steps differ."""
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
 from tests.models.support import (
     LAYOUTS,
@@ -18,9 +17,11 @@ from tests.models.support import (
     huggingface_model,
     megatron_order,
     optimizer,
+    save_gradients,
     summed_nll,
     tokens,
     train_step,
+    trainable,
     weights,
 )
 from tests.pool import run_distributed
@@ -28,43 +29,9 @@ from tests.pool import run_distributed
 TP2_PP2 = Layout(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
 
 
-def _trainable(
-    tiny: TinyModel,
-    layout: Layout,
-    *,
-    recompute: bool = False,
-    dtype: torch.dtype = torch.float32,
-    **ddp: Any,
-) -> Any:
-    from megatron.core.distributed import DistributedDataParallelConfig
-
-    from minitron_nemo.models.build import build_model
-    from minitron_nemo.models.checkpoint import load_model
-
-    launch.initialize(layout, seed=1)
-    config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, **ddp)
-    model = build_model(tiny.architecture, layout, dtype=dtype, ddp=config, recompute=recompute)
-    load_model(model, tiny.megatron)
-    return model
-
-
-def _save_gradients(tiny: TinyModel, layout: Layout, recompute: bool, directory: Path) -> float:
-    """One backward pass; the gradients are written as if they were the weights, which takes the layout out of them."""
-    from minitron_nemo.models.checkpoint import save_model
-
-    model = _trainable(tiny, layout, recompute=recompute)
-    loss = train_step(model, partial(cross_entropy, tiny.architecture.vocab_size))
-    with torch.no_grad():
-        for chunk in model.chunks:
-            for parameter in chunk.parameters():
-                parameter.copy_(parameter.main_grad)
-    save_model(model, directory, tiny.huggingface)
-    return loss
-
-
 def _losses_with_overlap(tiny: TinyModel, overlap: bool, use_head: bool) -> list[float]:
     """Three steps on two data-parallel ranks."""
-    model = _trainable(
+    model = trainable(
         tiny,
         Layout(),
         use_distributed_optimizer=True,
@@ -85,14 +52,14 @@ def _losses_with_overlap(tiny: TinyModel, overlap: bool, use_head: bool) -> list
 
 def _gradient_norm(tiny: TinyModel, layout: Layout) -> float:
     """The norm that clipping uses."""
-    model = _trainable(tiny, layout, use_distributed_optimizer=True)
+    model = trainable(tiny, layout, use_distributed_optimizer=True)
     adam = optimizer(model)
     train_step(model, partial(cross_entropy, tiny.architecture.vocab_size))
     return float(adam.step()[1])
 
 
 def _train_bf16(tiny: TinyModel, layout: Layout) -> list[float]:
-    model = _trainable(tiny, layout, dtype=torch.bfloat16, use_distributed_optimizer=True)
+    model = trainable(tiny, layout, dtype=torch.bfloat16, use_distributed_optimizer=True)
     adam = optimizer(model, bf16=True, params_dtype=torch.bfloat16)
     losses = []
     for _ in range(4):
@@ -112,7 +79,7 @@ def _train(tiny: TinyModel, layout: Layout, steps: int, save: Path | None, resum
     """
     from megatron.core import dist_checkpointing, parallel_state
 
-    model = _trainable(tiny, layout, use_distributed_optimizer=True)
+    model = trainable(tiny, layout, use_distributed_optimizer=True)
     adam = optimizer(model)
     metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -151,7 +118,7 @@ def test_loss_and_gradients_equal_hugging_face_in_fp64(
 
     recompute = layout.endswith("-recompute")
     world_size, sizes = LAYOUTS[layout.removesuffix("-recompute")]
-    losses = run_distributed(world_size, _save_gradients, tiny, sizes, recompute, tmp_path / "gradients")
+    losses = run_distributed(world_size, save_gradients, tiny, sizes, recompute, tmp_path / "gradients")
     actual = run_distributed(1, weights, tmp_path / "gradients", tiny.architecture)[0]
 
     assert losses[-1] == pytest.approx(expected_loss.item(), rel=1e-5)

@@ -31,6 +31,7 @@ SMOLLM2 = Architecture(
         (Layout(), 1),
         (Layout(), 5),
         (Layout(tensor_model_parallel_size=3, sequence_parallel=True), 6),
+        (Layout(tensor_model_parallel_size=2), 2),
         (Layout(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=5), 2),
         (Layout(tensor_model_parallel_size=3, pipeline_model_parallel_size=2), 6),
     ],
@@ -43,14 +44,10 @@ def test_a_layout_that_fits_is_accepted(layout: Layout, world_size: int) -> None
     ("layout", "world_size", "message"),
     [
         (
-            Layout(tensor_model_parallel_size=2),
-            2,
-            r"parallel.tensor_model_parallel_size: 2 does not divide the model's num_query_groups 3; use one of \[1\]",
-        ),
-        (
-            Layout(tensor_model_parallel_size=9),
-            9,
-            r"parallel.tensor_model_parallel_size: 9 .* num_query_groups 3; use one of \[1, 3\]",
+            Layout(tensor_model_parallel_size=5),
+            5,
+            r"parallel.tensor_model_parallel_size: 5 does not divide the model's ffn_hidden_size 1536; use one of "
+            r"\[1, 2, 3, 4\]",
         ),
         (
             Layout(pipeline_model_parallel_size=31),
@@ -92,6 +89,14 @@ def test_a_layout_that_does_not_fit_is_refused(layout: Layout, world_size: int, 
 def test_ffn_neurons_are_split_evenly() -> None:
     with pytest.raises(UserError, match="does not divide the model's ffn_hidden_size 1535"):
         Layout(tensor_model_parallel_size=3).check(replace(SMOLLM2, ffn_hidden_size=1535), 3)
+
+
+def test_query_groups_fill_up_to_a_multiple() -> None:
+    sizes = {}
+    for tp in (1, 2, 3, 4, 8):
+        padded = Layout(tensor_model_parallel_size=tp).padded(SMOLLM2)
+        sizes[tp] = (padded.num_attention_heads, padded.num_query_groups)
+    assert sizes == {1: (9, 3), 2: (12, 4), 3: (9, 3), 4: (12, 4), 8: (24, 8)}
 
 
 def test_one_virtual_stage_is_no_interleaving() -> None:

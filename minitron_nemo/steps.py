@@ -1,0 +1,115 @@
+"""A step of the chain: what it reads, what decides its result, what it writes; run once, recorded in the manifest."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+import minitron_nemo
+from minitron_nemo.checkpoint.fingerprint import fingerprint
+from minitron_nemo.distillation.status import write_status
+from minitron_nemo.errors import UserError
+from minitron_nemo.manifest import Manifest, file_fingerprint, step_key
+from minitron_nemo.parallel import launch
+
+
+class Stopped(Exception):
+    """A signal stopped the run with its state saved; the CLI exits with 75."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One arrow of the chain. `inputs` are paths it reads; `settings` decide its result; `output` is what it writes."""
+
+    name: str
+    inputs: Mapping[str, Path]
+    settings: Mapping[str, Any]
+    output: Path
+    work: Callable[[str], None]  # called on every rank with the step's key
+    finds_out: bool = False  # whether `work` itself knows what is left to do, and is called each time
+    stage: str | None = None  # of the recipe, that the step belongs to
+
+    @property
+    def label(self) -> str:
+        """What the console and status.json call it."""
+        return self.name if self.stage is None else f"{self.stage}/{self.name}"
+
+    @property
+    def record(self) -> str:
+        """Its name in the manifest."""
+        return f"{self.label}/{self.output.name}" if self.name == "export" else self.label
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 end a step; trainings have handlers of their own, which save first."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(signal.Signals(number).name)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def run_step(step: Step, manifest: Manifest, run_dir: Path) -> None:
+    """Run the step on every rank of the job, unless the manifest says that its result is there. Raises UserError."""
+    inputs = launch.from_rank_0(
+        lambda: {name: _input_fingerprint(step, name, path) for name, path in step.inputs.items()}
+    )
+    key = step_key(inputs, step.settings)
+    label = f"[{step.label}]"
+    if not step.finds_out and launch.from_rank_0(lambda: manifest.done(step.record, key, _fingerprint(step.output))):
+        _say(f"{label} unchanged, not run again: {step.output}")
+        return
+    _say(f"{label} -> {step.output}")
+    launch.from_rank_0(lambda: write_status(run_dir, "running", step=step.label))
+    start = time.time()
+    step.work(key)
+    launch.barrier()
+
+    def finish() -> None:
+        entry = {
+            "key": key,
+            "inputs": inputs,
+            "settings": dict(step.settings),
+            "output": _fingerprint(step.output),
+            "seconds": round(time.time() - start, 3),
+            "processes": launch.world_size(),
+            "versions": {"minitron_nemo": minitron_nemo.__version__, "torch": torch.__version__},
+        }
+        manifest.record(step.record, entry)
+
+    launch.from_rank_0(finish)
+    _say(f"{label} done in {time.time() - start:.1f} s")
+
+
+def _fingerprint(path: Path) -> str | None:
+    """Layout-free hash of a checkpoint's weights, hash of the bytes of anything else, None for what is not there."""
+    if not path.exists():
+        return None
+    is_checkpoint = (path / "architecture.json").exists() or (path / "config.json").exists()
+    return fingerprint(path) if is_checkpoint else file_fingerprint(path)
+
+
+def _input_fingerprint(step: Step, name: str, path: Path) -> str:
+    found = _fingerprint(path)
+    if found is None:
+        raise UserError(f"{path}: not there, but {step.label} reads it as its {name}; run the steps before it first")
+    return found
+
+
+def _say(message: str) -> None:
+    if launch.rank() == 0:
+        print(message, flush=True)
