@@ -59,7 +59,6 @@ POSITIVE = (
     "teacher.cache.top_k",
     "distill.temperature",
     "distill.chunk_bytes",
-    "train.steps",
     "train.global_batch_size",
     "train.micro_batch_size",
     "train.lr",
@@ -95,8 +94,8 @@ class Preflight:
 
     @property
     def tokens_per_step(self) -> int:
-        """Of the distillation, the mean over phases."""
-        return self.tokens["distillation"] // self.recipe.train.steps
+        """Of the distillation, the mean over phases; 0 without one."""
+        return self.tokens["distillation"] // max(self.recipe.train.steps, 1)
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -176,7 +175,8 @@ def preflight(recipe: Recipe, world_size: int | None = None, distils: bool = Tru
         layout.check(architecture, world_size)
     layout.check_split("student", student.num_layers)
     train = recipe.train
-    Schedule.from_config(train).check("train")
+    if train.steps:
+        Schedule.from_config(train).check("train")
     correction = correction_config(recipe)
     if correction.steps:
         Schedule.from_config(correction).check("teacher.correction")

@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -50,7 +50,8 @@ from minitron_nemo.pruning.repair import fits, repair
 ABSENT = {
     "repair": "nothing is cut that prune.repair.ffn or prune.repair.hidden is on for",
     "correct": "teacher.correction.steps is 0",
-    "cache-teacher": "teacher.placement is not cached, or distill.logits_weight is 0",
+    "cache-teacher": "teacher.placement is not cached, or distill.logits_weight or train.steps is 0",
+    "distill": "train.steps is 0",
     "export": "export.formats is empty",
 }
 
@@ -69,30 +70,65 @@ class Step:
     output: Path
     work: Callable[[str], None]  # called on every rank with the step's key
     finds_out: bool = False  # whether `work` itself knows what is left to do, and is called each time
+    borrowed: bool = False  # whether it belongs to the run of `from_run`, and is never run here
+
+    @property
+    def record(self) -> str:
+        """Its name in the manifest."""
+        return self.name if self.name != "export" else f"export/{self.output.name}"
 
 
 class Chain:
-    """The steps of one recipe, with their files under `run_dir`."""
+    """The steps of one recipe, with their files under `run_dir`; those up to the Scores may be under `from_run`."""
 
     def __init__(self, plan: Preflight) -> None:
         self.plan = plan
         self.recipe: Recipe = plan.recipe
         self.run_dir = Path(self.recipe.run_dir)
-        self.converted = self.run_dir / "teacher"
-        self.prepared = self.run_dir / "data"
-        self.corrected = self.run_dir / "corrected"
-        self.scores = self.run_dir / "scores.npz"
+        self.from_run = self.run_dir if self.recipe.from_run is None else Path(self.recipe.from_run)
+        self.converted = self.from_run / "teacher"
+        self.prepared = self.from_run / "data"
+        self.corrected = self.from_run / "corrected"
+        self.scores = self.from_run / "scores.npz"
         self.repaired = self.run_dir / "plan"
         self.pruned = self.run_dir / "pruned"
         self.cached = self.run_dir / "teacher_cache.json"
         self.distilled = self.run_dir / "distilled"
         self.evaluation = self.run_dir / "evaluation.json"
         self.teacher = self.corrected if self.recipe.teacher.correction.steps else self.converted
+        self.student = self.distilled if self.recipe.train.steps else self.pruned
 
     def steps(self) -> list[Step]:
         """All steps of the recipe in order."""
         recipe, visits = self.recipe, asdict(self.recipe.data)
-        data, tokenizer = {"data": self.prepared / "prepared.json"}, self.converted / "tokenizer"
+        data = {"data": self.prepared / "prepared.json"}
+        teacher = {"teacher": self.teacher}
+        steps = [
+            *self._up_to_scores(data, visits),
+            *self._repairing({**teacher, **data, "scores": self.scores}),
+            Step("prune", {**teacher, **self._plan_input()}, asdict(recipe.prune), self.pruned, self._prune),
+        ]
+        evaluated = asdict(recipe.evaluate)
+        if recipe.train.steps:
+            inputs = {**teacher, "pruned": self.pruned, **data, **({"cache": self.cached} if self._reads_cache else {})}
+            settings = {"distill": asdict(recipe.distill), "train": _numerics(recipe.train), "data": visits}
+            steps += [
+                *self._caching({**teacher, **data}),
+                Step("distill", inputs, settings, self.distilled, self._distill),
+            ]
+        else:
+            evaluated |= {"precision": recipe.train.precision, "data": visits}
+        steps.append(Step("evaluate", {**self._models(), **data}, evaluated, self.evaluation, self._evaluate))
+        for to in recipe.export.formats:
+            output = self.run_dir / "export" / to
+            written = {"to": to, "dtype": recipe.export.dtype}
+            steps.append(Step("export", {self.student.name: self.student}, written, output, self._export(to, output)))
+        return steps
+
+    def _up_to_scores(self, data: Mapping[str, Path], visits: Mapping[str, Any]) -> list[Step]:
+        """What depends on no target size."""
+        recipe, borrowed = self.recipe, self.from_run != self.run_dir
+        tokenizer = self.converted / "tokenizer"
         steps = [
             Step("convert", {}, self._source_identity(), self.converted, self._convert),
             Step("prepare", {"tokenizer": tokenizer}, self._text(), data["data"], self._prepare),
@@ -101,32 +137,21 @@ class Chain:
             correction = {"train": _numerics(correction_config(recipe)), "seed": recipe.teacher.correction.seed}
             settings = {"correction": correction, "data": visits}
             steps.append(Step("correct", {"teacher": self.converted, **data}, settings, self.corrected, self._correct))
-        teacher = {"teacher": self.teacher}
         calibration = {
             key: value for key, value in asdict(recipe.prune.calibration).items() if key in ("samples", "precision")
         }
-        models = {"teacher": self.teacher, "pruned": self.pruned, "distilled": self.distilled}
+        inputs = {"teacher": self.teacher, **data}
+        steps.append(Step("calibrate", inputs, {**calibration, "data": visits}, self.scores, self._calibrate))
+        return [replace(step, borrowed=borrowed) for step in steps]
+
+    def _models(self) -> dict[str, Path]:
+        """What is evaluated side by side."""
+        models = {"teacher": self.teacher, "pruned": self.pruned}
+        if self.recipe.train.steps:
+            models["distilled"] = self.distilled
         if self.teacher != self.converted:
             models["source"] = self.converted
-        steps += [
-            Step("calibrate", {**teacher, **data}, {**calibration, "data": visits}, self.scores, self._calibrate),
-            *self._repairing({**teacher, **data, "scores": self.scores}),
-            Step("prune", {**teacher, **self._plan_input()}, asdict(recipe.prune), self.pruned, self._prune),
-            *self._caching({**teacher, **data}),
-            Step(
-                "distill",
-                {**teacher, "pruned": self.pruned, **data, **({"cache": self.cached} if self._reads_cache else {})},
-                {"distill": asdict(recipe.distill), "train": _numerics(recipe.train), "data": visits},
-                self.distilled,
-                self._distill,
-            ),
-            Step("evaluate", {**models, **data}, asdict(recipe.evaluate), self.evaluation, self._evaluate),
-        ]
-        for to in recipe.export.formats:
-            output = self.run_dir / "export" / to
-            written = {"to": to, "dtype": recipe.export.dtype}
-            steps.append(Step("export", {"distilled": self.distilled}, written, output, self._export(to, output)))
-        return steps
+        return models
 
     @property
     def _repairs(self) -> bool:
@@ -230,16 +255,13 @@ class Chain:
         self._train(key, self.pruned, self.teacher, self.distilled)
 
     def _evaluate(self, key: str) -> None:
-        models = {"teacher": self.teacher, "pruned": self.pruned, "distilled": self.distilled}
-        if self.teacher != self.converted:
-            models["source"] = self.converted
-        evaluation = evaluate_models(models, self.prepared, self.recipe, self.plan.layout)
+        evaluation = evaluate_models(self._models(), self.prepared, self.recipe, self.plan.layout)
         if launch.rank() == 0:
             write_atomic(self.evaluation, json.dumps(evaluation, indent=2) + "\n")
             print(table(evaluation), flush=True)
 
     def _export(self, to: str, output: Path) -> Callable[[str], None]:
-        return lambda key: self._transform(self.distilled, output, to, self.recipe.export.dtype)
+        return lambda key: self._transform(self.student, output, to, self.recipe.export.dtype)
 
 
 def run_chain(recipe: Recipe, only: str | None = None, until: str | None = None) -> None:
@@ -256,11 +278,10 @@ def run_chain(recipe: Recipe, only: str | None = None, until: str | None = None)
     if not steps:
         raise UserError(f"{only}: the recipe has no such step ({ABSENT[str(only)]})")
     with claimed(chain.run_dir):
-        manifest = Manifest(chain.run_dir)
         for step in steps:
             try:
                 with _stopped_by_signals():
-                    _run_step(step, manifest, chain.run_dir)
+                    _run_step(step, chain)
             except Stopped as stop:
                 if stop.args:  # a training says so by itself
                     write_status(chain.run_dir, "stopped", step=step.name, reason=stop.args[0])
@@ -288,18 +309,36 @@ def _stopped_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _run_step(step: Step, manifest: Manifest, run_dir: Path) -> None:
-    inputs = launch.from_rank_0(
-        lambda: {name: _input_fingerprint(step, name, path) for name, path in step.inputs.items()}
+def unchanged(chain: Chain) -> bool:
+    """Whether a run of the chain would find nothing to do. In a job of one process."""
+    return all(
+        step.output.exists() and (step.finds_out or _unchanged(step, _inputs(step), chain)) for step in chain.steps()
     )
+
+
+def _inputs(step: Step) -> dict[str, str]:
+    return {name: _input_fingerprint(step, name, path) for name, path in step.inputs.items()}
+
+
+def _unchanged(step: Step, inputs: Mapping[str, str], chain: Chain) -> bool:
+    manifest = Manifest(chain.from_run if step.borrowed else chain.run_dir)
+    return manifest.done(step.record, step_key(inputs, step.settings), fingerprint_of(step.output))
+
+
+def _run_step(step: Step, chain: Chain) -> None:
+    inputs = launch.from_rank_0(lambda: _inputs(step))
     key = step_key(inputs, step.settings)
     label = f"[{step.name}]"
-    record = step.name if step.name != "export" else f"export/{step.output.name}"
-    if not step.finds_out and launch.from_rank_0(lambda: manifest.done(record, key, _fingerprint(step.output))):
+    if not step.finds_out and launch.from_rank_0(lambda: _unchanged(step, inputs, chain)):
         _say(f"{label} unchanged, not run again: {step.output}")
         return
+    if step.borrowed:
+        raise UserError(
+            f"from_run {chain.from_run}: {step.output.name} is not there, or is not what {step.name} makes of this "
+            "recipe; run it there first"
+        )
     _say(f"{label} -> {step.output}")
-    launch.from_rank_0(lambda: write_status(run_dir, "running", step=step.name))
+    launch.from_rank_0(lambda: write_status(chain.run_dir, "running", step=step.name))
     start = time.time()
     step.work(key)
     launch.barrier()
@@ -309,12 +348,12 @@ def _run_step(step: Step, manifest: Manifest, run_dir: Path) -> None:
             "key": key,
             "inputs": inputs,
             "settings": dict(step.settings),
-            "output": _fingerprint(step.output),
+            "output": fingerprint_of(step.output),
             "seconds": round(time.time() - start, 3),
             "processes": launch.world_size(),
             "versions": {"minitron_nemo": minitron_nemo.__version__, "torch": torch.__version__},
         }
-        manifest.record(record, entry)
+        Manifest(chain.run_dir).record(step.record, entry)
 
     launch.from_rank_0(finish)
     _say(f"{label} done in {time.time() - start:.1f} s")
@@ -328,7 +367,7 @@ def _numerics(config: TrainConfig) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if not key.startswith("overlap_")}
 
 
-def _fingerprint(path: Path) -> str | None:
+def fingerprint_of(path: Path) -> str | None:
     """Layout-free hash of a checkpoint's weights, hash of the bytes of anything else, None for what is not there."""
     if not path.exists():
         return None
@@ -337,7 +376,7 @@ def _fingerprint(path: Path) -> str | None:
 
 
 def _input_fingerprint(step: Step, name: str, path: Path) -> str:
-    found = _fingerprint(path)
+    found = fingerprint_of(path)
     if found is None:
         raise UserError(f"{path}: not there, but {step.name} reads it as its {name}; run the steps before it first")
     return found
