@@ -14,7 +14,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -213,12 +213,12 @@ def _mark(directory: Path, key: str | None) -> str:
 
 
 def _reason(run_dir: Path) -> str:
-    """What a run says of its end."""
-    try:
+    """What a run says of its end, if it says anything."""
+    with suppress(FileNotFoundError):
         status = json.loads((run_dir / STATUS).read_text())
-    except FileNotFoundError:
-        return "it never began"
-    return f"{status['state']}, {status['reason'] or 'no reason given'}"
+        if status["state"] in ("failed", "stopped"):
+            return f"{status['state']}: {status['reason']}"
+    return "it did not come to its end"
 
 
 @contextmanager
