@@ -175,7 +175,7 @@ def _steps(options: argparse.Namespace) -> int:
     launched = "RANK" in os.environ or "SLURM_PROCID" in os.environ
     if recipe.cluster.launcher == "local" and in_job and not launched:
         return _launch_locally(recipe, options)
-    _stop_outside_steps(Path(recipe.run_dir))
+    _stop_outside_steps(Path(recipe.run_dir) if in_job else Path(recipe.run_dir) / "search" / "driver")
     from minitron_nemo.parallel import launch
 
     launch.outlive_a_full_disk()

@@ -21,6 +21,11 @@ def search_directory(recipe: Recipe) -> Path:
     return Path(recipe.run_dir) / DIRECTORY
 
 
+def driver_directory(recipe: Recipe) -> Path:
+    """What is the search's own, where the run directory belongs to a process or a job that it has started."""
+    return search_directory(recipe) / "driver"
+
+
 def pruning(candidate: Candidate, prune: PruneConfig) -> PruneConfig:
     """The `prune` section that makes the candidate."""
     sizes: dict[str, Any] = {axis.value: candidate.architecture.size(axis) for axis in AXES}

@@ -2,6 +2,7 @@
 
     RUN/search/NAME/        run directory of a candidate, with a recipe and a result for every rung it came to
     RUN/search/table.*      written again after every rung
+    RUN/search/driver/      status and lock of a search that starts processes or jobs; otherwise they are the run's
 
 Each rung trains anew from the cut model, with a schedule that ends at its own last update: losses at the end of a
 schedule are what the ranking is about, and in the midst of a longer one, at a high learning rate, they are not it yet.
@@ -29,7 +30,7 @@ from minitron_nemo.errors import SaidByRankZero, UserError
 from minitron_nemo.parallel import launch
 from minitron_nemo.preflight import preflight
 from minitron_nemo.run import Chain, Stopped, run_chain, unchanged
-from minitron_nemo.search.candidates import candidate_recipe, search_directory
+from minitron_nemo.search.candidates import candidate_recipe, driver_directory, search_directory
 from minitron_nemo.search.launchers import Launcher, LocalProcesses, SlurmJobs, Task
 from minitron_nemo.search.plan import SearchPlan, plan_search
 from minitron_nemo.search.results import Result, Standing, load_result, ranked, result_key, save_result, survivors
@@ -71,8 +72,8 @@ def search(recipe: Recipe, path: Path, overrides: Sequence[str]) -> None:
         )
     size = None if outside else launch.world_size()
     plan = launch.from_rank_0(lambda: plan_search(preflight(recipe, size)))
-    directory = search_directory(recipe)
-    with claimed(directory / "driver" if outside else directory), _told(Path(recipe.run_dir)):
+    place = driver_directory(recipe) if outside else Path(recipe.run_dir)
+    with claimed(place), _told(place):
         _say(f"{len(plan.candidates)} candidates within the budget, of {plan.grid_size:,} in the grid")
         if outside:
             launcher = LocalProcesses(config.jobs) if config.launcher == "local" else SlurmJobs(config.jobs)
@@ -80,6 +81,7 @@ def search(recipe: Recipe, path: Path, overrides: Sequence[str]) -> None:
             _say(_rungs(plan, launcher))
         else:
             run_chain(recipe, until="calibrate")
+            launch.from_rank_0(partial(write_status, place, "running", step="search"))
             _say(_rungs(plan, None))
 
 
@@ -180,8 +182,8 @@ def _first_outside(plan: SearchPlan, launcher: Launcher, path: Path, overrides: 
     if not missing():
         return
     run_dir, arguments = Path(plan.recipe.run_dir), (str(path), *overrides, *FIRST)
-    name = f"{plan.recipe.name}-search-{_mark(run_dir, ' '.join(arguments))}"
-    log = search_directory(plan.recipe) / "first.log"
+    name = f"{plan.recipe.name}-search-{_mark(run_dir, None)}"  # one at a time, whatever its settings
+    log = driver_directory(plan.recipe) / "first.log"
     for _ in launcher.run([Task(name, "search", arguments, plan.recipe, log)]):
         deadline = time.monotonic() + launcher.patience
         while missing():
@@ -223,8 +225,8 @@ def _reason(run_dir: Path) -> str:
 
 @contextmanager
 def _told(run_dir: Path) -> Iterator[None]:
-    """status.json of the run says what becomes of the search."""
-    launch.from_rank_0(lambda: write_status(run_dir, "running", step="search"))
+    """status.json there says what becomes of the search."""
+    launch.from_rank_0(partial(write_status, run_dir, "running", step="search"))
     try:
         yield
     except Stopped as stop:
@@ -236,7 +238,7 @@ def _told(run_dir: Path) -> Iterator[None]:
     except Exception as error:
         write_failure(run_dir, step="search", reason=f"rank {launch.job_rank()}: {error}")
         raise
-    launch.from_rank_0(lambda: write_status(run_dir, "done", step="search"))
+    launch.from_rank_0(partial(write_status, run_dir, "done", step="search"))
 
 
 def _say(message: str) -> None:

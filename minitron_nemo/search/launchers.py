@@ -59,7 +59,8 @@ class LocalProcesses:
                 ended = [name for name, process in active.items() if process.poll() is not None]
                 for name in ended:
                     del active[name]
-                    yield name
+                    if not received:  # what ended well now is found by the next search
+                        yield name
                 if not ended:
                     time.sleep(POLL_SECONDS)
         if received:

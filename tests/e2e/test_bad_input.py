@@ -110,6 +110,14 @@ def test_plan_shows_what_a_search_will_do(capsys: pytest.CaptureFixture[str], re
     assert 3 * tokens * 2 * 259 * 48 < search["flops"]["distillation"]
 
 
+def test_a_recipe_may_end_with_the_cut(capsys: pytest.CaptureFixture[str], recipe: Path) -> None:
+    assert main(["plan", str(recipe), "train.steps=0", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["tokens_per_step"], plan["tokens"]["distillation"], plan["flops"]["distillation"]) == (0, 0, 0)
+    assert main(["plan", str(recipe), "train.steps=0"]) == 0
+    assert "0 of 256 tokens" in capsys.readouterr().out
+
+
 PP2 = "parallel.pipeline_model_parallel_size=2 cluster.processes_per_node=2"
 TEACHER_PP2 = "teacher.layout.pipeline_model_parallel_size=2"
 
@@ -119,6 +127,7 @@ TEACHER_PP2 = "teacher.layout.pipeline_model_parallel_size=2"
     [
         ("train.learning_rate=1", "train.learning_rate"),
         ("train.steps=many", "train.steps"),
+        ("train.steps=-1", "train.steps: -1 is not a number of updates"),
         ("prune.hidden_size=128", "prune.hidden_size"),
         ("prune.num_attention_heads=6", "prune.num_attention_heads"),
         ("prune.drop_layers=[0,9]", "prune.drop_layers"),

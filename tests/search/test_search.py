@@ -123,6 +123,7 @@ def test_a_killed_search_goes_on_in_processes_of_its_own_and_ends_with_the_same_
     stopped.wait_for(lambda: list(search.glob("*/training/*/iter_0000001")))
     stopped.process.send_signal(signal.SIGTERM)
     assert stopped.wait() == 75, stopped.output
+    assert json.loads((search / "driver/status.json").read_text())["state"] == "stopped"
     last = Command(tmp_path / "log5", "search", recipe, *parallel)
     assert last.wait() == 0, last.output
     assert table(tmp_path) == table(finished)
@@ -161,7 +162,7 @@ def test_a_candidate_that_fails_is_named_and_the_others_are_trained_all_the_same
     assert code == 1, search.output
     assert f"RuntimeError: {busy.name}: it did not come to its end; see {busy / '1.log'}" in search.output
     assert "in use by another minitron" in (busy / "1.log").read_text()
-    status = json.loads((tmp_path / "run/status.json").read_text())
+    status = json.loads((tmp_path / "run/search/driver/status.json").read_text())
     assert (status["state"], status["step"]) == ("failed", "search")
     for name in CANDIDATES - {busy.name}:
         assert (busy.parent / name / "result_1.json").exists(), name
