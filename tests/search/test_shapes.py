@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from minitron_nemo.arch import Architecture
 from minitron_nemo.config import BudgetConfig, PruneConfig, SearchConfig, ServingConfig, load_recipe
@@ -182,6 +184,15 @@ def test_the_grid_for_4b_gives_as_many_candidates_as_published_and_the_chosen_on
     plan = search_of("nemotron4_15b_to_minitron_4b")
     assert len(plan.candidates) == 18
     assert (32, 24, 9216, 3072) in quadruples(plan)
+
+
+def test_the_section_that_the_documents_show_is_one_for_llama_31_8b() -> None:
+    page = (RECIPES.parent / "docs" / "search.md").read_text()
+    block = [line for line in page.splitlines() if line.startswith("    ") and not line.startswith("    minitron")]
+    section = yaml.safe_load("\n".join(line for line in block if "tail" not in line))["search"]
+    plan = search_of("llama31_8b_to_4b_width", f"search={json.dumps(section)}")
+    assert (32, 32, 9216, 3072) in quadruples(plan)
+    assert plan.entrants == [len(plan.candidates), -(-len(plan.candidates) // 2)]
 
 
 @pytest.mark.parametrize(
