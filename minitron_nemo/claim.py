@@ -28,22 +28,31 @@ from minitron_nemo.parallel import launch
 FILE_NAME = ".lock"
 INTERVAL = 4.0  # seconds between two looks at the file
 
+_held: set[Path] = set()  # by this process
+
 
 @contextmanager
 def claimed(run_dir: Path, *below: Path) -> Iterator[None]:
     """Hold `run_dir`, which is made if need be: a second job on it would overwrite what the first writes. Collective.
 
-    `below` are the directories in it that files are written to; they are made, too.
+    `below` are the directories in it that files are written to; they are made, too. Within such a block the directory
+    is held already, and nothing is done.
 
     Raises UserError if another job holds it, or if it cannot be written to.
     """
+    place = run_dir.absolute()
+    if place in _held:
+        yield
+        return
     with ExitStack() as held:
         mine = launch.from_rank_0(lambda: _claim(run_dir, held, *below))
         ended = threading.Event()
         threading.Thread(target=_watch, args=(run_dir / FILE_NAME, mine, ended), name="claim", daemon=True).start()
+        _held.add(place)
         try:
             yield
         finally:
+            _held.remove(place)
             ended.set()
 
 

@@ -23,7 +23,7 @@ from minitron_nemo.errors import SaidByRankZero, UserError
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
-LOCAL = "MINITRON_LOCAL"  # set in the processes that cluster.launcher=local starts
+LOCAL = "MINITRON_LOCAL"  # set in the processes that cluster.launcher=local and search.launcher=local start
 
 STEPS = {
     "correct": "fine-tune the teacher with cross-entropy on the distillation data",
@@ -34,6 +34,7 @@ STEPS = {
     "distill": "train the pruned student against the teacher",
     "evaluate": "measure teacher, pruned and distilled side by side on held-out text",
     "export": "write the distilled student in the formats of export.formats",
+    "search": "cut and briefly distil the shapes within a budget, and rank them",
     "prepare": "tokenise the text and split off held-out documents",
     "run": "the whole chain; unchanged steps are not run again, interrupted ones resume",
 }
@@ -127,7 +128,14 @@ def _plan(options: argparse.Namespace) -> int:
 
         print(shell_variables(recipe))
         return 0
-    print(json.dumps(to_dict(found), indent=2) if options.json else text(found))
+    from minitron_nemo.search.plan import plan_search
+    from minitron_nemo.search.shapes import has_grid
+
+    search = plan_search(found[0]) if has_grid(recipe.search) else None
+    if options.json:
+        print(json.dumps({**to_dict(found), **({"search": search.to_dict()} if search else {})}, indent=2))
+    else:
+        print(text(found), *([search.text()] if search else []), sep="\n")
     return 0
 
 
@@ -166,11 +174,13 @@ def _convert(options: argparse.Namespace) -> int:
 
 def _steps(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
-    if recipe.cluster.launcher == "local" and "RANK" not in os.environ and "SLURM_PROCID" not in os.environ:
-        return _launch_locally(recipe, options)
     if LOCAL in os.environ:
         _die_with_parent()
-    _stop_outside_steps(Path(recipe.run_dir))
+    in_job = options.verb != "search" or recipe.search.launcher == "none"
+    launched = "RANK" in os.environ or "SLURM_PROCID" in os.environ
+    if recipe.cluster.launcher == "local" and in_job and not launched:
+        return _launch_locally(recipe, options)
+    _stop_outside_steps(Path(recipe.run_dir) if in_job else Path(recipe.run_dir) / "search" / "driver")
     from minitron_nemo.parallel import launch
 
     launch.outlive_a_full_disk()
@@ -179,7 +189,12 @@ def _steps(options: argparse.Namespace) -> int:
     from minitron_nemo.steps import Stopped
 
     try:
-        run_chain(recipe, None if options.verb == "run" else options.verb, options.until, options.stage)
+        if options.verb == "search":
+            from minitron_nemo.search.driver import search
+
+            search(recipe, options.recipe, options.overrides)
+        else:
+            run_chain(recipe, None if options.verb == "run" else options.verb, options.until, options.stage)
     except Stopped:
         return EXIT_STOPPED
     launch.shutdown()  # not after an error: other ranks may be in the middle of a collective

@@ -239,6 +239,53 @@ class ExportConfig:
 
 
 @dataclass
+class BudgetConfig:
+    """What a shape may cost; a limit that is not given does not hold. All but the last are arithmetic."""
+
+    min_parameters: float | None = None
+    max_parameters: float | None = None
+    min_non_embedding_parameters: float | None = None
+    max_non_embedding_parameters: float | None = None
+    max_memory_bytes: float | None = None  # weights, and keys and values of `search.serving`
+    max_latency_seconds: float | None = None  # of one batch of `search.serving`, by its roofline
+    min_tokens_per_second: float | None = None  # as `evaluate` measures the pruned candidate, where the search runs
+
+
+@dataclass
+class ServingConfig:
+    """How the small model will be used: what its memory and its latency are counted for."""
+
+    batch_size: int = 1
+    prompt_tokens: int = 2048
+    new_tokens: int = 256
+    dtype: str = "bfloat16"  # bfloat16 | float16 | float32, of weights, keys and values
+    peak_flops: float | None = None  # FLOP/s of the device; with the bandwidth: the roofline
+    bandwidth: float | None = None  # bytes/s of its memory
+
+
+@dataclass
+class SearchConfig:
+    """`minitron search`: shapes within a budget, each distilled briefly (2407.14679 section 2.3)."""
+
+    # An axis: [values], or {min, max, divisor} for all multiples of a divisor. One that is not given is as in `prune`.
+    num_layers: Any = None
+    hidden_size: Any = None
+    ffn_hidden_size: Any = None
+    ffn_expansion: list[float] | None = None  # instead of ffn_hidden_size: multiples of the hidden size
+    num_attention_heads: Any = None
+    num_query_groups: Any = None
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    serving: ServingConfig = field(default_factory=ServingConfig)
+    max_candidates: int = 64  # more shapes within the budget are refused
+    top_k: int | None = None  # candidates, by their loss before any training, that are trained; None: all
+    rungs: list[int] = field(default_factory=lambda: [100, 300])  # updates of each round of trainings
+    keep: float = 0.5  # share of a rung's candidates that the next rung trains
+    # none: one after the other in this job | local: processes on this machine | slurm: jobs by the `cluster` section
+    launcher: str = "none"
+    jobs: int = 1  # trainings at once, with launcher local or slurm
+
+
+@dataclass
 class ClusterConfig:
     """Where the job runs; what is None is left to Slurm's defaults and sbatch's environment variables."""
 
@@ -262,6 +309,7 @@ class ClusterConfig:
 class Recipe:
     name: str = MISSING
     run_dir: str = "runs/${name}"
+    from_run: str | None = None  # run_dir of another recipe, whose teacher, data and Scores are read, not made again
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
@@ -271,13 +319,14 @@ class Recipe:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     # Partial recipes by name, run in this order: each cuts the student of the one before, the first model.source.
     stages: dict[str, Any] = field(default_factory=dict)
 
 
 # Sections that are no stage's own.
-WHOLE = ("name", "run_dir", "model", "cluster", "stages")
+WHOLE = ("name", "run_dir", "from_run", "model", "search", "cluster", "stages")
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

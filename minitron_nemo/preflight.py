@@ -101,7 +101,7 @@ class Preflight:
 
     @property
     def tokens_per_step(self) -> int:
-        """Of the distillation, the mean over phases."""
+        """Of the distillation, the mean over phases; 0 without one."""
         return self.tokens["distillation"] // max(self.recipe.train.steps, 1)
 
     @property

@@ -34,7 +34,6 @@ from minitron_nemo.errors import SaidByRankZero, UserError
 from minitron_nemo.evaluation.heldout import HeldOut
 from minitron_nemo.evaluation.report import evaluate_models, table
 from minitron_nemo.importance.scores import Scores
-from minitron_nemo.manifest import Manifest
 from minitron_nemo.parallel import launch
 from minitron_nemo.preflight import Preflight
 from minitron_nemo.pruning.calibrate import calibrate
@@ -42,20 +41,23 @@ from minitron_nemo.pruning.plan import make_plan
 from minitron_nemo.pruning.prune import prune
 from minitron_nemo.pruning.repair import fits, repair
 from minitron_nemo.stages import check_choice, plans, stage_directory
-from minitron_nemo.steps import Step, Stopped, run_step, stopped_by_signals
+from minitron_nemo.steps import Step, Stopped, inputs_of, is_done, run_step, stopped_by_signals
 
 # Why a recipe may lack a step.
 ABSENT = {
     "repair": "nothing is cut that prune.repair.ffn or prune.repair.hidden is on for",
     "correct": "teacher.correction.steps is 0",
     "distill": "train.steps is 0",
-    "cache-teacher": "teacher.placement is not cached, or distill.logits_weight is 0",
+    "cache-teacher": "teacher.placement is not cached, or distill.logits_weight or train.steps is 0",
     "export": "export.formats is empty",
 }
 
 
 class Chain:
-    """The steps of one recipe, or of a stage of one, which comes after the stage `before`; with their files."""
+    """The steps of one recipe, or of a stage of one, which comes after the stage `before`; with their files.
+
+    Those up to the Scores may be of the run in `from_run`.
+    """
 
     def __init__(self, plan: Preflight, before: Chain | None = None) -> None:
         self.plan = plan
@@ -63,9 +65,11 @@ class Chain:
         self.before = before
         self.run_dir = Path(self.recipe.run_dir)
         self.directory = directory = stage_directory(self.recipe, plan.stage)
-        self.converted = self.run_dir / "teacher"
-        self.corrected = self.run_dir / "corrected"
-        self.scores = directory / "scores.npz"
+        self.borrowed_from = None if self.recipe.from_run is None else Path(self.recipe.from_run)
+        shared = self.borrowed_from or self.run_dir
+        self.converted = shared / "teacher"
+        self.corrected = shared / "corrected"
+        self.scores = (self.borrowed_from or directory) / "scores.npz"
         self.repaired = directory / "plan"
         self.pruned = directory / "pruned"
         self.cached = directory / "teacher_cache.json"
@@ -75,7 +79,7 @@ class Chain:
         self.student = self.distilled if self.recipe.train.steps else self.pruned
         self.own_text = before is not None and not same_text(before.recipe.data, self.recipe.data)
         if before is None:
-            self.prepared = self.run_dir / "data"
+            self.prepared = shared / "data"
             self.original = self.corrected if self.recipe.teacher.correction.steps else self.converted
             self.source = self.original  # what is cut
         else:
@@ -98,7 +102,7 @@ class Chain:
             settings = {"correction": correction, "data": asdict(recipe.data)}
             inputs = {"teacher": self.converted, **self._data}
             steps.append(Step("correct", inputs, settings, self.corrected, self._correct))
-        return steps
+        return [replace(step, borrowed_from=self.borrowed_from) for step in steps]
 
     def _own_steps(self) -> list[Step]:
         recipe, data, visits = self.recipe, self._data, asdict(self.recipe.data)
@@ -106,19 +110,23 @@ class Chain:
         calibration = {
             key: value for key, value in asdict(recipe.prune.calibration).items() if key in ("samples", "precision")
         }
+        inputs = {**source, **data}
+        calibrating = Step("calibrate", inputs, {**calibration, "data": visits}, self.scores, self._calibrate)
         steps = [
             *([self._preparation()] if self.own_text else []),
-            Step("calibrate", {**source, **data}, {**calibration, "data": visits}, self.scores, self._calibrate),
+            replace(calibrating, borrowed_from=self.borrowed_from),
             *self._repairing({**source, **data, "scores": self.scores}),
             Step("prune", {**source, **self._plan_input()}, asdict(recipe.prune), self.pruned, self._prune),
             *self._caching({**teacher, **data}),
         ]
+        evaluated = asdict(recipe.evaluate)
         if recipe.train.steps:
             inputs = {**teacher, "pruned": self.pruned, **data, **({"cache": self.cached} if self._reads_cache else {})}
             settings = {"distill": asdict(recipe.distill), "train": _numerics(recipe.train), "data": visits}
             steps.append(Step("distill", inputs, settings, self.distilled, self._distill))
-        inputs = {**self._models(), **data}
-        steps.append(Step("evaluate", inputs, asdict(recipe.evaluate), self.evaluation, self._evaluate))
+        else:
+            evaluated |= {"precision": recipe.train.precision, "data": visits}
+        steps.append(Step("evaluate", {**self._models(), **data}, evaluated, self.evaluation, self._evaluate))
         for to in recipe.export.formats:
             output = self.exports / to
             written = {"to": to, "dtype": recipe.export.dtype}
@@ -290,11 +298,10 @@ def run_chain(recipe: Recipe, only: str | None = None, until: str | None = None,
     if not steps:
         raise UserError(f"{only}: the recipe has no such step ({ABSENT[str(only)]})")
     with claimed(run_dir, *(chain.directory for chain in walked)):
-        manifest = Manifest(run_dir)
         for step in steps:
             try:
                 with stopped_by_signals():
-                    run_step(step, manifest, run_dir)
+                    run_step(step, run_dir)
             except Stopped as stop:
                 if stop.args:  # a training says so by itself
                     write_status(run_dir, "stopped", step=step.label, reason=stop.args[0])
@@ -305,6 +312,14 @@ def run_chain(recipe: Recipe, only: str | None = None, until: str | None = None,
                 write_failure(run_dir, step=step.label, reason=f"rank {launch.job_rank()}: {error}")
                 raise
         launch.from_rank_0(lambda: write_status(run_dir, "done", step=only or until))
+
+
+def unchanged(chain: Chain) -> bool:
+    """Whether a run of the chain would find nothing to do. In a job of one process."""
+    return all(
+        step.output.exists() and (step.finds_out or is_done(step, inputs_of(step), chain.run_dir))
+        for step in chain.steps()
+    )
 
 
 def _numerics(config: TrainConfig) -> dict[str, Any]:

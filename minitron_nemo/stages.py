@@ -28,6 +28,8 @@ def plans(recipe: Recipe, world_size: int | None = None, distils: bool = True) -
     """`preflight` of every stage in order, or of a recipe without any. Raises UserError naming stage and key."""
     if not recipe.stages:
         return [preflight(recipe, world_size, distils)]
+    if recipe.from_run is not None:
+        raise UserError("from_run: a recipe with stages makes its Scores itself; leave it out")
     found: list[Preflight] = []
     for name, own in stage_recipes(recipe).items():
         try:

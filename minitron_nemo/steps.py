@@ -36,6 +36,7 @@ class Step:
     work: Callable[[str], None]  # called on every rank with the step's key
     finds_out: bool = False  # whether `work` itself knows what is left to do, and is called each time
     stage: str | None = None  # of the recipe, that the step belongs to
+    borrowed_from: Path | None = None  # the run directory of another recipe that it belongs to; then it is not run here
 
     @property
     def label(self) -> str:
@@ -63,16 +64,30 @@ def stopped_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def run_step(step: Step, manifest: Manifest, run_dir: Path) -> None:
+def inputs_of(step: Step) -> dict[str, str]:
+    """Fingerprints of what it reads. Raises UserError for what is not there."""
+    return {name: _input_fingerprint(step, name, path) for name, path in step.inputs.items()}
+
+
+def is_done(step: Step, inputs: Mapping[str, str], run_dir: Path) -> bool:
+    """Whether the manifest of the run that the step belongs to says that its result is there."""
+    manifest = Manifest(step.borrowed_from or run_dir)
+    return manifest.done(step.record, step_key(inputs, step.settings), fingerprint_of(step.output))
+
+
+def run_step(step: Step, run_dir: Path) -> None:
     """Run the step on every rank of the job, unless the manifest says that its result is there. Raises UserError."""
-    inputs = launch.from_rank_0(
-        lambda: {name: _input_fingerprint(step, name, path) for name, path in step.inputs.items()}
-    )
+    inputs = launch.from_rank_0(lambda: inputs_of(step))
     key = step_key(inputs, step.settings)
     label = f"[{step.label}]"
-    if not step.finds_out and launch.from_rank_0(lambda: manifest.done(step.record, key, _fingerprint(step.output))):
+    if not step.finds_out and launch.from_rank_0(lambda: is_done(step, inputs, run_dir)):
         _say(f"{label} unchanged, not run again: {step.output}")
         return
+    if step.borrowed_from is not None:
+        raise UserError(
+            f"from_run {step.borrowed_from}: {step.output.name} is not there, or is not what {step.name} makes of this "
+            "recipe; run it there first"
+        )
     _say(f"{label} -> {step.output}")
     launch.from_rank_0(lambda: write_status(run_dir, "running", step=step.label))
     start = time.time()
@@ -84,18 +99,18 @@ def run_step(step: Step, manifest: Manifest, run_dir: Path) -> None:
             "key": key,
             "inputs": inputs,
             "settings": dict(step.settings),
-            "output": _fingerprint(step.output),
+            "output": fingerprint_of(step.output),
             "seconds": round(time.time() - start, 3),
             "processes": launch.world_size(),
             "versions": {"minitron_nemo": minitron_nemo.__version__, "torch": torch.__version__},
         }
-        manifest.record(step.record, entry)
+        Manifest(run_dir).record(step.record, entry)
 
     launch.from_rank_0(finish)
     _say(f"{label} done in {time.time() - start:.1f} s")
 
 
-def _fingerprint(path: Path) -> str | None:
+def fingerprint_of(path: Path) -> str | None:
     """Layout-free hash of a checkpoint's weights, hash of the bytes of anything else, None for what is not there."""
     if not path.exists():
         return None
@@ -104,7 +119,7 @@ def _fingerprint(path: Path) -> str | None:
 
 
 def _input_fingerprint(step: Step, name: str, path: Path) -> str:
-    found = _fingerprint(path)
+    found = fingerprint_of(path)
     if found is None:
         raise UserError(f"{path}: not there, but {step.label} reads it as its {name}; run the steps before it first")
     return found

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,34 @@ def submit(recipe: Recipe, path: Path, overrides: Sequence[str], dry_run: bool) 
         f"stop:   scancel --signal=USR1 {after}   (saves and requeues; `scancel {after}` ends it)",
     ]
     return "\n".join(lines)
+
+
+def submit_script(script: str, recipe: Recipe, arguments: Sequence[str]) -> str:
+    """Submit a batch script of launch/ by the recipe's `cluster` section and return the job's id.
+
+    Raises UserError for whatever sbatch refuses.
+    """
+    job = Job(script, _options(recipe, recipe.cluster.nodes))
+    return _sbatch(job.command(repository(), None, arguments), _mounts(recipe))
+
+
+def queued_names() -> set[str]:
+    """Names of this user's jobs that have not ended. Waits for a controller that does not answer.
+
+    Raises UserError where there is no Slurm.
+    """
+    while True:
+        try:
+            done = subprocess.run(
+                ["squeue", "--me", "--noheader", "--format=%j"], capture_output=True, text=True, check=True
+            )
+        except FileNotFoundError:
+            raise UserError("squeue: not found; search.launcher slurm is started where Slurm is installed") from None
+        except subprocess.CalledProcessError as error:
+            print(f"squeue: {' '.join(error.stderr.split())}; asked again", flush=True)
+            time.sleep(30)
+        else:
+            return set(done.stdout.splitlines())
 
 
 def shell_variables(recipe: Recipe) -> str:

@@ -30,7 +30,7 @@ DELTAS = {"pruned": ("teacher",), "distilled": ("teacher", "pruned")}
 
 ORDER = ("source", "corrected", "teacher", "intermediate", "pruned", "distilled")
 
-Evaluation = dict[str, dict[str, float | int | None]]
+Evaluation = dict[str, dict[str, Any]]
 
 
 def evaluate_models(models: Mapping[str, Path], prepared: Path, recipe: Recipe, layout: Layout) -> Evaluation:
@@ -60,6 +60,9 @@ def evaluate_models(models: Mapping[str, Path], prepared: Path, recipe: Recipe, 
 def summarise(measured: Mapping[str, Measured]) -> Evaluation:
     """One record per model; losses in nats per token. A standard error of a single document is None.
 
+    `losses_per_document` are in the order of the documents, the same for every model and every evaluation of one
+    recipe's data: differences between models that were not measured together can be paired.
+
     Documents whose tokens all have weight 0 are left out. Raises UserError if none is left.
     """
     counted = next(iter(measured.values())).weight > 0
@@ -72,6 +75,7 @@ def summarise(measured: Mapping[str, Measured]) -> Evaluation:
         result[name] = {
             "loss": loss,
             "loss_se": error,
+            "losses_per_document": losses[name].tolist(),
             "perplexity": exp(loss),
             "kl_to_teacher": _mean(_per_document(model, model.kl_to_teacher, counted))[0],
             "top1_agreement": _mean(_per_document(model, model.agreement, counted))[0],

@@ -58,6 +58,66 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+GRID = "search.num_layers=[2,3]"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("search.hidden=[32]", "search.hidden"),
+        ("search.hidden_size=[32,65]", "search.hidden_size: 65 is not a size to prune to; the source has 64"),
+        (f"{GRID} search.launcher=pbs", "search.launcher: 'pbs' is not one of none, local, slurm"),
+        (f"{GRID} search.jobs=0", "search.jobs: 0 must be greater than 0"),
+        (f"{GRID} search.top_k=0", "search.top_k: 0 must be greater than 0"),
+        (f"{GRID} search.keep=0", "search.keep: 0 must be a share"),
+        (f"{GRID} search.rungs=[100,100]", "search.rungs: [100, 100] must be numbers of updates"),
+        (f"{GRID} search.rungs=[0]", "search.rungs: [0] must be"),
+        (f"{GRID} search.max_candidates=1", "search.max_candidates: more than 1 shapes"),
+        (f"{GRID} search.serving.dtype=int8", "search.serving.dtype: 'int8' is not one of"),
+        (f"{GRID} search.serving.batch_size=0", "search.serving.batch_size: 0 must be greater than 0"),
+        (f"{GRID} search.serving.bandwidth=1e12", "search.serving.peak_flops: needed for the latency"),
+        (f"{GRID} search.budget.max_latency_seconds=1", "search.serving.peak_flops: needed for the latency"),
+        (f"{GRID} search.budget.max_parameters=10", "search.budget: no shape of the grid is within it"),
+        (f"{GRID} search.budget.min_parameters=2 search.budget.max_parameters=1", "search.budget.min_parameters: 2 is"),
+        (
+            f"{GRID} search.budget.min_tokens_per_second=1 evaluate.generate_tokens=0",
+            "search.budget.min_tokens_per_second: needs evaluate.generate_tokens",
+        ),
+        (f"{GRID} search.launcher=slurm teacher.placement=cached", "search.launcher: slurm trains several"),
+        (f"{GRID} from_run=elsewhere", "leave from_run out"),
+        # What is wrong with one candidate's own recipe names the candidate.
+        (f"{GRID} parallel.pipeline_model_parallel_size=3 cluster.processes_per_node=3", "l2-h64-f64-a8-g4: parallel."),
+        (f"{GRID} train.lr_decay_style=WSD train.lr_wsd_decay_steps=5 search.rungs=[2]", "search.rungs: train.lr_wsd"),
+    ],
+)
+def test_plan_checks_the_search(refused: Callable[..., str], recipe: Path, override: str, words: str) -> None:
+    sizes = ("prune.num_layers=null", "distill.intermediate.pairs=[]")
+    assert words in refused("plan", str(recipe), *sizes, *override.split())
+
+
+def test_plan_shows_what_a_search_will_do(capsys: pytest.CaptureFixture[str], recipe: Path) -> None:
+    overrides = ("prune.num_layers=null", "search.num_layers=[2,3]", "search.hidden_size=[32,48]", "search.keep=0.3")
+    assert main(["plan", str(recipe), *overrides, "search.rungs=[5,10]"]) == 0
+    printed = capsys.readouterr().out
+    assert "4 candidates within the budget, of 4 in the grid" in printed
+    assert "4 of 5 updates, 2 of 10 updates" in printed
+    assert main(["plan", str(recipe), *overrides, "search.rungs=[5,10]", "--json"]) == 0
+    search = json.loads(capsys.readouterr().out)["search"]
+    tokens = (4 * 5 + 2 * 10) * 4 * 64
+    assert search["tokens"] == {"repair": 4 * 16 * 64, "distillation": tokens}
+    # Forward passes of the largest two, and of the teacher; a student's training costs three.
+    assert search["candidates"][0]["name"] == "l3-h48-f64-a8-g4"
+    assert 3 * tokens * 2 * 259 * 48 < search["flops"]["distillation"]
+
+
+def test_a_recipe_may_end_with_the_cut(capsys: pytest.CaptureFixture[str], recipe: Path) -> None:
+    assert main(["plan", str(recipe), "train.steps=0", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["tokens_per_step"], plan["tokens"]["distillation"], plan["flops"]["distillation"]) == (0, 0, 0)
+    assert main(["plan", str(recipe), "train.steps=0"]) == 0
+    assert "0 of 256 tokens" in capsys.readouterr().out
+
+
 PP2 = "parallel.pipeline_model_parallel_size=2 cluster.processes_per_node=2"
 TEACHER_PP2 = "teacher.layout.pipeline_model_parallel_size=2"
 
@@ -67,6 +127,7 @@ TEACHER_PP2 = "teacher.layout.pipeline_model_parallel_size=2"
     [
         ("train.learning_rate=1", "train.learning_rate"),
         ("train.steps=many", "train.steps"),
+        ("train.steps=-1", "train.steps: -1 is not a number of updates"),
         ("prune.hidden_size=128", "prune.hidden_size"),
         ("prune.num_attention_heads=6", "prune.num_attention_heads"),
         ("prune.drop_layers=[0,9]", "prune.drop_layers"),

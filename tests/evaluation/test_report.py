@@ -17,6 +17,7 @@ from tests.models.support import architecture
 KEYS = {
     "loss",
     "loss_se",
+    "losses_per_document",
     "perplexity",
     "kl_to_teacher",
     "top1_agreement",
@@ -60,6 +61,7 @@ def test_losses_are_means_over_documents_with_their_standard_errors() -> None:
         mean = sum(losses) / len(losses)
         variance = sum((loss - mean) ** 2 for loss in losses) / (len(losses) - 1)
         assert record["loss"] == pytest.approx(mean)
+        assert record["losses_per_document"] == pytest.approx(losses)
         assert record["loss_se"] == pytest.approx((variance / len(losses)) ** 0.5)
         assert record["perplexity"] == pytest.approx(np.exp(mean))
         assert record["top1_agreement"] == pytest.approx(np.mean(measured[name].agreement / measured[name].weight))

@@ -67,7 +67,7 @@ def test_no_layout_scores_or_keeps_or_writes_anything_else(
     )
     alone = run_distributed(1, measured, tmp_path / "teacher", Layout(), *tokens)[0]
     scores = run_distributed(processes, measured, tmp_path / "teacher", layout, *tokens)[0]
-    # Squaring an activation, as Nemotron does, doubles its relative error; var of neurons that hardly fire doubles again.
+    # Squaring an activation, as Nemotron does, doubles its relative error; var of hardly firing neurons does again.
     assert_same(scores, alone, 4e-5 if family == "nemotron" else 1e-5)
     for sequence in AGGREGATIONS:
         for over_sequences in AGGREGATIONS:

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Search the shapes of a recipe's `search` section as one Slurm job, one candidate after the other.
+#
+#   sbatch [sbatch options] launch/search.sh RECIPE [key=value ...]
+#
+# What launch/distill.sh does, and by the same rules, with `minitron search`. `minitron search` with search.launcher=slurm,
+# called on a login node, submits this for its first part and launch/distill.sh for every training.
+#
+#SBATCH --job-name=minitron
+#SBATCH --nodes=1
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --requeue
+#SBATCH --signal=USR1@300
+#SBATCH --output=%x-%j.out
+#SBATCH --open-mode=append
+set -euo pipefail
+script=search.sh
+
+if [[ -z ${SLURM_JOB_ID:-} || $# == 0 ]]; then
+    echo "$script: error: usage, as a Slurm job: sbatch launch/$script RECIPE [key=value ...]" >&2
+    exit 2
+fi
+# sbatch runs a copy of this file from its spool directory, so $0 does not tell where the repository is.
+command=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p')
+home=${MINITRON_HOME:-${command%%/launch/"$script"*}}
+if [[ ! -f $home/launch/common.sh ]]; then
+    echo "$script: error: no repository in '$home'; set MINITRON_HOME to where minitron_nemo was cloned" >&2
+    exit 2
+fi
+# shellcheck source=launch/common.sh
+source "$home/launch/common.sh"
+
+run_job "$@" -- search

@@ -1,0 +1,247 @@
+"""`minitron search`: cut and measure every candidate, train the best, measure, train the best of those longer.
+
+    RUN/search/NAME/        run directory of a candidate, with a recipe and a result for every rung it came to
+    RUN/search/table.*      written again after every rung
+    RUN/search/driver/      status and lock of a search that starts processes or jobs; otherwise they are the run's
+
+Each rung trains anew from the cut model, with a schedule that ends at its own last update: losses at the end of a
+schedule are what the ranking is about, and in the midst of a longer one, at a high learning rate, they are not it yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from minitron_nemo.checkpoint.files import write_atomic
+from minitron_nemo.claim import claimed
+from minitron_nemo.config import Recipe, recipe_yaml
+from minitron_nemo.distillation.state import TRACKER
+from minitron_nemo.distillation.status import FILE_NAME as STATUS
+from minitron_nemo.distillation.status import write_failure, write_status
+from minitron_nemo.errors import SaidByRankZero, UserError
+from minitron_nemo.parallel import launch
+from minitron_nemo.preflight import preflight
+from minitron_nemo.run import Chain, run_chain, unchanged
+from minitron_nemo.search.candidates import candidate_recipe, driver_directory, search_directory
+from minitron_nemo.search.launchers import Launcher, LocalProcesses, SlurmJobs, Task
+from minitron_nemo.search.plan import SearchPlan, plan_search
+from minitron_nemo.search.results import Result, Standing, load_result, ranked, result_key, save_result, survivors
+from minitron_nemo.search.shapes import Candidate
+from minitron_nemo.search.table import write_table
+from minitron_nemo.steps import Stopped
+
+# What turns a search that starts processes or jobs into its own first task: all candidates cut and measured in one job.
+FIRST = ("search.launcher=none", "search.rungs=[]")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate's chain for some updates. Its `key` is None while there is nothing to cut it from."""
+
+    candidate: Candidate
+    steps: int
+    chain: Chain
+    key: str | None
+
+    @property
+    def directory(self) -> Path:
+        return self.chain.run_dir
+
+    @property
+    def result_file(self) -> Path:
+        return self.directory / f"result_{self.steps}.json"
+
+
+def search(recipe: Recipe, path: Path, overrides: Sequence[str]) -> None:
+    """Search by the recipe in `path` with `overrides`. Collective over the job; one process with another launcher.
+
+    Raises UserError for wrong input, Stopped where a signal ended it, RuntimeError for candidates that failed. Whatever
+    ended it: called again, it goes on with what is left.
+    """
+    config, outside = recipe.search, recipe.search.launcher != "none"
+    if outside and launch.job_size() > 1:
+        raise UserError(
+            f"search.launcher: {config.launcher} starts what it needs by itself, outside a job; use none within one"
+        )
+    size = None if outside else launch.world_size()
+    plan = launch.from_rank_0(lambda: plan_search(preflight(recipe, size)))
+    place = driver_directory(recipe) if outside else Path(recipe.run_dir)
+    with claimed(place), _told(place):
+        _say(f"{len(plan.candidates)} candidates within the budget, of {plan.grid_size:,} in the grid")
+        if outside:
+            launcher = LocalProcesses(config.jobs) if config.launcher == "local" else SlurmJobs(config.jobs)
+            _first_outside(plan, launcher, path, overrides)
+            _say(_rungs(plan, launcher))
+        else:
+            run_chain(recipe, until="calibrate")
+            launch.from_rank_0(partial(write_status, place, "running", step="search"))
+            _say(_rungs(plan, None))
+
+
+def _rungs(plan: SearchPlan, launcher: Launcher | None) -> str:
+    """Measure, drop, train, until the last rung; the table as text."""
+    config = plan.recipe.search
+    entrants, out = [Standing(candidate, ()) for candidate in plan.candidates], list[Standing]()
+    rungs = (0, *config.rungs)
+    for number, steps in enumerate(rungs):
+        entrants = _measured(plan, entrants, steps, launcher)
+        text = launch.from_rank_0(partial(write_table, plan.recipe, [*entrants, *out], rungs[: number + 1]))
+        kept = _admitted(entrants, plan) if steps == 0 else survivors(entrants, config.keep)
+        if number + 1 < len(rungs):
+            _say(f"after {steps} updates: {len(kept)} of {len(entrants)} go on to {rungs[number + 1]}")
+        out += [standing for standing in entrants if standing not in kept]
+        entrants = kept
+    return f"{text}\n-> {search_directory(plan.recipe) / 'best.yaml'}"
+
+
+def _admitted(standings: Sequence[Standing], plan: SearchPlan) -> list[Standing]:
+    """Those that generate fast enough and, of them, the `top_k` with the lowest losses as cut."""
+    least = plan.recipe.search.budget.min_tokens_per_second
+    fast = [each for each in standings if least is None or (each.last.tokens_per_second or 0.0) >= least]
+    if not fast:
+        fastest = max(each.last.tokens_per_second or 0.0 for each in standings)
+        raise UserError(f"search.budget.min_tokens_per_second: {least:g}, and the fastest makes {fastest:.1f}")
+    return ranked(fast)[: plan.recipe.search.top_k]
+
+
+def _measured(plan: SearchPlan, standings: Sequence[Standing], steps: int, launcher: Launcher | None) -> list[Standing]:
+    """The standings with their results after `steps` updates; what is known already is not done again."""
+    trials = {each.candidate.name: _trial(plan, each.candidate, steps) for each in standings}
+    results = {name: found for name, trial in trials.items() if (found := _known(trial)) is not None}
+    missing = [trial for name, trial in trials.items() if name not in results]
+    for trial in _here(missing) if launcher is None else _outside(missing, launcher):
+        results[trial.candidate.name] = launch.from_rank_0(partial(_record, trial))
+        _say(f"{trial.candidate.name}: loss {results[trial.candidate.name].loss:.4f} after {steps} updates")
+    return [replace(each, results=(*each.results, results[each.candidate.name])) for each in standings]
+
+
+def _trial(plan: SearchPlan, candidate: Candidate, steps: int) -> Trial:
+    recipe = candidate_recipe(plan.recipe, candidate, steps)
+    chain = Chain(launch.from_rank_0(lambda: preflight(recipe, plan.world_size)))
+    return Trial(candidate, steps, chain, result_key(chain))
+
+
+def _known(trial: Trial) -> Result | None:
+    return launch.from_rank_0(lambda: load_result(trial.result_file, trial.key))
+
+
+def _record(trial: Trial) -> Result:
+    """Keep a finished trial's result; its training checkpoints have served."""
+    assert trial.key is not None, "a trial that ended well read teacher, text and Scores"
+    evaluation = json.loads(trial.chain.evaluation.read_text())
+    result = save_result(trial.result_file, trial.key, trial.steps, evaluation)
+    for training in (trial.directory / "training").glob("distilled-*"):
+        (training / TRACKER).unlink(missing_ok=True)
+        for checkpoint in training.glob("iter_*"):
+            shutil.rmtree(checkpoint)
+    return result
+
+
+def _here(trials: Sequence[Trial]) -> Iterator[Trial]:
+    """One after the other, on all ranks of this job."""
+    for trial in trials:
+        launch.from_rank_0(partial(_write, trial))
+        run_chain(trial.chain.recipe)
+        yield trial
+
+
+def _outside(trials: Sequence[Trial], launcher: Launcher) -> Iterator[Trial]:
+    """As processes or jobs of their own. Raises RuntimeError when all have ended and some not well."""
+    tasks = {}
+    for trial in trials:
+        if unchanged(trial.chain):  # it ended while nobody was there to record it
+            yield trial
+        else:
+            file = _write(trial)
+            name = f"{trial.chain.recipe.name}-{_mark(trial.directory, trial.key)}"
+            tasks[name] = trial, Task(name, "run", (str(file),), trial.chain.recipe, file.with_suffix(".log"))
+    failed = []
+    for name in launcher.run([task for _, task in tasks.values()]):
+        trial, task = tasks[name]
+        if _ended_well(trial, launcher.patience):
+            yield trial
+        else:
+            failed.append(f"{trial.candidate.name}: {_reason(trial.directory)}; see {task.log}")
+    if failed:
+        raise RuntimeError("; ".join(failed))
+
+
+def _first_outside(plan: SearchPlan, launcher: Launcher, path: Path, overrides: Sequence[str]) -> None:
+    """Have one process or job make teacher, text and Scores, and cut and measure all candidates."""
+
+    def missing() -> bool:
+        return any(_known(_trial(plan, candidate, 0)) is None for candidate in plan.candidates)
+
+    if not missing():
+        return
+    run_dir, arguments = Path(plan.recipe.run_dir), (str(path), *overrides, *FIRST)
+    name = f"{plan.recipe.name}-search-{_mark(run_dir, None)}"  # one at a time, whatever its settings
+    log = driver_directory(plan.recipe) / "first.log"
+    for _ in launcher.run([Task(name, "search", arguments, plan.recipe, log)]):
+        deadline = time.monotonic() + launcher.patience
+        while missing():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{name}: {_reason(run_dir)}; see {log}")
+            time.sleep(1)
+
+
+def _ended_well(trial: Trial, patience: float) -> bool:
+    deadline = time.monotonic() + patience
+    while not unchanged(trial.chain):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(1)
+    return True
+
+
+def _write(trial: Trial) -> Path:
+    """The file of the trial's recipe."""
+    path = trial.directory / f"{trial.steps}.yaml"
+    trial.directory.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, recipe_yaml(trial.chain.recipe))
+    return path
+
+
+def _mark(directory: Path, key: str | None) -> str:
+    """What tells a task from those of other run directories and other settings."""
+    return hashlib.sha256(f"{directory.absolute()} {key}".encode()).hexdigest()[:8]
+
+
+def _reason(run_dir: Path) -> str:
+    """What a run says of its end, if it says anything."""
+    with suppress(FileNotFoundError):
+        status = json.loads((run_dir / STATUS).read_text())
+        if status["state"] in ("failed", "stopped"):
+            return f"{status['state']}: {status['reason']}"
+    return "it did not come to its end"
+
+
+@contextmanager
+def _told(run_dir: Path) -> Iterator[None]:
+    """status.json there says what becomes of the search."""
+    launch.from_rank_0(partial(write_status, run_dir, "running", step="search"))
+    try:
+        yield
+    except Stopped as stop:
+        if launch.rank() == 0:  # the others may be anywhere
+            write_status(run_dir, "stopped", step="search", reason=", ".join(stop.args) or None)
+        raise
+    except SaidByRankZero:
+        raise
+    except Exception as error:
+        write_failure(run_dir, step="search", reason=f"rank {launch.job_rank()}: {error}")
+        raise
+    launch.from_rank_0(partial(write_status, run_dir, "done", step="search"))
+
+
+def _say(message: str) -> None:
+    if launch.rank() == 0:
+        print(f"[search] {message}", flush=True)

@@ -1,0 +1,144 @@
+"""What the search knows of a candidate after some updates, on disk and compared with the others.
+
+    RUN/search/NAME/result_100.json     what evaluation.json said then; the next rung's training replaces that file
+
+A result has the key of what it was measured with: teacher, text, Scores and all settings that decide it. Another recipe
+finds other keys, and measures again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, isnan, sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minitron_nemo.checkpoint.files import write_atomic
+from minitron_nemo.manifest import step_key
+from minitron_nemo.parallel import launch
+from minitron_nemo.run import Chain
+from minitron_nemo.search.costs import Costs
+from minitron_nemo.search.shapes import Candidate
+from minitron_nemo.steps import fingerprint_of
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Result:
+    """A candidate after `steps` updates. `losses` are those of the documents, the same ones for every candidate."""
+
+    steps: int
+    loss: float
+    loss_se: float | None
+    kl_to_teacher: float
+    losses: tuple[float, ...]
+    tokens_per_second: float | None
+
+    @staticmethod
+    def of(steps: int, evaluation: Mapping[str, Any]) -> Result:
+        """Out of the content of evaluation.json."""
+        record = evaluation["distilled" if steps else "pruned"]
+        return Result(
+            steps=steps,
+            loss=record["loss"],
+            loss_se=record["loss_se"],
+            kl_to_teacher=record["kl_to_teacher"],
+            losses=tuple(record["losses_per_document"]),
+            tokens_per_second=record["generation_tokens_per_second"],
+        )
+
+    def minus(self, other: Result) -> tuple[float, float | None]:
+        """Difference of the losses, paired by document, with its standard error; None for a single document."""
+        differences = np.array(self.losses) - np.array(other.losses)
+        count = len(differences)
+        error = float(differences.std(ddof=1)) / sqrt(count) if count > 1 else None
+        return float(differences.mean()), error
+
+
+def result_key(chain: Chain) -> str | None:
+    """What decides a candidate's result; None while teacher, text or Scores are not there. Collective."""
+    shared = {"teacher": chain.teacher, "data": chain.prepared / "prepared.json", "scores": chain.scores}
+    found = launch.from_rank_0(lambda: {name: fingerprint_of(path) for name, path in shared.items()})
+    known = {name: mark for name, mark in found.items() if mark is not None}
+    if len(known) < len(found):
+        return None
+    return step_key(known, {step.record: dict(step.settings) for step in chain.steps()})
+
+
+def load_result(path: Path, key: str | None) -> Result | None:
+    """The result in the file if it was measured with `key`."""
+    if key is None or not path.exists():
+        return None
+    data = json.loads(path.read_text())
+    if data.get("schema_version") != SCHEMA_VERSION or data["key"] != key:
+        return None
+    return Result.of(data["steps"], data["evaluation"])
+
+
+def save_result(path: Path, key: str, steps: int, evaluation: Mapping[str, Any]) -> Result:
+    """Keep what evaluation.json says now."""
+    content = {"schema_version": SCHEMA_VERSION, "key": key, "steps": steps, "evaluation": evaluation}
+    write_atomic(path, json.dumps(content, indent=2) + "\n")
+    return Result.of(steps, evaluation)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A candidate and its results by updates, those of the last rung it came to last."""
+
+    candidate: Candidate
+    results: tuple[Result, ...]
+
+    @property
+    def last(self) -> Result:
+        return self.results[-1]
+
+    @property
+    def costs(self) -> Costs:
+        return self.candidate.costs
+
+    def after(self, steps: int) -> Result | None:
+        """Its result after so many updates; None if it never got there."""
+        return next((result for result in self.results if result.steps == steps), None)
+
+
+def ranked(standings: Sequence[Standing]) -> list[Standing]:
+    """Best first: by the rung reached, then by the loss there; equal ones as they came."""
+    return sorted(standings, key=lambda each: (-each.last.steps, isnan(each.last.loss), each.last.loss))
+
+
+def survivors(standings: Sequence[Standing], keep: float) -> list[Standing]:
+    """The share `keep` of these, rounded up, with the lowest losses."""
+    return ranked(standings)[: ceil(len(standings) * keep)]
+
+
+def pareto(standings: Sequence[Standing]) -> set[str]:
+    """Names of the candidates that no other dominates in parameters, memory, latency and loss.
+
+    A candidate is compared with all that were measured after the last updates it got: losses after different numbers of
+    updates do not compare.
+    """
+    return {
+        each.candidate.name
+        for each in standings
+        if not any(
+            _dominates(other, each, result)
+            for other in standings
+            if (result := other.after(each.last.steps)) is not None
+        )
+    }
+
+
+def _dominates(other: Standing, each: Standing, result: Result) -> bool:
+    theirs, own = (*_costs(other), result.loss), (*_costs(each), each.last.loss)
+    return theirs != own and all(a <= b for a, b in zip(theirs, own, strict=True))
+
+
+def _costs(standing: Standing) -> tuple[float, ...]:
+    found = standing.costs
+    return found.parameters, found.memory_bytes, found.latency_seconds or 0.0

@@ -1,0 +1,117 @@
+"""The ranked table, as data and for people, and the section of a recipe that the winner is.
+
+RUN/search/table.json, table.tsv, table.md     every candidate, best first
+RUN/search/best.yaml                           the `prune` section that makes the best one
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import yaml
+
+from minitron_nemo.checkpoint.files import write_atomic
+from minitron_nemo.config import Recipe
+from minitron_nemo.search.candidates import pruning, search_directory
+from minitron_nemo.search.results import SCHEMA_VERSION, Standing, pareto, ranked
+
+SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+
+
+def rows(standings: Sequence[Standing], rungs: Sequence[int]) -> list[dict[str, Any]]:
+    """One record per candidate, best first.
+
+    `delta` is the loss minus that of the best candidate after the same updates, the last that this one got, paired by
+    document.
+    """
+    front = pareto(standings)
+    found = []
+    for rank, standing in enumerate(ranked(standings), 1):
+        last, candidate = standing.last, standing.candidate
+        rivals = [result for each in standings if (result := each.after(last.steps)) is not None]
+        delta, delta_se = last.minus(min(rivals, key=lambda result: result.loss))
+        by_rung = {steps: result for steps in rungs if (result := standing.after(steps)) is not None}
+        found.append(
+            {
+                "rank": rank,
+                "name": candidate.name,
+                **{name: getattr(candidate.architecture, name) for name in SIZES},
+                **asdict(candidate.costs),
+                "losses": {str(steps): result.loss for steps, result in by_rung.items()},
+                "steps": last.steps,
+                "loss": last.loss,
+                "loss_se": last.loss_se,
+                "kl_to_teacher": last.kl_to_teacher,
+                "delta": delta,
+                "delta_se": delta_se,
+                "generation_tokens_per_second": last.tokens_per_second,
+                "pareto": candidate.name in front,
+            }
+        )
+    return found
+
+
+def write_table(recipe: Recipe, standings: Sequence[Standing], rungs: Sequence[int]) -> str:
+    """Write the table's files and best.yaml; returns the table as markdown. `rungs` begin with 0, before training."""
+    directory, found = search_directory(recipe), rows(standings, rungs)
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "recipe": recipe.name,
+        "search": asdict(recipe.search),
+        "rungs": list(rungs),
+        "candidates": found,
+    }
+    write_atomic(directory / "table.json", json.dumps(content, indent=2) + "\n")
+    cells = [_header(rungs), *(_cells(row, rungs) for row in found)]
+    write_atomic(directory / "table.tsv", "".join("\t".join(line) + "\n" for line in cells))
+    markdown = _markdown(cells)
+    write_atomic(directory / "table.md", markdown + "\n")
+    write_atomic(directory / "best.yaml", best(recipe, ranked(standings)[0], len(standings)))
+    return markdown
+
+
+def best(recipe: Recipe, winner: Standing, count: int) -> str:
+    """The winner's `prune` section, with how to go on from it."""
+    section = asdict(pruning(winner.candidate, recipe.prune))
+    sizes = {name: section[name] for name in SIZES if section[name] is not None}
+    overrides = " ".join(f"prune.{name}={size}" for name, size in sizes.items())
+    return (
+        f"# The best of {count} candidates of {recipe.name} after {winner.last.steps} updates: {winner.candidate.name},"
+        f" loss {winner.last.loss:.4f}.\n"
+        "# Put the sizes into the recipe's `prune` section, or behind the command:\n"
+        f"#   minitron run RECIPE {overrides}\n" + yaml.safe_dump({"prune": sizes}, sort_keys=False)
+    )
+
+
+def _header(rungs: Sequence[int]) -> list[str]:
+    losses = [f"loss after {steps}" if steps else "loss as cut" for steps in rungs]
+    names = ["", "layers", "hidden", "ffn", "heads", "groups", "parameters", "memory, GB", "latency, s"]
+    return [*names, *losses, "minus the best", "tokens/s", "Pareto"]
+
+
+def _cells(row: dict[str, Any], rungs: Sequence[int]) -> list[str]:
+    latency, speed = row["latency_seconds"], row["generation_tokens_per_second"]
+    error = "" if row["delta_se"] is None else f" ± {row['delta_se']:.4f}"
+    return [
+        str(row["rank"]),
+        *(str(row[name]) for name in SIZES),
+        str(row["parameters"]),
+        f"{row['memory_bytes'] / 1e9:.4g}",
+        "" if latency is None else f"{latency:.4g}",
+        *(f"{row['losses'][str(steps)]:.4f}" if str(steps) in row["losses"] else "" for steps in rungs),
+        f"{row['delta']:+.4f}{error}" if row["delta"] else "",
+        "" if speed is None else f"{speed:.1f}",
+        "yes" if row["pareto"] else "",
+    ]
+
+
+def _markdown(cells: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)

@@ -1,0 +1,122 @@
+"""Ranking, halving and the Pareto front against brute force; differences against the paired formula by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from minitron_nemo.arch import Architecture
+from minitron_nemo.config import Recipe, load_recipe
+from minitron_nemo.search.costs import Costs
+from minitron_nemo.search.results import Result, Standing, pareto, ranked, survivors
+from minitron_nemo.search.shapes import Candidate
+from minitron_nemo.search.table import rows, write_table
+from tests.e2e.chain import write_recipe
+
+
+def standing(number: int, costs: tuple[float, ...], losses: dict[int, float], documents: int = 6) -> Standing:
+    shape = Architecture(
+        num_layers=number + 2,
+        hidden_size=64,
+        ffn_hidden_size=96,
+        num_attention_heads=8,
+        num_query_groups=4,
+        kv_channels=8,
+        vocab_size=259,
+        max_position_embeddings=512,
+    )
+    noise = np.random.default_rng(number).normal(size=documents)
+    noise -= noise.mean()
+    results = tuple(
+        Result(steps, loss, 0.1, 0.2, tuple((loss + noise).tolist()), 10.0) for steps, loss in losses.items()
+    )
+    parameters, memory, latency = costs
+    return Standing(Candidate(shape, Costs(int(parameters), 0, int(memory), latency)), results)
+
+
+def names(standings: list[Standing]) -> list[int]:
+    return [each.candidate.architecture.num_layers - 2 for each in standings]
+
+
+def test_the_front_is_that_of_brute_force() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        standings = []
+        for number in range(12):
+            costs = generator.integers(1, 5, 3)
+            losses = dict(zip((0, 10, 20), generator.integers(1, 6, 3) / 4, strict=True))
+            reached = list(losses)[: 1 + number % 3]
+            standings.append(standing(number, tuple(costs.tolist()), {steps: losses[steps] for steps in reached}))
+        expected = set()
+        for one in standings:
+            steps = one.last.steps
+            beaten = False
+            for other in standings:
+                theirs = {result.steps: result.loss for result in other.results}
+                if steps not in theirs:
+                    continue
+                pairs = [
+                    (other.costs.parameters, one.costs.parameters),
+                    (other.costs.memory_bytes, one.costs.memory_bytes),
+                    (other.costs.latency_seconds, one.costs.latency_seconds),
+                    (theirs[steps], one.last.loss),
+                ]
+                beaten |= all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+            if not beaten:
+                expected.add(one.candidate.name)
+        assert pareto(standings) == expected
+        assert 0 < len(expected) < len(standings)
+
+
+def test_those_that_went_further_rank_first_and_then_the_loss_counts() -> None:
+    costs = (1, 1, 1.0)
+    standings = [
+        standing(0, costs, {0: 1.0}),
+        standing(1, costs, {0: 2.0, 10: 1.5}),
+        standing(2, costs, {0: 3.0, 10: 1.2}),
+        standing(3, costs, {0: 0.5}),
+        standing(4, costs, {0: math.nan}),
+    ]
+    assert names(ranked(standings)) == [2, 1, 3, 0, 4]
+    assert names(survivors(standings[:3], 0.5)) == [2, 1]  # half of three, rounded up
+    assert names(survivors(standings[:3], 0.3)) == [2]
+
+
+def test_differences_are_paired_with_the_best_after_the_same_updates() -> None:
+    costs = (1, 1, 1.0)
+    standings = [standing(0, costs, {0: 2.0, 10: 1.0}), standing(1, costs, {0: 1.5}), standing(2, costs, {0: 1.75})]
+    first, second, third = rows(standings, (0, 10))
+    assert [row["rank"] for row in (first, second, third)] == [1, 2, 3]
+    assert (first["delta"], first["delta_se"]) == (0, 0)
+    assert (second["delta"], second["losses"]) == (0, {"0": 1.5})  # the best of those that got no further
+    differences = np.array(standings[2].last.losses) - np.array(standings[1].last.losses)
+    assert third["delta"] == pytest.approx(0.25)
+    assert third["delta_se"] == pytest.approx(differences.std(ddof=1) / math.sqrt(6))
+    alone = [standing(0, costs, {0: 2.0}, documents=1)]
+    assert rows(alone, (0,))[0]["delta_se"] is None
+
+
+def test_the_tables_say_the_same_and_the_best_is_a_section_of_a_recipe(tmp_path: Path) -> None:
+    recipe: Recipe = load_recipe(write_recipe(tmp_path))
+    (tmp_path / "run" / "search").mkdir(parents=True)
+    standings = [standing(0, (9, 8, 0.5), {0: 2.0, 10: 1.0}), standing(1, (7, 6, 0.25), {0: 1.5})]
+    text = write_table(recipe, standings, (0, 10))
+    directory = tmp_path / "run" / "search"
+    assert (directory / "table.md").read_text() == text + "\n"
+    table = json.loads((directory / "table.json").read_text())["candidates"]
+    assert [row["num_layers"] for row in table] == [2, 3]
+    header, *lines = [line.split("\t") for line in (directory / "table.tsv").read_text().splitlines()]
+    assert [cell.strip() for cell in text.splitlines()[0].strip("|").split("|")] == header
+    assert [dict(zip(header, line, strict=True))["loss after 10"] for line in lines] == ["1.0000", ""]
+    assert [dict(zip(header, line, strict=True))["latency, s"] for line in lines] == ["0.5", "0.25"]
+    best = yaml.safe_load((directory / "best.yaml").read_text())
+    sizes = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 8, "num_query_groups": 4}
+    assert best == {"prune": sizes}
+    [command] = [line for line in (directory / "best.yaml").read_text().splitlines() if "minitron run" in line]
+    chosen = load_recipe(tmp_path / "tiny.yaml", command.split()[4:])
+    assert {name: getattr(chosen.prune, name) for name in sizes} == sizes
