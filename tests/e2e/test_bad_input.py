@@ -127,7 +127,7 @@ TEACHER_PP2 = "teacher.layout.pipeline_model_parallel_size=2"
     [
         ("train.learning_rate=1", "train.learning_rate"),
         ("train.steps=many", "train.steps"),
-        ("train.steps=-1", "train.steps: -1 is not a number of updates"),
+        ("train.steps=-1", "train.steps: -1 must not be negative"),
         ("prune.hidden_size=128", "prune.hidden_size"),
         ("prune.num_attention_heads=6", "prune.num_attention_heads"),
         ("prune.drop_layers=[0,9]", "prune.drop_layers"),
