@@ -7,7 +7,7 @@ from typing import Any
 
 from minitron_nemo.arch.architecture import Architecture
 from minitron_nemo.arch.families import FAMILIES
-from minitron_nemo.arch.family import BridgeModel, family
+from minitron_nemo.arch.family import family
 from minitron_nemo.arch.transformer_config import (
     SCALING_KEYS,
     SILU,
@@ -39,10 +39,11 @@ def architecture_from_bridge(
     fields = {**model, **(nested if isinstance(nested, Mapping) else {})}
     if fields.get("activation_func") == "silu":  # how the nested form spells it
         fields["activation_func"] = SILU
+    named = _model_type(str(model.get("_target_")), fields, origin)
     return architecture_from_fields(
         fields,
         origin,
-        model_type=model_type or _model_type(str(model.get("_target_")), fields, origin),
+        model_type=model_type or named,
         rope_scaling=megatron_scaling(fields.get("rope_scaling"), fields.get("rope_scaling_factor"), origin),
         tokenizer_size=tokenizer_size,
     )
@@ -74,7 +75,7 @@ def bridge_model(architecture: Architecture, dtype: str) -> dict[str, Any]:
 
     Raises UserError for rotary scaling that Megatron-core does not have.
     """
-    names: BridgeModel | None = family(architecture.family).bridge.get(architecture.model_type)
+    names = family(architecture.family).bridge.get(architecture.model_type)
     scaling = architecture.rope_scaling
     if scaling is not None and tuple(scaling[key] for key in SCALING_KEYS[1:]) != _FIXED_SCALING:
         raise UserError(

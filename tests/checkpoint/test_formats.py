@@ -79,7 +79,7 @@ def test_pruned_weights_equal_an_independent_slice(
 
 @pytest.mark.parametrize("to", FORMATS)
 def test_a_window_is_written_as_nvidias_converters_write_it(tmp_path: Path, to: str) -> None:
-    """nemo/collections/llm/gpt/model/mistral.py:197, megatron/bridge/models/mistral/mistral_bridge.py: as it is."""
+    """nemo/collections/llm/gpt/model/mistral.py:216, megatron/bridge/models/mistral/mistral_bridge.py: as it is."""
     original = write_tiny_llama(tmp_path / "hf", model_type="mistral")
     file = original / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"sliding_window": 100}))

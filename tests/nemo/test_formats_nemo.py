@@ -38,22 +38,22 @@ MODELS: dict[str, dict[str, Any]] = {
     "head_dim": {"kv_channels": 16, "num_query_groups": 2},
     "mistral": {"model_type": "mistral", "kv_channels": 16},
     "qwen2": {},
-    "qwen3": {"head_dim": 128},  # NeMo's importer knows no other (qwen3.py:348 leaves it out)
+    "qwen3": {"head_dim": 128},  # NeMo's importer knows no other (qwen3.py:304 leaves it out)
     "nemotron": {},
-    "phi3": {"num_query_groups": 8},  # NeMo's importer knows no other (phi3mini.py:141)
+    "phi3": {"num_query_groups": 8},  # NeMo's importer knows no other (phi3mini.py:136)
 }
-# NeMo exports Phi-3 from fp32 alone (phi3mini.py:160 makes such a model, lightning/io/state.py:214 refuses others).
+# NeMo exports Phi-3 from fp32 alone (phi3mini.py:161 makes such a model, lightning/io/state.py:232 refuses others).
 CASES = [
     *((model, torch.bfloat16) for model in MODELS if model != "phi3"),
     ("untied", torch.float32),
     ("phi3", torch.float32),
 ]
 # What NeMo's converters leave out of the configuration, and what then stands in its place.
-NOT_EXPORTED: dict[str, dict[str, Any]] = {"phi3": {"window_size": None}}  # phi3mini.py:201
+NOT_EXPORTED: dict[str, dict[str, Any]] = {"phi3": {"window_size": None}}  # phi3mini.py:200
 NOT_IMPORTED: dict[str, dict[str, Any]] = {
-    "qwen3": {"max_position_embeddings": 40960},  # qwen3.py:348
-    "phi3": {"max_position_embeddings": 4096, "window_size": None},  # phi3mini.py:141
-    "mistral": {"max_position_embeddings": 100, "window_size": None},  # mistral.py:199: the window's length
+    "qwen3": {"max_position_embeddings": 40960},  # qwen3.py:304
+    "phi3": {"max_position_embeddings": 4096, "window_size": None},  # phi3mini.py:136
+    "mistral": {"max_position_embeddings": 100, "window_size": None},  # mistral.py:219: the window's length
 }
 # Models to import for. Their sizes do not matter: the importers make configurations of their own.
 TARGETS = {
@@ -80,8 +80,8 @@ def no_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def _original(directory: Path, model: str, dtype: torch.dtype = torch.float32, **changed: Any) -> Path:
     """A Hugging Face directory as NeMo takes it: special tokens lie inside the tokenizer's vocabulary where they must.
 
-    NeMo's exporters leave out the rows of tokens that were added to it (nemo/collections/llm/gpt/model/mistral.py:322,
-    nemotron.py:443, phi3mini.py:212); those of the published models were not.
+    NeMo's exporters leave out the rows of tokens that were added to it (nemo/collections/llm/gpt/model/mistral.py:337,
+    nemotron.py:436, phi3mini.py:211); those of Mistral-NeMo were not.
     """
     settings = {**MODELS[model], **changed}
     if model in FAMILIES:
@@ -108,7 +108,7 @@ def _edit(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 @pytest.mark.parametrize(("model", "dtype"), CASES)
 def test_nemo_exports_what_we_write(tmp_path: Path, model: str, dtype: torch.dtype) -> None:
-    # Heads are hidden_size / heads wide in every Phi-3 that NeMo exports (phi3mini.py:201 leaves them out).
+    # Heads are hidden_size / heads wide in every Phi-3 that NeMo exports (phi3mini.py:200 leaves them out).
     original = _original(tmp_path / "hf", model, dtype)
     convert(original, tmp_path / "nemo", "nemo", progress=False)
     llm.export_ckpt(tmp_path / "nemo", "hf", output_path=tmp_path / "back")
@@ -170,7 +170,7 @@ def test_tied_models_are_read_back_though_nemo_does_not_export_them(tmp_path: Pa
 
 
 def test_nemo_exports_a_tied_qwen3_with_an_output_layer_that_is_not_read(tmp_path: Path) -> None:
-    """Made without tying (qwen3.py:373), its output layer is memory that nothing was written to."""
+    """Made without tying (qwen3.py:332), its output layer is memory that nothing was written to."""
     original = _original(tmp_path / "hf", "qwen3", tied=True)
     convert(original, tmp_path / "nemo", "nemo", progress=False)
     llm.export_ckpt(tmp_path / "nemo", "hf", output_path=tmp_path / "exported")
