@@ -60,11 +60,12 @@ test: install slurm-packages
 # The plug-ins, from a wheel that is built for it.
 test-nemo: install-nemo
 	$(NEMO_BIN)/python -m pip install --quiet --no-deps --force-reinstall .
-	$(NEMO_BIN)/python -m pytest tests/nemo tests/test_imports.py
+	$(NEMO_BIN)/python -m pytest tests/nemo tests/test_imports.py $(NEMO_OPTIONS)
 
 # The full matrices of layouts and faults, with those faults on Slurm that `make test` has, too; and the real model.
 soak: install slurm-packages
 	$(PYTEST) -m 'soak or slurm' --timeout=3600
+	$(MAKE) test-nemo NEMO_OPTIONS='-m soak --timeout=3600'
 
 slurm-packages:
 	bash tests/slurm/install.sh

@@ -43,8 +43,9 @@ def write_tiny(
     tied: bool = False,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    **changed: Any,
 ) -> Path:
-    """As `write_tiny_llama`, for any family."""
+    """As `write_tiny_llama`, for any family; `changed` keys of the configuration take the place of `EXTRA`'s."""
     sizes = {"num_layers": num_layers, "hidden_size": hidden_size, "ffn_hidden_size": ffn_hidden_size}
     sizes |= {"num_attention_heads": num_attention_heads, "num_query_groups": num_query_groups}
     if family == "llama":
@@ -61,7 +62,7 @@ def write_tiny(
         bos_token_id=257,
         eos_token_id=256,
         tie_word_embeddings=tied,
-        **EXTRA[family],
+        **{**EXTRA[family], **changed},
     )
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     fill(model, seed, around=0.0 if family == "nemotron" else 1.0)

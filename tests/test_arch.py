@@ -251,6 +251,10 @@ def test_plans_that_do_not_fit_are_refused(change: dict, named: str) -> None:
     [
         ("llama.Llama31Config8B", LLAMA_31_8B),
         ("mistral.MistralNeMoConfig12B", replace(MISTRAL_NEMO_12B, max_position_embeddings=4096)),
+        ("nemotron.Nemotron4Config15B", NEMOTRON4_15B),
+        ("qwen2.Qwen25Config7B", QWEN25_7B),
+        ("qwen3.Qwen3Config8B", QWEN3_8B),
+        ("phi3mini.Phi3ConfigMini", replace(PHI3_MINI, window_size=None)),  # it has no window there
     ],
 )
 def test_nemos_classes_are_the_published_models(name: str, published: Architecture) -> None:

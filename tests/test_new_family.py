@@ -18,6 +18,7 @@ from minitron_nemo.arch.family import Family, HuggingFaceModel
 from minitron_nemo.arch.tensors import TensorSpec
 from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.config import PruneConfig
+from minitron_nemo.errors import UserError
 from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.pruning.plan import make_plan
 from tests.checkpoint.weights import same_weights
@@ -90,8 +91,11 @@ def test_a_family_defined_in_one_place_goes_all_the_way(tmp_path: Path) -> None:
     write_byte_tokenizer(tmp_path / "hf")
 
     convert(tmp_path / "hf", tmp_path / "teacher", "megatron", progress=False)
-    convert(tmp_path / "teacher", tmp_path / "back", "hf", progress=False)
+    convert(tmp_path / "teacher", tmp_path / "bridge", "bridge", progress=False)  # which has no name for it
+    convert(tmp_path / "bridge", tmp_path / "back", "hf", progress=False)
     assert same_weights(tmp_path / "hf", tmp_path / "back")
+    with pytest.raises(UserError, match="NeMo has no classes for stablelm"):
+        convert(tmp_path / "teacher", tmp_path / "nemo", "nemo", progress=False)
 
     sharded = Layout(tensor_model_parallel_size=2, sequence_parallel=True)
     scores = run_distributed(2, knowing, measured, tmp_path / "teacher", sharded, *batch())[0]

@@ -1,4 +1,4 @@
-"""What makes a model family: its tensors, what its layers compute, and how Hugging Face spells its configuration.
+"""What makes a model family: its tensors, what its layers compute, and how other projects name and spell it.
 
 Every family is one module of `arch.families` that defines a `FAMILY`; no code elsewhere knows one by its name.
 """
@@ -6,7 +6,7 @@ Every family is one module of `arch.families` that defines a `FAMILY`; no code e
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from minitron_nemo.errors import UserError
@@ -33,13 +33,54 @@ class HuggingFaceModel:
 
 
 @dataclass(frozen=True)
+class NeMoModel:
+    """How NeMo 2.7 names one of Hugging Face's model types.
+
+    `module` has its classes and `model` is the one of the model. `configs` maps the configuration classes to the one
+    that each is derived from and to what it presets beside what the family says; the first is what is written, or
+    `scaled`, where there is one, with llama3's rotary scaling. `length` is the field of the number of positions.
+    """
+
+    module: str
+    model: str
+    configs: Mapping[str, tuple[str | None, Mapping[str, Any]]]
+    scaled: str | None = None
+    length: str = "seq_length"
+
+
+def nemo_sizes(layers: int, hidden: int, heads: int, groups: int | None, ffn: int, **more: Any) -> dict[str, Any]:
+    """What one of NeMo's configuration classes presets; None for as many query groups as heads."""
+    return {
+        "num_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_query_groups": groups,
+        "ffn_hidden_size": ffn,
+        **more,
+    }
+
+
+@dataclass(frozen=True)
+class BridgeModel:
+    """How Megatron-Bridge names one of Hugging Face's model types.
+
+    `classes` begin the dotted names of the configuration classes that stand for it alone. `written` is the one that is
+    written; None: the class that Megatron-Bridge has for many families, told apart by their features.
+    """
+
+    classes: tuple[str, ...]
+    written: str | None = None
+
+
+@dataclass(frozen=True)
 class Family:
     """The named axes of a family's tensors and, in the names of Megatron-core's TransformerConfig, its layers.
 
     `table` lists all tensors of an architecture in the order of the forward pass. `hugging_face` maps each `model_type`
     that is this family to its configuration. `normalization` is "RMSNorm" or "LayerNorm" (with a bias); gains are
     stored minus one under `layernorm_zero_centered_gamma`. `activation` is "silu" or "squared_relu", of the gate where
-    `gated_linear_unit` and of the product itself otherwise.
+    `gated_linear_unit` and of the product itself otherwise. `nemo` and `bridge` map a `model_type` to its names there;
+    without one it is not written for NeMo, and written for Megatron-Bridge as a model that has no name.
     """
 
     table: Callable[[Architecture], tuple[TensorSpec, ...]]
@@ -50,6 +91,8 @@ class Family:
     gated_linear_unit: bool = True
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
+    nemo: Mapping[str, NeMoModel] = field(default_factory=dict)
+    bridge: Mapping[str, BridgeModel] = field(default_factory=dict)
 
     @property
     def rescales_norms(self) -> bool:

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from minitron_nemo.arch import Architecture
+from minitron_nemo.arch.architecture import FILE_NAME
 from minitron_nemo.arch.bridge import architecture_from_bridge, bridge_model
 from minitron_nemo.checkpoint import tokenizer
 from minitron_nemo.checkpoint.iterations import STATE_FILE, TRACKER_FILE, iteration_name, newest_iteration
@@ -41,7 +42,11 @@ class BridgeSource(TorchDistSource):
         directory = bridge_directory(path) or path
         config = directory / CONFIG_FILE
         files = directory / tokenizer.DIRECTORY
-        architecture = architecture_from_bridge(_model(config), f"{config}: model", tokenizer.tokenizer_size(files))
+        # Beside what this project wrote, and nowhere else.
+        known = Architecture.load(directory).model_type if (directory / FILE_NAME).is_file() else None
+        architecture = architecture_from_bridge(
+            _model(config), f"{config}: model", tokenizer.tokenizer_size(files), known
+        )
         super().__init__(path, directory, architecture, files)
 
 
@@ -60,7 +65,10 @@ def _plain(value: Any) -> Any:
 
 
 class BridgeSink(MegatronSink):
-    """Writes iteration 0 of what Megatron-Bridge's AutoBridge loads."""
+    """Writes iteration 0 of what Megatron-Bridge's AutoBridge loads.
+
+    Its configuration does not tell apart families with the same layers; `architecture.json` beside it does.
+    """
 
     subdirectory = iteration_name(0)
     common = MappingProxyType({"checkpoint_version": 3.0, "iteration": 0})
@@ -70,6 +78,7 @@ class BridgeSink(MegatronSink):
         self._model = bridge_model(architecture, main_dtype(architecture, dtypes))
 
     def describe(self, partial: Path, source: Source) -> None:
+        self.architecture.save(self._weights)
         source.copy_tokenizer(self._weights / tokenizer.DIRECTORY)
         config = {
             "model": {name: value if name == "_target_" else as_targets(value) for name, value in self._model.items()},

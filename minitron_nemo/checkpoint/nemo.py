@@ -10,7 +10,7 @@ from types import MappingProxyType
 import torch
 
 from minitron_nemo.arch import Architecture
-from minitron_nemo.arch.nemo import MODEL_CLASSES, MODULES, architecture_from_nemo, nemo_config
+from minitron_nemo.arch.nemo import architecture_from_nemo, nemo_config, nemo_model
 from minitron_nemo.checkpoint import tokenizer
 from minitron_nemo.checkpoint.megatron import TorchDistSource
 from minitron_nemo.checkpoint.megatron_sink import MegatronSink
@@ -83,13 +83,13 @@ class NemoSink(MegatronSink):
         if has_generation := generation.is_file():
             artifacts.mkdir()
             generation.rename(artifacts / tokenizer.GENERATION_FILE)
-        model_type = self.architecture.model_type
+        names = nemo_model(self.architecture)
         has_tokenizer = any(files.iterdir())
         if not has_tokenizer:
             files.rmdir()
         write_context(
             context,
-            f"{MODULES[model_type]}.{MODEL_CLASSES[model_type]}",
+            f"{names.module}.{names.model}",
             self._config,
             tokenizer=has_tokenizer,
             generation=has_generation,

@@ -143,7 +143,7 @@ def _inside(directory: Path, relative: str, origin: str) -> Path:
 
 
 def write_context(directory: Path, model_class: str, config: Call, *, tokenizer: bool, generation: bool) -> None:
-    """Write io.json and model.yaml of a model; `torch.` at the start of a value makes it a reference.
+    """Write io.json and model.yaml of a model; `torch.` or `nemo.` at the start of a value makes it a reference.
 
     `tokenizer` and `generation` say whether there are files in nemo_tokenizer/ and artifacts/.
     """
@@ -214,4 +214,4 @@ def as_targets(value: Any) -> Any:
 
 
 def _is_reference(value: Any) -> bool:
-    return isinstance(value, str) and value.startswith(("torch.", "transformers."))
+    return isinstance(value, str) and value.startswith(("torch.", "transformers.", "nemo.", "megatron."))

@@ -14,6 +14,7 @@ from typing import Any
 from nemo.collections import llm
 from nemo.lightning import io
 
+from minitron_nemo.arch.families import FAMILIES
 from minitron_nemo.checkpoint.transform import convert
 
 EXTENSION = "minitron"
@@ -35,6 +36,7 @@ class Exporter(io.ModelConnector):
         return output_path
 
 
-for _model in (llm.GPTModel, llm.LlamaModel, llm.MistralModel):
+_models = [getattr(llm, names.model) for layers in FAMILIES.values() for names in layers.nemo.values()]
+for _model in (llm.GPTModel, *_models):
     io.model_importer(_model, EXTENSION)(Importer)
     io.model_exporter(_model, EXTENSION)(Exporter)

@@ -8,7 +8,7 @@ token, sequence-sharded over the tensor-parallel group.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -25,7 +25,8 @@ from torch import Tensor
 from minitron_nemo.checkpoint import safe_pickle
 from minitron_nemo.errors import UserError
 from minitron_nemo.models.output_layer import install_output_layer
-from minitron_nemo.models.states import shard_sequence
+from minitron_nemo.models.states import StateCapture, shard_sequence
+from minitron_nemo.nemo.loss import step_sums
 from minitron_nemo.parallel.layout import Layout
 
 # What both models must share to run on the same ranks.
@@ -53,6 +54,7 @@ class Teacher:
             config = update_config_with_dtype_overrides(dtypes, config)
         self.config = config
         self.layout = layout_of(config)
+        self.capture: StateCapture | None = None  # of the states between layers that losses need
         self.model: GPTModel = config.configure_model(tokenizer)
         if self.model.post_process:
             install_output_layer(self.model).mode = "hidden"
@@ -68,8 +70,13 @@ class Teacher:
         weight: Tensor = self.model.shared_embedding_or_output_weight() if tied else self.model.output_layer.weight
         return weight
 
-    def states(self, batches: list[dict[str, Any]], sequence_length: int, micro_batch_size: int) -> list[Tensor]:
-        """Final states of NeMo's microbatches, [s/tp, b, h_t] each, on the last stage; empty elsewhere. Collective."""
+    def states(
+        self, batches: Sequence[dict[str, Any]], sequence_length: int, micro_batch_size: int
+    ) -> tuple[list[Tensor], list[dict[int, Tensor]]]:
+        """States of NeMo's microbatches, [s/tp, b, h_t] each. Collective.
+
+        The final ones, on the last stage, none elsewhere; and those that `capture` brings to this stage, by number.
+        """
         found: list[Tensor] = get_forward_backward_func()(
             forward_step_func=self._forward_step,
             data_iterator=iter(batches),
@@ -80,7 +87,9 @@ class Teacher:
             forward_only=True,
             collect_non_loss_data=True,
         )
-        return found
+        if self.capture is None:
+            return found, [{} for _ in batches]
+        return found, self.capture.take([(micro_batch_size, sequence_length)] * len(batches))
 
     def _forward_step(self, batches: Iterator[dict[str, Any]], model: GPTModel) -> tuple[Tensor, Any]:
         output = self.config.forward_step_fn(model, {**next(batches), "labels": None})
@@ -115,7 +124,21 @@ class TaughtStep(MegatronStep):
         data, sequence_length = super().get_data_iterator_and_seq_length()
         model = self.pl_module
         batches = [model.data_step(data) for _ in range(self.num_microbatches)]
-        model.teach(batches, sequence_length or self.seq_length, self.micro_batch_size)
+        taught = model.teach(batches, sequence_length or self.seq_length, self.micro_batch_size)
+        if not model.balance.measured:
+            # The first dynamic weights come from a pass of its own: ratios are known when all forwards are done.
+            model.begin(taught)
+            reports = self.forward_backward_func(
+                forward_step_func=self.forward_step_func,
+                data_iterator=data,
+                model=self.model,
+                num_microbatches=self.num_microbatches,
+                seq_length=sequence_length or self.seq_length,
+                micro_batch_size=self.micro_batch_size,
+                forward_only=True,
+            )
+            model.end(step_sums(model, reports))
+        model.begin(taught)
         return data, sequence_length
 
 

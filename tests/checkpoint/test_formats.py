@@ -49,25 +49,47 @@ def test_round_trip_is_bit_identical(tmp_path: Path, model: str, to: str) -> Non
 
 
 @pytest.mark.parametrize("to", FORMATS)
-def test_pruned_weights_equal_an_independent_slice(tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip_of_every_family_is_bit_identical(tmp_path: Path, family: str, tied: bool, to: str) -> None:
+    original = write_tiny(family, tmp_path / "hf", tied=tied, dtype=torch.bfloat16)
+    convert(original, tmp_path / to, to, progress=False)
+    convert(tmp_path / to, tmp_path / "back", "hf", progress=False)
+    assert same_weights(original, tmp_path / "back")
+    assert architecture_of(tmp_path / "back") == architecture_of(original)
+
+
+@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("family", ["llama", *FAMILIES])
+def test_pruned_weights_equal_an_independent_slice(
+    tmp_path: Path, family: str, to: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers, width, heads and query groups are cut."""
     monkeypatch.setattr(transform, "BLOCK_BYTES", 3000)
-    original = write_tiny_llama(tmp_path / "hf")
-    plan = random_plan(architecture_of(original))
+    original = write_tiny(family, tmp_path / "hf")
+    plan = random_plan(architecture_of(original), groups=2)
     convert(original, tmp_path / "teacher", to, progress=False)
     convert(tmp_path / "teacher", tmp_path / "student", to, plan=plan, progress=False)
     convert(tmp_path / "student", tmp_path / "exported", "hf", progress=False)
     expected, found = cut(weights(original), plan), weights(tmp_path / "exported")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert architecture_of(tmp_path / "exported") == plan.target
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("to", FORMATS)
-def test_families_that_are_not_known_there_are_refused(tmp_path: Path, family: str, to: str) -> None:
-    write_tiny(family, tmp_path / "hf")
-    with pytest.raises(UserError, match=f"{family}.*use hf or megatron"):
-        convert(tmp_path / "hf", tmp_path / "out", to, progress=False)
-    assert not (tmp_path / "out").exists()
+def test_a_window_is_written_as_nvidias_converters_write_it(tmp_path: Path, to: str) -> None:
+    """nemo/collections/llm/gpt/model/mistral.py:216, megatron/bridge/models/mistral/mistral_bridge.py: as it is."""
+    original = write_tiny_llama(tmp_path / "hf", model_type="mistral")
+    file = original / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"sliding_window": 100}))
+    convert(original, tmp_path / "out", to, progress=False)
+    assert open_source(tmp_path / "out").architecture == architecture_of(original)
+    if to == "nemo":
+        written = yaml.safe_load((tmp_path / "out" / "context" / "model.yaml").read_text())["config"]
+    else:
+        written = yaml.safe_load((tmp_path / "out" / "iter_0000000" / "run_config.yaml").read_text())["model"]
+    assert (written["window_size"], written["seq_length"], written["cp_comm_type"]) == ([100, 0], 512, "a2a")
 
 
 # What TransformerEngine's layer spec names (megatron/core/models/gpt/gpt_layer_specs.py, Megatron-core 0.16.1), as
@@ -91,8 +113,30 @@ KEYS = {
 }
 
 
+# What the mappings of the other families (qwen2_bridge.py, qwen3.py, ...) ask for beside these.
+MORE_KEYS = {
+    "qwen2": {"decoder.layers.self_attention.linear_qkv.bias"},
+    "qwen3": {f"decoder.layers.self_attention.{kind}_layernorm.weight" for kind in "qk"},
+    "nemotron": {
+        "decoder.layers.self_attention.linear_qkv.layer_norm_bias",
+        "decoder.layers.mlp.linear_fc1.layer_norm_bias",
+        "decoder.final_layernorm.bias",
+    },
+    "phi3": set(),
+}
+PLACES = [("nemo", "module.", "weights"), ("bridge", "", "iter_0000000")]
+
+
+@pytest.mark.parametrize(("to", "prefix", "inner"), PLACES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_of_every_family(tmp_path: Path, family: str, to: str, prefix: str, inner: str) -> None:
+    convert(write_tiny(family, tmp_path / "hf"), tmp_path / "out", to, progress=False)
+    with open(tmp_path / "out" / inner / ".metadata", "rb") as file:
+        assert set(pickle.load(file).state_dict_metadata) == {prefix + key for key in KEYS | MORE_KEYS[family]}
+
+
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(("to", "prefix", "inner"), [("nemo", "module.", "weights"), ("bridge", "", "iter_0000000")])
+@pytest.mark.parametrize(("to", "prefix", "inner"), PLACES)
 def test_keys_are_those_of_transformer_engines_layers(
     tmp_path: Path, to: str, prefix: str, inner: str, tied: bool
 ) -> None:
@@ -131,6 +175,44 @@ def test_bridges_configuration_makes_the_model(tmp_path: Path) -> None:
     for file in (tmp_path / "out" / "latest_train_state.pt", directory / "train_state.pt"):
         state = torch.load(file, weights_only=True)
         assert state["step"].item() == 0 and state["floating_point_operations_so_far"].dtype == torch.float64
+
+
+# A class of its own that a family has in Megatron-Bridge 0.3.1, and what its converters set on GPTModelProvider
+# (megatron/bridge/models/*/*_bridge.py).
+BRIDGE: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "qwen2": ("qwen.qwen_provider.Qwen25ModelProvider7B", {"add_qkv_bias": True}),
+    "qwen3": ("qwen.qwen_provider.Qwen3ModelProvider8B", {"qk_layernorm": True, "kv_channels": 16}),
+    "nemotron": (
+        "nemotron.nemotron_provider.Nemotron4ModelProvider15B",
+        {
+            "layernorm_zero_centered_gamma": True,
+            "rotary_percent": 0.5,
+            "activation_func": {"_target_": "megatron.core.activations.squared_relu", "_call_": False},
+        },
+    ),
+    "phi3": (None, {"window_size": [10, 0]}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bridges_configuration_of_every_family(tmp_path: Path, family: str) -> None:
+    original = write_tiny(family, tmp_path / "hf")
+    convert(original, tmp_path / "out", "bridge", progress=False)
+    directory = tmp_path / "out" / "iter_0000000"
+    config = yaml.safe_load((directory / "run_config.yaml").read_text())
+    own_class, features = BRIDGE[family]
+    expected = {"_target_": "megatron.bridge.models.gpt_provider.GPTModelProvider", **features}
+    assert {key: config["model"][key] for key in expected} == expected
+    # What Megatron-Bridge saves has no architecture.json beside it.
+    (directory / "architecture.json").unlink()
+    if own_class is None:
+        with pytest.raises(UserError, match="window_size is .* for llama"):
+            open_source(tmp_path / "out")
+        return
+    assert open_source(tmp_path / "out").architecture == architecture_of(original)
+    config["model"]["_target_"] = f"megatron.bridge.models.{own_class}"
+    (directory / "run_config.yaml").write_text(yaml.safe_dump(config))
+    assert open_source(tmp_path / "out").architecture == architecture_of(original)
 
 
 def test_bridge_is_read_by_iteration_and_by_tracker(tmp_path: Path) -> None:
@@ -194,8 +276,7 @@ def test_the_command_line_and_recipes_take_every_format(tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("to", "model", "named"),
     [
-        ("nemo", {"model_type": "mistral", "tied": True}, "NeMo's Mistral"),
-        ("nemo", {"model_type": "mistral", "rope_scaling": LLAMA3_ROPE}, "NeMo's Mistral"),
+        ("nemo", {"model_type": "mistral", "rope_scaling": LLAMA3_ROPE}, "NeMo's MistralModel has no rotary scaling"),
         ("bridge", {"rope_scaling": LLAMA3_ROPE}, "original_max_position_embeddings"),
     ],
 )

@@ -33,8 +33,11 @@ def architecture_of(directory: Path) -> Architecture:
     return architecture_from_hf(json.loads((directory / "config.json").read_text()))
 
 
-def random_plan(source: Architecture, seed: int = 0) -> Plan:
-    """Cuts every axis: 3 of 4 layers, half of the heads of each group, 3/4 of hidden channels, 2/3 of the neurons."""
+def random_plan(source: Architecture, seed: int = 0, groups: int | None = None) -> Plan:
+    """Cuts every axis: 3 of 4 layers, half of the heads of each group, 3/4 of hidden channels, 2/3 of the neurons.
+
+    With `groups` so many query groups of each layer are kept, None: all.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def choose(total: int, count: int) -> tuple[int, ...]:
@@ -43,15 +46,17 @@ def random_plan(source: Architecture, seed: int = 0) -> Plan:
     layers = choose(source.num_layers, source.num_layers * 3 // 4)
     hidden, ffn = source.hidden_size * 3 // 4, source.ffn_hidden_size * 2 // 3
     per_group = source.heads_per_group
-    heads = tuple(
-        tuple(
-            group * per_group + head
-            for group in range(source.num_query_groups)
-            for head in choose(per_group, per_group // 2)
-        )
+    kept_groups = [
+        choose(source.num_query_groups, groups) if groups is not None else range(source.num_query_groups)
         for _ in layers
+    ]
+    heads = tuple(
+        tuple(group * per_group + head for group in of_layer for head in choose(per_group, per_group // 2))
+        for of_layer in kept_groups
     )
     sizes = {Axis.LAYERS: len(layers), Axis.HIDDEN: hidden, Axis.FFN: ffn, Axis.HEADS: len(heads[0])}
+    if groups is not None:
+        sizes[Axis.GROUPS] = groups
     return Plan(
         source=source,
         target=source.resized(sizes),
@@ -59,6 +64,7 @@ def random_plan(source: Architecture, seed: int = 0) -> Plan:
         kept_hidden=choose(source.hidden_size, hidden),
         kept_ffn=tuple(choose(source.ffn_hidden_size, ffn) for _ in layers),
         kept_heads=heads,
+        kept_groups=None if groups is None else tuple(tuple(of_layer) for of_layer in kept_groups),
     )
 
 

@@ -95,6 +95,15 @@ def expected_step(
     )
 
 
+def states_of(model: Any) -> dict[int, Tensor]:
+    """Filled by the next forward: the output of every norm that reads the stream after layer k, -1 the embedding."""
+    norms = [layer.input_layernorm for layer in model.model.layers] + [model.model.norm]
+    found: dict[int, Tensor] = {}
+    for state, norm in enumerate(norms, start=-1):
+        norm.register_forward_hook(lambda _module, _inputs, output, state=state: found.__setitem__(state, output))
+    return found
+
+
 def _divergence(teacher: Tensor, student: Tensor, name: str, beta: float) -> Tensor:
     """Of log-probabilities, per token."""
     if name == "forward_kl":

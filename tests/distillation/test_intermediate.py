@@ -28,7 +28,7 @@ from minitron_nemo.models.build import build_model
 from minitron_nemo.models.checkpoint import load_model
 from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
-from tests.distillation.reference import random_microbatches
+from tests.distillation.reference import random_microbatches, states_of
 from tests.distillation.runs import Job, Result, assert_identical, run
 from tests.distillation.test_step import LAYOUTS, SEQUENCE, own_share, whole_gradients, worst_gradient
 from tests.families import write_tiny
@@ -68,15 +68,6 @@ def projection_of(models: dict[str, Path], student: str) -> Tensor | None:
     if widths[0] == widths[1]:
         return None
     return torch.randn(*widths, generator=torch.Generator().manual_seed(5)) * 0.2
-
-
-def states_of(model: Any) -> dict[int, Tensor]:
-    """Filled by the next forward: the output of every norm that reads the stream after layer k, -1 the embedding."""
-    norms = [layer.input_layernorm for layer in model.model.layers] + [model.model.norm]
-    found: dict[int, Tensor] = {}
-    for state, norm in enumerate(norms, start=-1):
-        norm.register_forward_hook(lambda _module, _inputs, output, state=state: found.__setitem__(state, output))
-    return found
 
 
 def expected_intermediate(

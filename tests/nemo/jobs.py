@@ -17,14 +17,16 @@ from tests.tiny import write_tiny_llama
 ROOT = Path(__file__).parents[2]
 
 
-def write_models(directory: Path) -> tuple[Path, Path]:
-    """Student and teacher of two widths, Hugging Face and (in SAME-nemo) NeMo checkpoints.
+def write_models(directory: Path, depth: bool = False) -> tuple[Path, Path]:
+    """Student and teacher of two widths (or depths), Hugging Face and (in SAME-nemo) NeMo checkpoints.
 
     260 tokens: NeMo takes the vocabulary as it is, and it has to divide by the tensor-parallel size.
     """
-    both: dict[str, Any] = {"num_layers": 2, "vocab_size": 260}
-    student = write_tiny_llama(directory / "student", hidden_size=48, ffn_hidden_size=64, seed=1, **both)
-    teacher = write_tiny_llama(directory / "teacher", seed=2, **both)
+    sizes = (
+        ({"num_layers": 2}, {"num_layers": 4}) if depth else ({"num_layers": 2, "hidden_size": 48}, {"num_layers": 2})
+    )
+    student = write_tiny_llama(directory / "student", ffn_hidden_size=64, vocab_size=260, seed=1, **sizes[0])
+    teacher = write_tiny_llama(directory / "teacher", vocab_size=260, seed=2, **sizes[1])
     for model in (student, teacher):
         convert(model, nemo(model), "nemo", progress=False)
     return student, teacher
@@ -55,6 +57,7 @@ def run_job(job: str, directory: Path, student: Path, samples: Path, **settings:
         "processes": 1,
         "precision": "32",
         "layout": {},
+        "intermediate": {"pairs": []},
         **settings,
     }
     path = directory / "settings.json"

@@ -83,7 +83,8 @@ def main(job: str, settings: dict[str, Any]) -> None:
                 use_distributed_optimizer=True,
             )
         )
-        objective = DistillConfig(**settings["objective"], intermediate=IntermediateConfig(pairs=[]))
+        intermediate = IntermediateConfig(**settings["intermediate"])
+        objective = DistillConfig(**settings["objective"], intermediate=intermediate)
         llm_distill(settings["student"], settings["teacher"], data, trainer, objective, log, resume, optim)
     else:
         model = io.load_context(Path(settings["student"]) / "context", subpath="model")

@@ -22,11 +22,13 @@ from nemo.lightning import MegatronStrategy
 from nemo.lightning.io import pl
 
 
-class Norm(torch.nn.RMSNorm):
-    """RMSNorm by the signature that layer specs are built with."""
+class Norm(torch.nn.Module):
+    """The weights of a norm, by the signature that layer specs are built with; no model runs here."""
 
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps, dtype=config.params_dtype)
+    def __init__(self, config: Any, hidden_size: int, **_: Any) -> None:
+        super().__init__()
+        for name in norm_weights(config):
+            self.register_parameter(name, torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype)))
 
 
 class NormLinear(tensor_parallel.ColumnParallelLinear):
@@ -34,16 +36,18 @@ class NormLinear(tensor_parallel.ColumnParallelLinear):
 
     def __init__(self, input_size: int, output_size: int, *, config: Any, **options: Any) -> None:
         super().__init__(input_size, output_size, config=config, **options)
-        self.layer_norm_weight = torch.nn.Parameter(torch.ones(input_size, dtype=config.params_dtype))
-
-    def forward(self, states: torch.Tensor, *arguments: Any, **options: Any) -> Any:
-        normed = torch.nn.functional.rms_norm(states, states.shape[-1:], self.layer_norm_weight)
-        return super().forward(normed, *arguments, **options)
+        for name in norm_weights(config):
+            weight = torch.nn.Parameter(torch.ones(input_size, dtype=config.params_dtype))
+            self.register_parameter(f"layer_norm_{name}", weight)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
         found = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        norm = {"layer_norm_weight": self.layer_norm_weight}
+        norm = {name: weight for name, weight in self.named_parameters() if name.startswith("layer_norm_")}
         return found | make_sharded_tensors_for_checkpoint(norm, prefix, {}, sharded_offsets)
+
+
+def norm_weights(config: Any) -> tuple[str, ...]:
+    return ("weight", "bias") if config.normalization == "LayerNorm" else ("weight",)
 
 
 def layer_spec(config: Any) -> ModuleSpec:
@@ -51,7 +55,10 @@ def layer_spec(config: Any) -> ModuleSpec:
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = IdentityOp
     spec.submodules.pre_mlp_layernorm = IdentityOp
-    spec.submodules.self_attention.submodules.linear_qkv = NormLinear
+    attention = spec.submodules.self_attention.submodules
+    attention.linear_qkv = NormLinear
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = Norm
     spec.submodules.mlp.submodules.linear_fc1 = NormLinear
     spec.submodules.sharded_state_dict_keys_map = {}
     return spec

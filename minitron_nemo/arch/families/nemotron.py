@@ -8,7 +8,7 @@ from __future__ import annotations
 from minitron_nemo.arch import blocks
 from minitron_nemo.arch.architecture import Architecture
 from minitron_nemo.arch.blocks import FFN, FINAL_NORM, HF_LAYER, INPUT_NORM, PRE_MLP_NORM
-from minitron_nemo.arch.family import Family, HuggingFaceModel
+from minitron_nemo.arch.family import BridgeModel, Family, HuggingFaceModel, NeMoModel, nemo_sizes
 from minitron_nemo.arch.tensors import TensorSpec
 
 
@@ -27,6 +27,23 @@ def table(architecture: Architecture) -> tuple[TensorSpec, ...]:
     )
 
 
+# Presets of NeMo's classes are those of the 4B model where they say nothing else.
+_4B = nemo_sizes(32, 3072, 24, 8, 9216, kv_channels=128)
+_PLAIN = {"kv_channels": None}
+
+NEMO = NeMoModel(
+    "nemo.collections.llm.gpt.model.nemotron",
+    "NemotronModel",
+    {
+        "NemotronConfig": (None, {**_4B, "seq_length": 4096, "rotary_percent": 0.5}),
+        "Nemotron3Config4B": ("NemotronConfig", {}),
+        "Nemotron3Config8B": ("NemotronConfig", nemo_sizes(32, 4096, 32, None, 16384, **_PLAIN)),
+        "Nemotron3Config22B": ("NemotronConfig", nemo_sizes(40, 6144, 48, None, 24576, **_PLAIN)),
+        "Nemotron4Config15B": ("NemotronConfig", nemo_sizes(32, 6144, 48, 8, 24576, **_PLAIN)),
+        "Nemotron4Config340B": ("NemotronConfig", nemo_sizes(96, 18432, 96, 8, 73728, **_PLAIN)),
+    },
+)
+
 FAMILY = Family(
     table,
     {
@@ -40,4 +57,6 @@ FAMILY = Family(
     layernorm_zero_centered_gamma=True,
     activation="squared_relu",
     gated_linear_unit=False,
+    nemo={"nemotron": NEMO},
+    bridge={"nemotron": BridgeModel(("megatron.bridge.models.nemotron.",))},
 )

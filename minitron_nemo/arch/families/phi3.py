@@ -9,7 +9,7 @@ from __future__ import annotations
 from minitron_nemo.arch import blocks
 from minitron_nemo.arch.architecture import Architecture
 from minitron_nemo.arch.blocks import FINAL_NORM, GATE_AND_UP, HF_LAYER, INPUT_NORM, LAYER, PRE_MLP_NORM
-from minitron_nemo.arch.family import Family, HuggingFaceModel
+from minitron_nemo.arch.family import Family, HuggingFaceModel, NeMoModel, nemo_sizes
 from minitron_nemo.arch.tensors import Piece, TensorSpec
 
 
@@ -36,6 +36,15 @@ def _fused_qkv(architecture: Architecture) -> list[Piece]:
     return blocks.by_group(architecture, [(name, 0), (name, queries), (name, queries + keys)])
 
 
+NEMO = NeMoModel(
+    "nemo.collections.llm.gpt.model.phi3mini",
+    "Phi3Model",
+    {
+        "Phi3Config": (None, {"seq_length": 4096}),
+        "Phi3ConfigMini": ("Phi3Config", nemo_sizes(32, 3072, 32, 32, 8192, rotary_base=10000.0, vocab_size=32064)),
+    },
+)
+
 FAMILY = Family(
     table,
     {
@@ -49,4 +58,5 @@ FAMILY = Family(
             {"hidden_act": "silu"},
         )
     },
+    nemo={"phi3": NEMO},
 )

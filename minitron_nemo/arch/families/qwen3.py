@@ -5,7 +5,7 @@ from __future__ import annotations
 from minitron_nemo.arch import blocks
 from minitron_nemo.arch.architecture import Architecture
 from minitron_nemo.arch.blocks import FINAL_NORM, HF_LAYER, INPUT_NORM, PRE_MLP_NORM
-from minitron_nemo.arch.family import Family, HuggingFaceModel
+from minitron_nemo.arch.family import BridgeModel, Family, HuggingFaceModel, NeMoModel, nemo_sizes
 from minitron_nemo.arch.tensors import TensorSpec
 
 
@@ -25,6 +25,33 @@ def table(architecture: Architecture) -> tuple[TensorSpec, ...]:
     )
 
 
+_TIED = {"share_embeddings_and_output_weights": True}
+
+NEMO = NeMoModel(
+    "nemo.collections.llm.gpt.model.qwen3",
+    "Qwen3Model",
+    {
+        "Qwen3Config": (
+            None,
+            {
+                "num_query_groups": 8,
+                "kv_channels": 128,
+                "max_position_embeddings": 40960,
+                "vocab_size": 151936,
+                "layernorm_epsilon": 1e-6,
+                "rotary_base": 1_000_000.0,
+            },
+        ),
+        "Qwen3Config600M": ("Qwen3Config", nemo_sizes(28, 1024, 16, 8, 3072, **_TIED)),
+        "Qwen3Config1P7B": ("Qwen3Config", nemo_sizes(28, 2048, 16, 8, 6144, **_TIED)),
+        "Qwen3Config4B": ("Qwen3Config", nemo_sizes(36, 2560, 32, 8, 9728, **_TIED)),
+        "Qwen3Config8B": ("Qwen3Config", nemo_sizes(36, 4096, 32, 8, 12288)),
+        "Qwen3Config14B": ("Qwen3Config", nemo_sizes(40, 5120, 40, 8, 17408)),
+        "Qwen3Config32B": ("Qwen3Config", nemo_sizes(64, 5120, 64, 8, 25600)),
+    },
+    length="max_position_embeddings",
+)
+
 FAMILY = Family(
     table,
     {
@@ -36,4 +63,6 @@ FAMILY = Family(
         )
     },
     qk_layernorm=True,
+    nemo={"qwen3": NEMO},
+    bridge={"qwen3": BridgeModel(("megatron.bridge.models.qwen.qwen_provider.Qwen3Model",))},
 )
