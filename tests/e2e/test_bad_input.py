@@ -198,6 +198,17 @@ def test_plan_shows_both_worlds(capsys: pytest.CaptureFixture[str], recipe: Path
     assert json.loads(capsys.readouterr().out)["distillation"]["student"] == {"processes": 2, "data_parallel_size": 2}
 
 
+def test_plan_says_what_groups_of_zeros_cost(capsys: pytest.CaptureFixture[str], recipe: Path) -> None:
+    """Two heads of each of three groups on TP2; the teacher's four groups divide."""
+    tp2 = ["parallel.tensor_model_parallel_size=2", "cluster.processes_per_node=2", "prune.num_query_groups=3"]
+    assert main(["plan", str(recipe), *tp2]) == 0
+    said = capsys.readouterr().out
+    assert "student, padded       to 8 heads in 4 groups, by zeros: " in said and "teacher, padded" not in said
+    assert main(["plan", str(recipe), *tp2, "--json"]) == 0
+    padding = json.loads(capsys.readouterr().out)["padding"]
+    assert padding["teacher"] is None and padding["student"]["num_query_groups"] == 4
+
+
 def test_a_job_that_ends_with_the_pruning_needs_no_place_for_the_teacher(recipe: Path) -> None:
     of = load_recipe(recipe, ["teacher.placement=separate", "teacher.layout={}", "teacher.processes=4"])
     with pytest.raises(UserError, match="leaves no process"):
