@@ -136,7 +136,13 @@ def test_a_killed_search_goes_on_in_processes_of_its_own_and_ends_with_the_same_
 
 def test_a_run_borrows_teacher_and_scores_if_they_are_what_it_would_make(finished: Path, tmp_path: Path) -> None:
     recipe, run = str(finished / "tiny.yaml"), tmp_path / "run"
-    cut = ("prune.ffn_hidden_size=64", "prune.num_layers=2", "train.steps=0", "export.formats=[megatron]")
+    cut = (
+        "prune.ffn_hidden_size=64",
+        "prune.num_layers=2",
+        "train.steps=0",
+        "export.formats=[megatron]",
+        "export.dtype=null",
+    )
     arguments = (recipe, f"run_dir={run}", f"from_run={finished / 'run'}", *cut)
     other = Command(tmp_path / "log1", "run", *arguments, "prune.calibration.samples=4")
     assert other.wait() == 2
