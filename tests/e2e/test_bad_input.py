@@ -105,9 +105,17 @@ def test_plan_shows_what_a_search_will_do(capsys: pytest.CaptureFixture[str], re
     search = json.loads(capsys.readouterr().out)["search"]
     tokens = (4 * 5 + 2 * 10) * 4 * 64
     assert search["tokens"] == {"repair": 4 * 16 * 64, "distillation": tokens}
-    # Forward passes of the largest two, and of the teacher; a student's training costs three.
     assert search["candidates"][0]["name"] == "l3-h48-f64-a8-g4"
-    assert 3 * tokens * 2 * 259 * 48 < search["flops"]["distillation"]
+
+    def forward(layers: int, hidden: int, ffn: int) -> int:
+        """FLOPs of a token among 64: matrices, logits, attention over 32 on average."""
+        matrices = layers * (hidden * (8 + 4 + 4 + 8) * 8 + 3 * hidden * ffn) + 259 * hidden
+        return 2 * matrices + layers * 4 * 32 * 64
+
+    updates = [forward(4, 64, 96) + 3 * forward(layers, hidden, 64) for layers in (3, 2) for hidden in (48, 32)]
+    largest = sorted(updates)[2:]
+    assert search["flops"]["distillation"] == 4 * 64 * (5 * sum(updates) + 10 * sum(largest))
+    assert search["flops"]["repair"] == 4 * 16 * 64 * forward(4, 64, 96)
 
 
 def test_a_recipe_may_end_with_the_cut(capsys: pytest.CaptureFixture[str], recipe: Path) -> None:
