@@ -12,7 +12,7 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
-from minitron_nemo.checkpoint import transform
+from minitron_nemo.checkpoint import blocks
 from minitron_nemo.checkpoint.inspect import describe
 from minitron_nemo.checkpoint.source import open_source
 from minitron_nemo.checkpoint.transform import convert
@@ -50,7 +50,7 @@ def test_round_trip_is_bit_identical(tmp_path: Path, model: str, to: str) -> Non
 
 @pytest.mark.parametrize("to", FORMATS)
 def test_pruned_weights_equal_an_independent_slice(tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transform, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 3000)
     original = write_tiny_llama(tmp_path / "hf")
     plan = random_plan(architecture_of(original))
     convert(original, tmp_path / "teacher", to, progress=False)
