@@ -129,12 +129,13 @@ class Scores:
         return np.maximum(squares / self.sequences - (total / self.sequences) ** 2, 0.0)
 
     @staticmethod
-    def merge(passes: Sequence[Scores], names: Sequence[str]) -> Scores:
-        """What one pass over the samples of all `passes`, two at least, measures; `names` are theirs in errors.
+    def merge(passes: Sequence[Scores], names: Sequence[str] = ()) -> Scores:
+        """What one pass over the samples of all `passes`, one at least, measures; `names` are theirs in errors.
 
         Moments are sums, and means over tokens are weighted with the tokens. Raises UserError for another model,
         other settings, samples in common, and for Scores that do not say which samples they are of.
         """
+        names = names or [f"pass {number}" for number in range(1, len(passes) + 1)]
         first, samples = passes[0], set[str]()
         for scores, name in zip(passes, names, strict=True):
             scores._check_merges(first, name, names[0])

@@ -68,9 +68,11 @@ class CalibrationState:
     def _load(self, file: Path) -> dict[str, Any]:
         try:
             return dict(torch.load(file, map_location="cpu", weights_only=True))
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:100]
-            raise UserError(f"{file}: damaged ({reason}); remove {self.directory} and calibrate again") from None
+            raise UserError(
+                f"{file}: cannot be loaded ({reason}); remove {self.directory} and calibrate again"
+            ) from None
 
     def _say(self, text: str) -> None:
         if launch.rank() == 0:

@@ -146,7 +146,7 @@ def passes() -> tuple[Scores, Scores, Scores]:
 def test_merged_passes_give_what_one_pass_over_all_sequences_does() -> None:
     first, second, both = passes()
     for order in ((first, second), (second, first)):
-        merged = Scores.merge(order, ["a", "b"])
+        merged = Scores.merge(order)
         for array in ARRAYS:
             np.testing.assert_allclose(getattr(merged, array), getattr(both, array), rtol=1e-12, err_msg=array)
         for name in ("sequences", "tokens", "model_fingerprint", "data_fingerprint", "settings", "sample_ids"):

@@ -198,15 +198,15 @@ def test_a_damaged_state_is_named(job: Job, tmp_path: Path) -> None:
     (name, *_) = run_distributed(1, interrupted, 1, *arguments)[0]
     file = job.unfinished / name
     file.write_bytes(file.read_bytes()[:-700])
-    with pytest.raises(UserError, match=f"{name}: damaged .*; remove .*unfinished and calibrate again"):
+    with pytest.raises(UserError, match=f"{name}: cannot be loaded .*; remove .*unfinished and calibrate again"):
         run_distributed(1, calibrate, *arguments)
 
 
 def test_merged_passes_are_one_pass_over_all_samples(job: Job, tmp_path: Path) -> None:
-    """In two layouts, through files and the command line."""
     whole = run_distributed(1, calibrate, *job.calibrated(Layout(), samples=9))[0]
     first = run_distributed(1, calibrate, *job.calibrated(Layout(), samples=4))[0]
-    second = run_distributed(2, calibrate, *job.calibrated(SHARDS, samples=5, first_sample=4))[0]
+    second = run_distributed(1, calibrate, *job.calibrated(Layout(), samples=5, first_sample=4))[0]
+    assert not set(first.sample_ids) & set(second.sample_ids)
     for scores, name in ((first, "first"), (second, "second")):
         scores.save(tmp_path / f"{name}.npz")
     files = [str(tmp_path / f"{name}.npz") for name in ("first", "second", "merged")]
@@ -218,5 +218,7 @@ def test_merged_passes_are_one_pass_over_all_samples(job: Job, tmp_path: Path) -
     config = PruneConfig(hidden_size=48, ffn_hidden_size=64, num_attention_heads=4, num_layers=3)
     plans = [make_plan(scores, scores.architecture, config) for scores in (merged, whole)]
     assert replace(plans[0], gaps={}) == replace(plans[1], gaps={})
+    elsewhere = run_distributed(2, calibrate, *job.calibrated(SHARDS, samples=5, first_sample=4))[0]
+    assert_same(Scores.merge([elsewhere, first]), whole, 1e-5)  # what layouts agree to
     assert main(["merge-scores", files[0], files[2], "--out", str(tmp_path / "twice.npz")]) == 2
     assert not (tmp_path / "twice.npz").exists()
