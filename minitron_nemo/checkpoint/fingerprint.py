@@ -1,7 +1,10 @@
 """Fingerprints: what weights a checkpoint holds, whatever its format and layout.
 
-A tensor's hash is SHA-256 over its canonical name, data type, shape, and the bytes of its rows in order, read in fixed
-blocks. The model's is SHA-256 over those of all tensors, in the order of the forward pass.
+A block's hash is SHA-256 over the bytes of its rows. A tensor's is SHA-256 over its canonical name, data type, shape
+and the hashes of its blocks, the model's over those of all tensors, in the order of the forward pass. So processes may
+hash blocks in any order, and `transform` does while it has them in memory.
+
+    fingerprints.json   the model's hash and those of its tensors, sizes and times of the files they were taken of
 """
 
 from __future__ import annotations
@@ -9,56 +12,100 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from math import prod
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+import torch
+
+from minitron_nemo.arch import Architecture
 from minitron_nemo.arch.architecture import FILE_NAME as ARCHITECTURE_FILE
 from minitron_nemo.arch.tensors import NamedTensor, tensors
+from minitron_nemo.checkpoint.blocks import chunks
 from minitron_nemo.checkpoint.files import write_atomic
-from minitron_nemo.checkpoint.source import Source, open_source
+from minitron_nemo.checkpoint.source import Source, file_state, open_source
 from minitron_nemo.checkpoint.tensor_io import as_bytes
+from minitron_nemo.checkpoint.tokenizer import read_json
+from minitron_nemo.errors import UserError
 
 CACHE_FILE = "fingerprints.json"
-SCHEMA_VERSION = 1
-BLOCK_BYTES = 4 * 2**20
+SCHEMA_VERSION = 2
 
 
 def fingerprint(path: Path) -> str:
     """Hash of the weights as 64 hexadecimal digits.
 
-    Equal for equal weights in any format and layout. Kept in fingerprints.json inside a Megatron directory that carries
-    its architecture, as long as sizes and times of the weight files stay as they are. Raises UserError.
+    Equal for equal weights in any format and layout. Taken from fingerprints.json as long as sizes and times of the
+    weight files stay as they are, and kept there in a Megatron directory that carries its architecture. Raises
+    UserError.
     """
     source = open_source(Path(path))
-    state = _file_state(source)
-    cache = source.path / CACHE_FILE
-    if source.path.is_dir() and cache.is_file():
-        cached = json.loads(cache.read_text())
+    state = file_state(source.path, source.weight_files())
+    if source.path.is_dir() and (source.path / CACHE_FILE).is_file():
+        cached = json.loads((source.path / CACHE_FILE).read_text())
         if cached.get("schema_version") == SCHEMA_VERSION and cached["files"] == state:
             return str(cached["model"])
     hashes = {tensor.name: tensor_fingerprint(source, tensor) for tensor in tensors(source.architecture)}
-    model = hashlib.sha256("".join(hashes.values()).encode()).hexdigest()
     # Somebody else's directory, or a read-only one, is left as it is.
     if (source.path / ARCHITECTURE_FILE).is_file() and os.access(source.path, os.W_OK):
-        content = {"schema_version": SCHEMA_VERSION, "model": model, "files": state, "tensors": hashes}
-        write_atomic(cache, json.dumps(content, indent=1) + "\n")
-    return model
+        _write(source.path, hashes, state)
+    return _of_model(hashes)
+
+
+def record_fingerprints(
+    directory: Path,
+    architecture: Architecture,
+    dtypes: Mapping[str, torch.dtype],
+    blocks: Iterable[tuple[str, str]],
+    files: Sequence[Path],
+) -> None:
+    """Write fingerprints.json of weights that have just been written to `files`.
+
+    `blocks` are the tensors' names and the blocks' hashes, all of them in order.
+    """
+    digests: dict[str, list[str]] = {}
+    for name, digest in blocks:
+        digests.setdefault(name, []).append(digest)
+    hashes = {
+        tensor.name: _of_tensor(tensor, architecture, dtypes[tensor.name], digests[tensor.name])
+        for tensor in tensors(architecture)
+    }
+    _write(directory, hashes, file_state(directory, files))
+
+
+def recorded_fingerprints(directory: Path) -> dict[str, str]:
+    """Hashes of a checkpoint's tensors as they were recorded. Raises UserError where there are none."""
+    path = directory / CACHE_FILE
+    if not path.is_file():
+        raise UserError(f"{path}: not there, so nothing says what was written; give the source as well")
+    recorded = read_json(path)
+    if recorded.get("schema_version") != SCHEMA_VERSION or not isinstance(recorded.get("tensors"), dict):
+        raise UserError(f"{path}: not the fingerprints of this version; give the source as well")
+    return dict(recorded["tensors"])
 
 
 def tensor_fingerprint(source: Source, tensor: NamedTensor) -> str:
     """Hash of one canonical tensor."""
-    shape = tensor.spec.shape(source.architecture)
     dtype = source.dtype(tensor.name)
-    digest = hashlib.sha256(json.dumps([tensor.name, str(dtype), shape]).encode())
-    step = max(1, BLOCK_BYTES // (prod(shape[1:]) * dtype.itemsize))
-    for start in range(0, shape[0], step):
-        block = source.read(tensor.name, start, min(start + step, shape[0]))
-        digest.update(as_bytes(block))
-    return digest.hexdigest()
+    blocks = chunks(tensor, source.architecture, dtype)
+    digests = [block_hash(source.read(tensor.name, chunk.start, chunk.stop)) for chunk in blocks]
+    return _of_tensor(tensor, source.architecture, dtype, digests)
 
 
-def _file_state(source: Source) -> dict[str, Any]:
-    """Size and modification time of the files that hold the weights."""
-    states = {file.name: file.stat() for file in source.weight_files()}
-    return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
+def block_hash(rows: torch.Tensor) -> str:
+    """Hash of a block's bytes."""
+    return hashlib.sha256(as_bytes(rows)).hexdigest()
+
+
+def _of_tensor(tensor: NamedTensor, architecture: Architecture, dtype: torch.dtype, digests: Sequence[str]) -> str:
+    return hashlib.sha256(
+        json.dumps([tensor.name, str(dtype), tensor.spec.shape(architecture), digests]).encode()
+    ).hexdigest()
+
+
+def _of_model(hashes: Mapping[str, str]) -> str:
+    return hashlib.sha256("".join(hashes.values()).encode()).hexdigest()
+
+
+def _write(directory: Path, hashes: Mapping[str, str], state: Mapping[str, list[int]]) -> None:
+    content = {"schema_version": SCHEMA_VERSION, "model": _of_model(hashes), "files": state, "tensors": hashes}
+    write_atomic(directory / CACHE_FILE, json.dumps(content, indent=1) + "\n")

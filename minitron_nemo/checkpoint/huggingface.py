@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,9 +15,10 @@ from minitron_nemo.arch import Architecture
 from minitron_nemo.arch.huggingface import architecture_from_hf, hf_config
 from minitron_nemo.arch.tensors import tensors
 from minitron_nemo.checkpoint import tokenizer
-from minitron_nemo.checkpoint.files import fsync, partial_path
+from minitron_nemo.checkpoint.blocks import Chunk
+from minitron_nemo.checkpoint.files import partial_path
 from minitron_nemo.checkpoint.safetensors_files import StoredTensor, lay_out, read_header
-from minitron_nemo.checkpoint.sink import Chunk, main_dtype
+from minitron_nemo.checkpoint.sink import main_dtype
 from minitron_nemo.checkpoint.source import Source, check_tensors
 from minitron_nemo.checkpoint.tensor_io import read_tensor, write_tensor
 from minitron_nemo.errors import UserError
@@ -146,18 +148,20 @@ class HuggingFaceSink:
             file.write_bytes(header)
             os.truncate(file, ends[file])
 
-    def write(self, blocks: Iterable[tuple[Chunk, torch.Tensor]], rank: int) -> None:
+    def write(self, blocks: Iterable[tuple[Chunk, torch.Tensor]], part: int) -> tuple[list[str], list[Any]]:
+        touched: set[Path] = set()
         descriptors = {file: os.open(file, os.O_WRONLY) for file in self._headers}
         try:
             for chunk, block in blocks:
-                self._write_chunk(chunk, block, descriptors)
+                touched |= self._write_chunk(chunk, block, descriptors)
         finally:
             for descriptor in descriptors.values():
                 os.close(descriptor)
-        for file in self._headers:
-            fsync(file)
+        return [file.name for file in sorted(touched)], []
 
-    def _write_chunk(self, chunk: Chunk, block: torch.Tensor, descriptors: Mapping[Path, int]) -> None:
+    def _write_chunk(self, chunk: Chunk, block: torch.Tensor, descriptors: Mapping[Path, int]) -> set[Path]:
+        """Returns the files that the rows went to."""
+        touched = set()
         for piece in chunk.tensor.hf_pieces(self.architecture):
             first, last = max(chunk.start, piece.start), min(chunk.stop, piece.start + piece.length)
             if first < last:
@@ -165,8 +169,10 @@ class HuggingFaceSink:
                 row = piece.hf_start + first - piece.start
                 part = block[first - chunk.start : last - chunk.start]
                 write_tensor(descriptors[stored.path], stored.offset + row * stored.row_bytes, part)
+                touched.add(stored.path)
+        return touched
 
-    def finish(self, source: Source) -> None:
+    def finish(self, source: Source, places: list[Any]) -> None:
         partial = partial_path(self.path)
         source.copy_tokenizer(partial)
         if len(self._headers) > 1:

@@ -1,8 +1,8 @@
 """Writes Megatron-core torch_dist directories that load at any layout.
 
-Every process appends torch.save blobs to a file of its own, `__RANK_0.distcp`; the last step writes `.metadata` over
-all of them. torch's FileSystemWriter would write the same bytes, but it keeps the last tensor of every key alive and
-needs one process group around all writers; here a process holds one chunk, and a file tells the others where it went.
+Every part is a file of torch.save blobs, `__0_PART.distcp`; the last step writes `.metadata` over all of them. torch's
+FileSystemWriter would write the same bytes, but it keeps the last tensor of every key alive, needs one process group
+around all writers, and knows nothing of what an earlier attempt wrote; here a process holds one chunk.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from torch.distributed.checkpoint.metadata import (
 from minitron_nemo.arch import Architecture
 from minitron_nemo.arch.tensors import TensorSpec, table, tensors
 from minitron_nemo.checkpoint import tokenizer
-from minitron_nemo.checkpoint.files import fsync, partial_path
+from minitron_nemo.checkpoint.blocks import Chunk
+from minitron_nemo.checkpoint.files import partial_path
 from minitron_nemo.checkpoint.safe_pickle import METADATA_FILE
-from minitron_nemo.checkpoint.sink import Chunk
 from minitron_nemo.checkpoint.source import Source
 from minitron_nemo.checkpoint.tensor_io import AppendingFile
 from minitron_nemo.errors import UserError
@@ -71,8 +71,8 @@ class MegatronSink:
     def prepare(self) -> None:
         self._weights.mkdir(exist_ok=True)
 
-    def write(self, blocks: Iterable[tuple[Chunk, torch.Tensor]], rank: int) -> None:
-        file = self._weights / f"__{rank}_0.distcp"
+    def write(self, blocks: Iterable[tuple[Chunk, torch.Tensor]], part: int) -> tuple[list[str], list[Any]]:
+        file = self._weights / f"__0_{part}.distcp"
         places: list[Any] = []
         with open(file, "wb", buffering=0) as opened, _no_checksums():
             stream = AppendingFile(opened.fileno())
@@ -81,10 +81,9 @@ class MegatronSink:
                 offset = stream.end
                 _write_tensor(stream, block.reshape(sizes))
                 places.append((self._key(chunk.tensor.spec), origin, sizes, file.name, offset, stream.end - offset))
-            if rank == 0:
+            if part == 0:
                 places += [(key, None, None, *_write_object(stream, file.name)) for key in self._extra_states()]
-        fsync(file)
-        (self._weights / f".places-{rank}.json").write_text(json.dumps(places))
+        return [str(file.relative_to(partial_path(self.path)))], places
 
     def _key(self, spec: TensorSpec) -> str:
         return self.prefix + spec.name.replace("{layer}.", "")
@@ -104,12 +103,8 @@ class MegatronSink:
                 module = self._key(spec).removesuffix(".weight")
                 yield from (f"{module}._extra_state/shard_{layer}_{layers}" for layer in range(layers))
 
-    def finish(self, source: Source) -> None:
+    def finish(self, source: Source, places: list[Any]) -> None:
         specs = {self._key(spec): spec for spec in table(self.architecture)}
-        places: list[Any] = []
-        for file in sorted(self._weights.glob(".places-*.json")):
-            places += json.loads(file.read_text())
-            file.unlink()
         tensors: dict[str, list[ChunkStorageMetadata]] = {key: [] for key in specs}
         metadata: dict[str, Any] = {}
         storage = {}

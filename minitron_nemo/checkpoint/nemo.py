@@ -76,12 +76,12 @@ class NemoSink(MegatronSink):
 
     def describe(self, partial: Path, source: Source) -> None:
         context = partial / CONTEXT
-        context.mkdir()
+        context.mkdir(exist_ok=True)
         files, artifacts = context / TOKENIZER_DIRECTORY, context / ARTIFACTS_DIRECTORY
         source.copy_tokenizer(files)
         generation = files / tokenizer.GENERATION_FILE
         if has_generation := generation.is_file():
-            artifacts.mkdir()
+            artifacts.mkdir(exist_ok=True)
             generation.rename(artifacts / tokenizer.GENERATION_FILE)
         names = nemo_model(self.architecture)
         has_tokenizer = any(files.iterdir())

@@ -6,12 +6,14 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from minitron_nemo.arch import Architecture
 from minitron_nemo.arch.tensors import NamedTensor, tensors
+from minitron_nemo.checkpoint.blocks import Chunk
+from minitron_nemo.checkpoint.files import disk_bytes, partial_path
 from minitron_nemo.checkpoint.iterations import iteration_name
 from minitron_nemo.checkpoint.nemo_context import FILE_NAME as IO_FILE
 from minitron_nemo.checkpoint.safe_pickle import METADATA_FILE
@@ -19,14 +21,6 @@ from minitron_nemo.checkpoint.source import Source
 from minitron_nemo.errors import UserError
 
 FORMATS = ("hf", "megatron", "nemo", "bridge")
-
-
-class Chunk(NamedTuple):
-    """Rows [start, stop) of a canonical tensor: what is computed, written and stored at once."""
-
-    tensor: NamedTensor
-    start: int
-    stop: int
 
 
 class Sink(Protocol):
@@ -42,11 +36,15 @@ class Sink(Protocol):
     def prepare(self) -> None:
         """Lay the files out in the empty partial directory; one process, before any writes."""
 
-    def write(self, blocks: Iterable[tuple[Chunk, torch.Tensor]], rank: int) -> None:
-        """Write this process's share, chunks with their rows, as it comes, and bring it to the disk."""
+    def write(self, blocks: Iterable[tuple[Chunk, torch.Tensor]], part: int) -> tuple[list[str], list[Any]]:
+        """Write the chunks of a part with their rows, as they come; from the start if an earlier attempt left some.
 
-    def finish(self, source: Source) -> None:
-        """Write what is not weights; one process, after all have written."""
+        Returns the names, in the partial directory, of the files that they are in, for the caller to bring to the disk,
+        and what `finish` needs to know of the part: values that JSON has.
+        """
+
+    def finish(self, source: Source, places: list[Any]) -> None:
+        """Write what is not weights, over what an earlier attempt left; `places` are those of all parts in order."""
 
 
 def open_sink(path: Path, to: str, architecture: Architecture, dtypes: Mapping[str, torch.dtype]) -> Sink:
@@ -98,6 +96,7 @@ def _check_room(path: Path, needed: int) -> None:
     parent = path.parent
     while not parent.exists():
         parent = parent.parent
-    free = shutil.disk_usage(parent).free
+    # What an interrupted attempt has written is gone on with, or goes.
+    free = shutil.disk_usage(parent).free + disk_bytes(partial_path(path))
     if free < needed:
         raise UserError(f"{path}: {needed / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free on its disk; make room")

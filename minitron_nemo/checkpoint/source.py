@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -93,6 +94,11 @@ def directory_reader(path: Path) -> Callable[[Path], Source] | None:
     if (path / "config.json").exists():
         return HuggingFaceSource
     return LegacySource if legacy_directory(path) is not None else None
+
+
+def file_state(root: Path, files: Iterable[Path]) -> dict[str, list[int]]:
+    """Size and modification time in nanoseconds of weight files, by their names below `root`."""
+    return {os.path.relpath(file, root): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 
 
 def check_tensors(

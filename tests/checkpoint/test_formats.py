@@ -12,7 +12,7 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
-from minitron_nemo.checkpoint import transform
+from minitron_nemo.checkpoint import blocks
 from minitron_nemo.checkpoint.inspect import describe
 from minitron_nemo.checkpoint.source import open_source
 from minitron_nemo.checkpoint.transform import convert
@@ -65,7 +65,7 @@ def test_pruned_weights_equal_an_independent_slice(
     tmp_path: Path, family: str, to: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Layers, width, heads and query groups are cut."""
-    monkeypatch.setattr(transform, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 3000)
     original = write_tiny(family, tmp_path / "hf")
     plan = random_plan(architecture_of(original), groups=2)
     convert(original, tmp_path / "teacher", to, progress=False)

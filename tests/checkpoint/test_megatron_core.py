@@ -11,7 +11,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from minitron_nemo.checkpoint import transform
+from minitron_nemo.checkpoint import blocks
 from minitron_nemo.checkpoint.fingerprint import fingerprint
 from minitron_nemo.checkpoint.source import open_source
 from minitron_nemo.checkpoint.transform import convert
@@ -94,7 +94,7 @@ def test_ours_loads_in_megatron_core_bit_equal(tmp_path: Path, layout: str, tied
 
 
 def test_pruned_loads_in_megatron_core_bit_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transform, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 3000)
     original = write_tiny_llama(tmp_path / "hf")
     plan = random_plan(architecture_of(original))
     convert(original, tmp_path / "student", "megatron", plan=plan, progress=False)
@@ -169,7 +169,7 @@ def test_megatron_cores_checkpoints_read_bit_equal(
 
 
 def _convert_in_job(source: Path, destination: Path, to: str, plan: Any) -> None:
-    before, transform.BLOCK_BYTES = transform.BLOCK_BYTES, 5000
+    before, blocks.BLOCK_BYTES, blocks.PART_BYTES = (blocks.BLOCK_BYTES, blocks.PART_BYTES), 5000, 40_000
     try:
         convert(
             source,
@@ -181,7 +181,7 @@ def _convert_in_job(source: Path, destination: Path, to: str, plan: Any) -> None
             barrier=launch.barrier,
         )
     finally:
-        transform.BLOCK_BYTES = before
+        blocks.BLOCK_BYTES, blocks.PART_BYTES = before
 
 
 def test_any_number_of_processes_writes_the_same_weights(tmp_path: Path) -> None:
@@ -190,7 +190,9 @@ def test_any_number_of_processes_writes_the_same_weights(tmp_path: Path) -> None
     for count in (1, 3):
         run_distributed(count, _convert_in_job, original, tmp_path / f"megatron{count}", "megatron", plan)
         run_distributed(count, _convert_in_job, tmp_path / f"megatron{count}", tmp_path / f"hf{count}", "hf", None)
-    assert len(list((tmp_path / "megatron3").glob("*.distcp"))) == 3
+    files = [sorted((tmp_path / f"megatron{count}").glob("*.distcp")) for count in (1, 3)]
+    assert len(files[0]) == 3
+    assert [file.read_bytes() for file in files[0]] == [file.read_bytes() for file in files[1]]
     assert (tmp_path / "hf1/model.safetensors").read_bytes() == (tmp_path / "hf3/model.safetensors").read_bytes()
     expected = cut(weights(original), plan)
     found = weights(tmp_path / "hf3")

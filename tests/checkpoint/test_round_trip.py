@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from minitron_nemo.checkpoint import huggingface, sink, transform
+from minitron_nemo.checkpoint import blocks, huggingface, sink
 from minitron_nemo.checkpoint.fingerprint import fingerprint
 from minitron_nemo.checkpoint.source import open_source
 from minitron_nemo.checkpoint.transform import convert
@@ -59,7 +59,7 @@ def test_pruned_weights_equal_an_independent_slice(
     tmp_path: Path, model: str, small_blocks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if small_blocks:  # several blocks a tensor, several windows a block, several files
-        monkeypatch.setattr(transform, "BLOCK_BYTES", 3000)
+        monkeypatch.setattr(blocks, "BLOCK_BYTES", 3000)
         monkeypatch.setattr(huggingface, "SHARD_BYTES", 50_000)
     original = write(tmp_path / "hf", model)
     plan = random_plan(architecture_of(original))
@@ -118,10 +118,10 @@ def test_a_process_that_fails_leaves_nothing_under_the_final_name(
 
     errors: list[BaseException] = []
 
-    def fails_on_rank_1(self: Any, blocks: Any, rank: int) -> None:
-        if rank == 1:
+    def fails_on_rank_1(self: Any, computed: Any, part: int) -> Any:
+        if part % 3 == 1:
             raise OSError(5, "Input/output error")
-        write(self, blocks, rank)
+        return write(self, computed, part)
 
     def work(rank: int) -> None:
         try:
@@ -130,6 +130,7 @@ def test_a_process_that_fails_leaves_nothing_under_the_final_name(
             barrier.abort()  # as a process group does when one of its processes is gone
             errors.append(error)
 
+    monkeypatch.setattr(blocks, "PART_BYTES", 100_000)
     monkeypatch.setattr(huggingface.HuggingFaceSink, "write", fails_on_rank_1)
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
     for thread in threads:
@@ -138,7 +139,11 @@ def test_a_process_that_fails_leaves_nothing_under_the_final_name(
         thread.join()
     assert len(errors) == 3
     assert any(isinstance(error, UserError) and "Input/output error" in str(error) for error in errors)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    convert(original, tmp_path / "out", "hf", progress=False)
+    assert same_weights(original, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
 
 
 def test_what_a_killed_run_left_behind_does_no_harm(tmp_path: Path) -> None:
@@ -171,10 +176,11 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
 
 
 def test_fingerprint_sees_weights_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 2000)  # several blocks a tensor
     original = write_tiny_llama(tmp_path / "hf")
     convert(original, tmp_path / "megatron", "megatron")
-    monkeypatch.setattr(transform, "BLOCK_BYTES", 2000)
     monkeypatch.setattr(huggingface, "SHARD_BYTES", 50_000)
+    monkeypatch.setattr(blocks, "PART_BYTES", 50_000)
     convert(original, tmp_path / "megatron-cut", "megatron")
     convert(tmp_path / "megatron", tmp_path / "back", "hf")
     convert(original, tmp_path / "half", "megatron", dtype=torch.bfloat16)

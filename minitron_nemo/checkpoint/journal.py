@@ -1,0 +1,85 @@
+"""What an interrupted `transform` has finished, beside the parts themselves.
+
+    NAME.partial/.parts/transform.json    what is being made of what
+    NAME.partial/.parts/7.json            part 7 is on the disk: where its blocks lie, their hashes
+
+A part is recorded after its bytes are on the disk. The next start goes on if it is to make the same of the same: source
+files of the same names, sizes and times, the same Plan, format and data types, the same version of this package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import minitron_nemo
+from minitron_nemo.arch import Plan
+from minitron_nemo.checkpoint import blocks
+from minitron_nemo.checkpoint.files import fsync, make_partial, partial_path, write_atomic
+from minitron_nemo.checkpoint.sink import Sink
+from minitron_nemo.checkpoint.source import Source, file_state
+
+DIRECTORY = ".parts"
+SCHEMA_VERSION = 1
+
+
+class Finished(NamedTuple):
+    """A part on the disk: the files it is in, what `Sink.finish` needs of it, and its blocks' hashes in their order."""
+
+    files: list[str]
+    places: list[Any]
+    digests: list[str]
+
+
+class Journal:
+    """The records in a partial directory. One process calls `begin` and `end`, each its own `record`."""
+
+    def __init__(self, source: Source, plan: Plan, sink: Sink) -> None:
+        self.path = sink.path
+        self.directory = partial_path(sink.path) / DIRECTORY
+        self.identity = {"schema_version": SCHEMA_VERSION, "transform": _identity(source, plan, sink)}
+
+    def begin(self) -> bool:
+        """Whether what lies there is to be gone on with; else there is an empty partial directory now."""
+        identity = self.directory / "transform.json"
+        if identity.is_file() and json.loads(identity.read_text()) == self.identity:
+            return True
+        make_partial(self.path)
+        self.directory.mkdir()
+        return False
+
+    def commit_layout(self) -> None:
+        """From here on the directory can be gone on with: its files are laid out."""
+        write_atomic(self.directory / "transform.json", json.dumps(self.identity))
+
+    def finished(self, part: int) -> Finished | None:
+        file = self.directory / f"{part}.json"
+        return Finished(**json.loads(file.read_text())) if file.is_file() else None
+
+    def record(self, part: int, finished: Finished) -> None:
+        """Bring a part's files to the disk, then say that they are."""
+        for name in finished.files:
+            file = partial_path(self.path) / name
+            fsync(file)
+            fsync(file.parent)
+        write_atomic(self.directory / f"{part}.json", json.dumps(finished._asdict()))
+
+    def end(self) -> None:
+        """Remove the records, first the one without which the others say nothing."""
+        (self.directory / "transform.json").unlink()
+        shutil.rmtree(self.directory)
+
+
+def _identity(source: Source, plan: Plan, sink: Sink) -> str:
+    content: Mapping[str, Any] = {
+        "source": file_state(source.path, source.weight_files()),
+        "plan": plan.to_dict(),
+        "format": type(sink).__name__,
+        "dtypes": {name: str(dtype) for name, dtype in sink.dtypes.items()},
+        "blocks": [blocks.BLOCK_BYTES, blocks.PART_BYTES],
+        "version": minitron_nemo.__version__,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,114 @@
+"""What a Plan makes of a block of rows: selections, merged heads, factors on norms, products with matrices.
+
+What is done beyond selecting is computed in fp32 and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from math import prod
+
+import numpy as np
+import torch
+
+from minitron_nemo.arch import Plan
+from minitron_nemo.arch.axes import Indices
+from minitron_nemo.arch.tensors import NamedTensor
+from minitron_nemo.checkpoint import blocks
+from minitron_nemo.checkpoint.blocks import Chunk
+from minitron_nemo.checkpoint.dense import DenseMaps
+from minitron_nemo.checkpoint.source import Source
+
+BLOCKS_AHEAD = 2  # read while one is written
+
+
+class Slicer:
+    """Computes a block of the result when called: [rows, columns] or [rows], of the data type in `dtypes`."""
+
+    def __init__(self, source: Source, plan: Plan, maps: DenseMaps, dtypes: Mapping[str, torch.dtype]) -> None:
+        self.source, self.plan, self.maps, self.dtypes = source, plan, maps, dtypes
+        once = lru_cache(maxsize=BLOCKS_AHEAD)  # the blocks of a tensor follow each other
+        self._selections = once(self._select)
+        self._partners = once(plan.merged_rows)
+
+    def __call__(self, chunk: Chunk) -> torch.Tensor:
+        name, plan = chunk.tensor.name, self.plan
+        rows, *others = self._selections(chunk.tensor)
+        columns = others[0] if others else None
+        if name in plan.matrices:
+            assert columns is not None, f"{name} has a matrix, but its columns are not cut"
+            block = self.maps.columns(name, self._block(chunk, rows, None), columns)
+        else:
+            block = self._block(chunk, rows, columns)
+        if name in plan.folded_norms:
+            block = torch.ones_like(block)
+        elif name in plan.norm_scales:
+            block = block.float() * plan.norm_scales[name]
+        return block.to(self.dtypes[name])
+
+    def _select(self, tensor: NamedTensor) -> list[Indices | None]:
+        kept = self.plan.kept(tensor.layer)
+        return [dim.select(self.plan.source, kept) for dim in tensor.spec.dims]
+
+    def _block(self, chunk: Chunk, rows: Indices | None, columns: Indices | None) -> torch.Tensor:
+        """The chunk's rows of the plain cut; those with a partner twice less the partner, the whole in fp32 then."""
+        if rows is None:
+            name = source_name(self.plan, chunk.tensor)
+            return _take(self.source.read(name, chunk.start, chunk.stop), columns, 1)
+        block = self._gather(chunk.tensor, rows[chunk.start : chunk.stop], columns)
+        partners = self._partners(chunk.tensor).items()
+        pairs = {row - chunk.start: partner for row, partner in partners if chunk.start <= row < chunk.stop}
+        if not pairs:
+            return block
+        wanted, order = np.unique(list(pairs.values()), return_inverse=True)
+        subtracted = self._gather(chunk.tensor, wanted, columns).float()[torch.from_numpy(order)]
+        block = block.float()
+        block[list(pairs)] = 2 * block[list(pairs)] - subtracted
+        return block
+
+    def _gather(self, tensor: NamedTensor, wanted: Indices, columns: Indices | None) -> torch.Tensor:
+        """The `wanted` rows (ascending) of a tensor of the source, their `columns` alone where given."""
+        name, width = source_name(self.plan, tensor), tensor.spec.shape(self.plan.source)[1:]
+        dtype = self.source.dtype(name)
+        window = max(1, blocks.BLOCK_BYTES // (prod(width) * dtype.itemsize))
+        block = torch.empty((len(wanted), *(width if columns is None else (len(columns),))), dtype=dtype)
+        for position, part in _selected_rows(self.source, name, wanted, window):
+            _take(part, columns, 1, out=block[position : position + len(part)])
+        return block
+
+
+def _selected_rows(source: Source, name: str, wanted: Indices, window: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """The `wanted` rows (ascending) of a tensor in parts, each with its position among them.
+
+    At most `window` rows are read at a time, and no gap longer than that.
+    """
+    position = 0
+    while position < len(wanted):
+        first = int(wanted[position])
+        end = int(np.searchsorted(wanted, first + window))
+        last = int(wanted[end - 1])
+        yield position, _take(source.read(name, first, last + 1), wanted[position:end] - first, 0)
+        position = end
+
+
+def _take(block: torch.Tensor, indices: Indices | None, dim: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """`block.index_select(dim, indices)`, into `out` where given; None takes all.
+
+    By way of numpy, which is several times faster on columns.
+    """
+    if indices is None or len(indices) == block.shape[dim]:
+        return block if out is None else out.copy_(block)
+    word = _WORDS[block.dtype.itemsize]
+    target = None if out is None else out.view(word).numpy()
+    # The indices are in range (the Plan checks them); "clip" spares numpy a buffered copy.
+    taken = np.take(block.view(word).numpy(), indices, axis=dim, mode="clip", out=target)
+    return torch.from_numpy(taken).view(block.dtype)
+
+
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def source_name(plan: Plan, tensor: NamedTensor) -> str:
+    """Name in the source of a tensor of the result, whose layers are numbered anew."""
+    return tensor.name if tensor.layer is None else tensor.spec.name.format(layer=plan.kept_layers[tensor.layer])

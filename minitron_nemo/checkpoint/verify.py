@@ -1,0 +1,164 @@
+"""Is a checkpoint what it was made to be? Its weights are read again, a block of rows at a time.
+
+`verify` compares bit for bit with what a Plan makes of a source. That is worked out here once more, by plain indexing
+of whole rows, apart from what wrote the student; products with matrices alone are taken from there, since sums in fp32
+have the same bits only in the same order. `verify_record` compares with the hashes that the writer left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from math import prod
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from minitron_nemo.arch import Architecture, Plan
+from minitron_nemo.arch.axes import Indices
+from minitron_nemo.arch.plan import FILE_NAME as PLAN_FILE
+from minitron_nemo.arch.tensors import NamedTensor, tensors
+from minitron_nemo.checkpoint import blocks
+from minitron_nemo.checkpoint.blocks import Chunk, chunks
+from minitron_nemo.checkpoint.dense import DenseMaps, check_matrices
+from minitron_nemo.checkpoint.fingerprint import recorded_fingerprints, tensor_fingerprint
+from minitron_nemo.checkpoint.source import Source, open_source
+from minitron_nemo.checkpoint.transform import check_plan
+
+READERS = 2
+T = TypeVar("T")
+
+
+class Difference(NamedTuple):
+    """What is wrong first: `place` orders the differences that the processes of a job find."""
+
+    place: int
+    text: str
+
+
+def verify(
+    source: Path, student: Path, plan: Plan | None = None, *, rank: int = 0, world_size: int = 1, progress: bool = True
+) -> Difference | None:
+    """The first tensor and row in which `student` is not what `plan` makes of `source`; None where all bits are.
+
+    Without a plan it is the one in the student's directory, else the one that keeps everything. Values are rounded to
+    the data type that the student stores. Process `rank` of `world_size` reads every `world_size`-th block. Raises
+    UserError for what cannot be read, and for a plan for another source.
+    """
+    read, written = open_source(source), open_source(student)
+    if plan is None:
+        own = student / PLAN_FILE
+        plan = Plan.load(own) if own.is_file() else Plan.identity(read.architecture)
+    check_plan(read, plan)
+    check_matrices(plan)
+    for field in fields(Architecture):
+        planned, found = getattr(plan.target, field.name), getattr(written.architecture, field.name)
+        if planned != found:
+            return Difference(-1, f"its {field.name} is {found}, the plan's {planned}")
+    again = Again(read, plan)
+    everything: list[Chunk] = []
+    for tensor in tensors(plan.target):
+        everything += chunks(tensor, plan.target, written.dtype(tensor.name))
+
+    def compare(chunk: Chunk) -> str | None:
+        found = written.read(chunk.tensor.name, chunk.start, chunk.stop)
+        return _difference(chunk, found, again.rows(chunk).to(found.dtype))
+
+    return _first(compare, everything, student, rank, world_size, progress)
+
+
+def verify_record(directory: Path, *, rank: int = 0, world_size: int = 1, progress: bool = True) -> Difference | None:
+    """The first tensor of a checkpoint that does not have the hash in its fingerprints.json; None where all have.
+
+    Process `rank` of `world_size` reads every `world_size`-th tensor. Raises UserError for what cannot be read, and
+    where nothing is recorded.
+    """
+    source, recorded = open_source(directory), recorded_fingerprints(directory)
+
+    def compare(tensor: NamedTensor) -> str | None:
+        same = tensor_fingerprint(source, tensor) == recorded.get(tensor.name)
+        return None if same else f"{tensor.name} is not what was written: its hash is another one"
+
+    return _first(compare, list(tensors(source.architecture)), directory, rank, world_size, progress)
+
+
+class Again:
+    """What `plan` makes of the rows of `source`: the definitions of `Plan`, in the order in which they are stated."""
+
+    def __init__(self, source: Source, plan: Plan) -> None:
+        self.source, self.plan, self.maps = source, plan, DenseMaps(plan)
+
+    def rows(self, chunk: Chunk) -> Tensor:
+        """A block of the student, before it is rounded to the type that is stored."""
+        tensor, plan = chunk.tensor, self.plan
+        kept = plan.kept(tensor.layer)
+        selections = [dim.select(plan.source, kept) for dim in tensor.spec.dims]
+        all_rows = np.arange(tensor.spec.shape(plan.source)[0]) if selections[0] is None else selections[0]
+        block = self._read(tensor, all_rows[chunk.start : chunk.stop])
+        merged = plan.merged_rows(tensor)
+        here = [row for row in merged if chunk.start <= row < chunk.stop]
+        if here:
+            block = block.float()
+            others = torch.cat([self._read(tensor, np.array([merged[row]])) for row in here]).float()
+            own = [row - chunk.start for row in here]
+            block[own] = 2 * block[own] - others
+        columns = selections[1] if len(selections) > 1 else None
+        if tensor.name in plan.matrices:
+            assert columns is not None
+            return self.maps.columns(tensor.name, block, columns)
+        if columns is not None:
+            block = torch.from_numpy(np.take(_bits(block), columns, axis=1)).view(block.dtype)
+        if tensor.name in plan.folded_norms:
+            return torch.ones_like(block)
+        return block.float() * plan.norm_scales[tensor.name] if tensor.name in plan.norm_scales else block
+
+    def _read(self, tensor: NamedTensor, wanted: Indices) -> Tensor:
+        """Whole rows of a tensor of the source, `wanted` ascending, by reading all rows between them in spans."""
+        layer = None if tensor.layer is None else self.plan.kept_layers[tensor.layer]
+        name = tensor.spec.name.format(layer=layer)
+        row_bytes = prod(tensor.spec.shape(self.plan.source)[1:]) * self.source.dtype(name).itemsize
+        span = max(1, blocks.BLOCK_BYTES // row_bytes)
+        found = []
+        for start in range(int(wanted[0]), int(wanted[-1]) + 1, span):
+            inside = wanted[(wanted >= start) & (wanted < start + span)]
+            if len(inside):
+                read = self.source.read(name, start, int(inside[-1]) + 1)
+                found.append(read[torch.from_numpy(inside - start)])
+        return torch.cat(found)
+
+
+def _difference(chunk: Chunk, found: Tensor, expected: Tensor) -> str | None:
+    ours, theirs = _bits(found), _bits(expected)
+    if np.array_equal(ours, theirs):
+        return None
+    place = np.unravel_index(int(np.argmax(ours != theirs)), ours.shape)
+    column = f", column {place[1]}" if len(place) > 1 else ""
+    values = f"holds {found[place].item():.9g}, and should hold {expected[place].item():.9g}"
+    return f"{chunk.tensor.name}: row {chunk.start + int(place[0])}{column} {values}"
+
+
+def _bits(tensor: Tensor) -> NDArray[np.generic]:
+    """A tensor's entries as integers of their size: NaNs and zeros of either sign are what they are."""
+    return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]).numpy()
+
+
+def _first(
+    check: Callable[[T], str | None], items: Sequence[T], path: Path, rank: int, world_size: int, progress: bool
+) -> Difference | None:
+    """What `check` says first of this process's `items`, in their order; None where it says nothing."""
+    mine = range(rank, len(items), world_size)
+    shown = tqdm(mine, desc=f"verify {path.name}", disable=not (progress and rank == 0))
+    # One thread for each product, as they were computed.
+    with shown, ThreadPoolExecutor(READERS, initializer=torch.set_num_threads, initargs=(1,)) as readers:
+        said = [readers.submit(check, items[place]) for place in mine]
+        try:
+            texts = ((place, future.result()) for place, future in zip(shown, said, strict=True))
+            return next((Difference(place, text) for place, text in texts if text is not None), None)
+        finally:
+            readers.shutdown(cancel_futures=True)
