@@ -29,7 +29,8 @@ from minitron_nemo.distillation.train import correction_config
 from minitron_nemo.errors import UserError
 from minitron_nemo.kernels.objective import DIVERGENCES
 from minitron_nemo.parallel.layout import Layout
-from minitron_nemo.pruning.plan import target_architecture
+from minitron_nemo.pruning import depth
+from minitron_nemo.pruning.plan import DEPTH_METHODS, target_architecture
 from minitron_nemo.pruning.repair import fits, repair_warnings
 
 CHOICES = {
@@ -41,7 +42,8 @@ CHOICES = {
     "prune.calibration.batch_aggregation": ("mean", "l2", "var"),
     "prune.ffn_score": ("activation", "output"),
     "prune.hidden_score": ("activation", "energy"),
-    "prune.depth_method": ("block_influence", "contiguous"),
+    "prune.depth_method": DEPTH_METHODS,
+    "prune.depth.metric": depth.METRICS,
     "teacher.placement": ("colocated", "separate", "cached"),
     "teacher.cache.precision": tuple(DTYPES),
     "cluster.launcher": ("none", "local"),
@@ -52,6 +54,8 @@ POSITIVE = (
     "data.sequence_length",
     "prune.calibration.samples",
     "prune.calibration.micro_batch_size",
+    "prune.depth.samples",
+    "prune.depth.states_bytes",
     "prune.repair.ridge",
     "prune.repair.samples",
     "prune.repair.statistics_bytes",
@@ -106,13 +110,41 @@ class Preflight:
         return {
             "correction": correction.steps * correction.global_batch_size * length,
             "calibration": recipe.prune.calibration.samples * length,
+            "depth": recipe.prune.depth.samples * length * (recipe.prune.depth.metric == "loss") * bool(self.drop),
             "repair": recipe.prune.repair.samples * length * fits(self.teacher, self.student, recipe.prune.repair),
             "distillation": sum(segment.samples * segment.sequence_length for segment in self.segments),
         }
 
     @property
+    def drop(self) -> int:
+        """Layers that are chosen by measuring the teacher without some."""
+        return depth.layers_to_drop(self.teacher, self.student, self.recipe.prune)
+
+    @property
+    def depth_search(self) -> dict[str, float]:
+        """Models to measure for that, and evaluations of a layer for each sequence, also in passes through all."""
+        config, length = self.recipe.prune, self.recipe.data.sequence_length
+        b = config.calibration.micro_batch_size
+        most = depth.most_branches(self.teacher, self.layout, config, b, length)
+        models, evaluations = depth.planned(self.teacher, config.depth_method, self.drop, most)
+        passes = round(evaluations / self.teacher.num_layers, 2)
+        return {"models": models, "layer_evaluations": evaluations, "forward_passes": passes}
+
+    @property
     def flops(self) -> dict[str, int]:
-        """Forward = 1, backward = 2: correction 3 teachers, calibration 1, distillation 1 teacher + 3 students."""
+        """Forward = 1, backward = 2: correction 3 teachers, calibration 1, distillation 1 teacher + 3 students.
+
+        Of depth on text; how long the sequences of a task are is not known before they are tokenised.
+        """
+        search = 0
+        if self.drop:
+            found = self.depth_search
+            search = depth.flops_per_token(
+                self.teacher,
+                self.recipe.data.sequence_length,
+                int(found["models"]),
+                int(found["layer_evaluations"]),
+            )
         teacher = forward_flops_per_token(self.teacher, self.recipe.data.sequence_length)
         tokens = self.tokens
         distillation = 0
@@ -123,6 +155,7 @@ class Preflight:
         return {
             "correction": 3 * teacher * tokens["correction"],
             "calibration": teacher * tokens["calibration"],
+            "depth": search * tokens["depth"],
             "distillation": distillation,
         }
 
@@ -149,6 +182,7 @@ class Preflight:
             "segments": [asdict(segment) for segment in self.segments],
             "tokens": self.tokens,
             "flops": self.flops,
+            "depth_search": self.depth_search if self.drop else None,
             "processes": self.world_size,
             "communication": [
                 [{**asdict(transfer), "wire_bytes": transfer.wire_bytes} for transfer in of_rank]
@@ -171,6 +205,8 @@ def preflight(recipe: Recipe, world_size: int | None = None, distils: bool = Tru
         world_size = recipe.cluster.nodes * recipe.cluster.processes_per_node
     teacher = teacher_architecture(recipe)
     student = target_architecture(teacher, recipe.prune)
+    if depth.layers_to_drop(teacher, student, recipe.prune):
+        depth.check_depth(recipe.prune.depth)
     layout = Layout.from_config(recipe.parallel)
     for architecture in (teacher, student):
         layout.check(architecture, world_size)
@@ -242,6 +278,7 @@ def text(plan: Preflight) -> str:
         *(("steps", f"{part.steps} of {part.tokens_per_step:,} tokens ({part})") for part in plan.segments),
         *((f"tokens, {name}", f"{count:,}") for name, count in plan.tokens.items()),
         *((f"FLOPs, {name}", f"{count:.3e} (arithmetic)") for name, count in plan.flops.items()),
+        *((("depth search", _searched(plan)),) if plan.drop else ()),
         ("processes", f"{plan.world_size}: {layout} dp={data_parallel_size}"),
         *(() if plan.worlds is None else (("distillation", str(plan.worlds)),)),
         *(
@@ -253,6 +290,15 @@ def text(plan: Preflight) -> str:
         *(("warning", warning) for warning in plan.warnings),
     ]
     return "\n".join(f"{name:<22}{value}" for name, value in rows)
+
+
+def _searched(plan: Preflight) -> str:
+    config, found = plan.recipe.prune.depth, plan.depth_search
+    sequences = f"{config.samples} sequences" if config.metric == "loss" else f"the choices of {config.task}"
+    return (
+        f"{found['models']} models, {found['forward_passes']:g} passes through the layers and {found['models']} "
+        f"through the output, each of {sequences}"
+    )
 
 
 def _sent(communication: list[list[Transfer]]) -> str:

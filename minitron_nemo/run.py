@@ -1,7 +1,7 @@
 """The chain of steps and its manifest.
 
-    convert -> prepare -> (correct) -> calibrate -> (repair) -> prune -> (cache-teacher) -> distill -> evaluate
-        -> export
+    convert -> prepare -> (correct) -> calibrate -> (score-depth) -> (repair) -> prune -> (cache-teacher) -> distill
+        -> evaluate -> export
 
 The chain runs inside the job: every rank walks the same steps, whether torchrun, srun or a plain start made it. Rank 0
 decides whether a step has to run, and records it. A step that was killed is started again and resumes by itself.
@@ -42,12 +42,16 @@ from minitron_nemo.manifest import Manifest, file_fingerprint, step_key
 from minitron_nemo.parallel import launch
 from minitron_nemo.preflight import Preflight, preflight
 from minitron_nemo.pruning.calibrate import calibrate
+from minitron_nemo.pruning.depth import layers_to_drop
+from minitron_nemo.pruning.depth_scores import DepthScores
 from minitron_nemo.pruning.plan import make_plan
 from minitron_nemo.pruning.prune import prune
 from minitron_nemo.pruning.repair import fits, repair
+from minitron_nemo.pruning.score_depth import score_depth
 
 # Why a recipe may lack a step.
 ABSENT = {
+    "score-depth": "no layers go, or prune.depth_method needs no measurement",
     "repair": "nothing is cut that prune.repair.ffn or prune.repair.hidden is on for",
     "correct": "teacher.correction.steps is 0",
     "cache-teacher": "teacher.placement is not cached, or distill.logits_weight is 0",
@@ -82,6 +86,7 @@ class Chain:
         self.prepared = self.run_dir / "data"
         self.corrected = self.run_dir / "corrected"
         self.scores = self.run_dir / "scores.npz"
+        self.depth_scores = self.run_dir / "depth.npz"
         self.repaired = self.run_dir / "plan"
         self.pruned = self.run_dir / "pruned"
         self.cached = self.run_dir / "teacher_cache.json"
@@ -110,8 +115,15 @@ class Chain:
             models["source"] = self.converted
         steps += [
             Step("calibrate", {**teacher, **data}, {**calibration, "data": visits}, self.scores, self._calibrate),
-            *self._repairing({**teacher, **data, "scores": self.scores}),
-            Step("prune", {**teacher, **self._plan_input()}, asdict(recipe.prune), self.pruned, self._prune),
+            *self._scoring_depth({**teacher, **data}),
+            *self._repairing({**teacher, **data, **self._plan_input()}),
+            Step(
+                "prune",
+                {**teacher, **({"plan": self.repaired} if self._repairs else self._plan_input())},
+                asdict(recipe.prune),
+                self.pruned,
+                self._prune,
+            ),
             *self._caching({**teacher, **data}),
             Step(
                 "distill",
@@ -137,12 +149,33 @@ class Chain:
             return []
         settings = asdict(self.recipe.prune)
         del settings["repair"]["statistics_bytes"], settings["calibration"]["micro_batch_size"]
+        del settings["depth"]["states_bytes"]
         settings["data"] = asdict(self.recipe.data)
         return [Step("repair", inputs, settings, self.repaired, self._repair)]
 
+    @property
+    def _drop(self) -> int:
+        """Layers that `score-depth` has to decide about."""
+        return layers_to_drop(self.plan.teacher, self.plan.student, self.recipe.prune)
+
+    def _scoring_depth(self, inputs: Mapping[str, Path]) -> list[Step]:
+        if not self._drop:
+            return []
+        prune = self.recipe.prune
+        settings: dict[str, Any] = {
+            "method": prune.depth_method,
+            "precision": prune.calibration.precision,
+            "depth": {key: value for key, value in asdict(prune.depth).items() if key != "states_bytes"},
+            "data": asdict(self.recipe.data),
+        }
+        if prune.depth_method != "leave_one_out":  # whose measurements serve every depth
+            settings["drop"] = self._drop
+        task = {} if prune.depth.task is None else {"task": Path(prune.depth.task)}
+        return [Step("score-depth", {**inputs, **task}, settings, self.depth_scores, self._score_depth)]
+
     def _plan_input(self) -> dict[str, Path]:
         """What the cut is decided by."""
-        return {"plan": self.repaired} if self._repairs else {"scores": self.scores}
+        return {"scores": self.scores, **({"depth": self.depth_scores} if self._drop else {})}
 
     @property
     def _reads_cache(self) -> bool:
@@ -213,8 +246,12 @@ class Chain:
         scores = calibrate(self.teacher, self.prepared, self.recipe, self.plan.layout)
         launch.from_rank_0(lambda: scores.save(self.scores))
 
+    def _score_depth(self, key: str) -> None:
+        score_depth(self.teacher, self.prepared, self.recipe, self.plan.layout, self.depth_scores)
+
     def _make_plan(self) -> Plan:
-        return make_plan(Scores.load(self.scores), self.plan.teacher, self.recipe.prune)
+        measured = DepthScores.load(self.depth_scores) if self._drop else None
+        return make_plan(Scores.load(self.scores), self.plan.teacher, self.recipe.prune, measured)
 
     def _repair(self, key: str) -> None:
         repair(self.teacher, self.prepared, self.recipe, self.plan.layout, self._make_plan(), self.repaired)
