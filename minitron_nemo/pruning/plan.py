@@ -95,15 +95,9 @@ def make_plan(
     _check_measured("scores", scores.architecture, source)
     target, repairs = target_architecture(source, config), repairs_of(source, config.repair)
     gaps: dict[str, float] = {}
-    drop = depth.layers_to_drop(source, target, config)
-    if drop:
-        if depth_scores is None:
-            raise UserError(f"prune.depth_method: {config.depth_method} needs depth scores; run `minitron score-depth`")
+    if depth_scores is not None:
         _check_measured("depth scores", depth_scores.architecture, source)
-        dropped, gaps[Axis.LAYERS.value] = depth.choose(depth_scores, config.depth_method, drop, config.depth.normalize)
-        kept_layers = tuple(layer for layer in range(source.num_layers) if layer not in dropped)
-    else:
-        kept_layers = _kept_layers(scores, source, target, config, gaps)
+    kept_layers = _kept_layers(scores, depth_scores, source, target, config, gaps)
 
     def score(axis: Axis) -> Array:
         return scores.get(axis, config.calibration.sequence_aggregation, config.calibration.batch_aggregation)
@@ -133,8 +127,7 @@ def make_plan(
         **heads,
         norm_scales=norm_scales,
         gaps=gaps,
-        provenance=_provenance(scores, config)
-        | ({"depth": dict(depth_scores.identity)} if drop and depth_scores else {}),
+        provenance=_provenance(scores, depth_scores, config),
     )
 
 
@@ -159,7 +152,12 @@ def _explicit(source: Architecture, drop_layers: list[int]) -> set[int]:
 
 
 def _kept_layers(
-    scores: Scores, source: Architecture, target: Architecture, config: PruneConfig, gaps: dict[str, float]
+    scores: Scores,
+    depth_scores: DepthScores | None,
+    source: Architecture,
+    target: Architecture,
+    config: PruneConfig,
+    gaps: dict[str, float],
 ) -> tuple[int, ...]:
     if config.drop_layers is not None:
         dropped = _explicit(source, config.drop_layers)
@@ -167,6 +165,11 @@ def _kept_layers(
     drop = source.num_layers - target.num_layers
     if not drop:
         return tuple(range(source.num_layers))
+    if config.depth_method in depth.METHODS:
+        if depth_scores is None:
+            raise UserError(f"prune.depth_method: {config.depth_method} needs depth scores; run `minitron score-depth`")
+        chosen, gaps[Axis.LAYERS.value] = depth.choose(depth_scores, config.depth_method, drop, config.depth.normalize)
+        return tuple(layer for layer in range(source.num_layers) if layer not in chosen)
     last = source.num_layers - 1
     inner = scores.get(Axis.LAYERS)[1:last]
     if config.depth_method == "block_influence":
@@ -268,8 +271,10 @@ def _gap(kept: float, dropped: float) -> float:
     return float((kept - dropped) / max(abs(kept), abs(dropped))) if kept != dropped else 0.0
 
 
-def _provenance(scores: Scores, config: PruneConfig) -> dict[str, Any]:
+def _provenance(scores: Scores, depth_scores: DepthScores | None, config: PruneConfig) -> dict[str, Any]:
+    measured = {} if depth_scores is None else {"depth": dict(depth_scores.identity)}
     return {
+        **measured,
         "model_fingerprint": scores.model_fingerprint,
         "data_fingerprint": scores.data_fingerprint,
         "sequences": scores.sequences,

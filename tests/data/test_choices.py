@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken
+from tokenizers import AddedToken, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from tokenizers import models as backends
-from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from minitron_nemo.data.choices import Choices, Question, choice_samples, read_questions
