@@ -36,7 +36,7 @@ from minitron_nemo.pruning.depth import grouped, layers_to_drop, most_branches, 
 from minitron_nemo.pruning.depth_scores import DepthScores
 from minitron_nemo.pruning.plan import target_architecture
 
-SAVED_SEQUENCES = 64  # measured between two writes of the file
+SAVED_MICROBATCHES = 16  # of each rank, measured between two writes of the file
 
 
 def score_depth(teacher: Path, prepared: Path, recipe: Recipe, layout: Layout, path: Path) -> DepthScores:
@@ -86,20 +86,21 @@ def measure_branches(
     b, longest = recipe.prune.calibration.micro_batch_size, len(samples[order[0]]["tokens"])
     num_layers = model.architecture.num_layers
     most = most_branches(model.architecture, model.layout, recipe.prune, b, longest)
+    together = b * parallel_state.get_data_parallel_world_size()
+    part = SAVED_MICROBATCHES * together
     work = []
     # What was interrupted misses another part of the samples than the rest.
     for start in sorted({_first_missing(scores, branch, order) for branch in branches}):
         alike = [branch for branch in branches if _first_missing(scores, branch, order) == start]
         for group in grouped(alike, most, num_layers):
-            work += [(group, order[at : at + SAVED_SEQUENCES]) for at in range(start, len(order), SAVED_SEQUENCES)]
-    together = b * parallel_state.get_data_parallel_world_size()
-    passes = sum(-(-len(part) // together) for _, part in work)
+            work += [(group, order[at : at + part]) for at in range(start, len(order), part)]
+    passes = sum(-(-len(sequences) // together) for _, sequences in work)
     with progress(f"score-depth, {len(branches)} models", passes) as advance, without_logits(model):
-        for group, part in work:
-            microbatches = _dealt_out([samples[sample] for sample in part], b, model.layout)
-            found = _sums(model, Branches(group, num_layers), microbatches, len(part), advance)
+        for group, sequences in work:
+            microbatches = _dealt_out([samples[sequence] for sequence in sequences], b, model.layout)
+            found = _sums(model, Branches(group, num_layers), microbatches, len(sequences), advance)
             for branch, sums in zip(group, found, strict=True):
-                scores.add(branch, part, sums)
+                scores.add(branch, sequences, sums)
             if launch.rank() == 0:
                 save()
 

@@ -104,7 +104,7 @@ def killed_and_run_again(saves: int, *arguments: Any) -> tuple[int, int, dict[Br
         runs += 1
         return whole_run(*given)
 
-    with patch.object(step, "SAVED_SEQUENCES", 2), patch.object(step, "run_branches", counted):
+    with patch.object(step, "SAVED_MICROBATCHES", 2), patch.object(step, "run_branches", counted):
         with patch.object(DepthScores, "save", save), pytest.raises(Killed):
             step.score_depth(*arguments)
         first, runs = runs, 0
