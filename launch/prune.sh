@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run a recipe up to the pruned student as one Slurm job: convert, prepare, correct, calibrate, repair, prune.
+# Run a recipe up to the pruned student as one Slurm job: convert, prepare, correct, calibrate, score-depth, repair, prune.
 #
 #   sbatch [sbatch options] launch/prune.sh RECIPE [key=value ...]
 #

@@ -29,6 +29,7 @@ LOCAL = "MINITRON_LOCAL"  # set in the processes that cluster.launcher=local and
 STEPS = {
     "correct": "fine-tune the teacher with cross-entropy on the distillation data",
     "calibrate": "score every axis in one forward-only pass over the training text",
+    "score-depth": "measure the teacher without some of its layers, to choose the ones that go",
     "repair": "fit, to activations of the teacher, weights that make up for what is cut",
     "prune": "cut the teacher to the target shape, checkpoint to checkpoint",
     "cache-teacher": "keep the teacher's likeliest tokens for every sample the training will visit",

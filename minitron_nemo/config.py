@@ -49,6 +49,17 @@ class CalibrationConfig:
 
 
 @dataclass
+class DepthConfig:
+    """Measuring the model without some of its layers, for the methods that decide by it (`minitron score-depth`)."""
+
+    metric: str = "loss"  # of the sequences that calibration reads | task: accuracy on multiple-choice questions
+    samples: int = 128  # of metric loss: sequences of data.sequence_length
+    task: str | None = None  # of metric task: jsonl file with context, choices and answer on each line
+    normalize: bool = False  # of metric task: log-probabilities of choices per character
+    states_bytes: int = 2 * 1024**3  # of states of one microbatch, in all models that run together, on a rank
+
+
+@dataclass
 class RepairConfig:
     """What the student's weights do about what was cut; its architecture stays what it is without."""
 
@@ -74,10 +85,13 @@ class PruneConfig:
     num_query_groups: int | None = None  # whole groups go, with their keys, values and heads
     num_layers: int | None = None
     drop_layers: list[int] | None = None  # 0-indexed; instead of num_layers
-    depth_method: str = "block_influence"  # block_influence | contiguous (the block with the smallest summed influence)
+    # By influence: block_influence | contiguous (the block with the smallest sum). By what the model measures without
+    # them (`depth`): leave_one_out | greedy (one by one, measured again) | best_block (every block of neighbours)
+    depth_method: str = "block_influence"
     # What ranks the entries: activation (as prune.calibration aggregates it), or
     ffn_score: str = "output"  # output: rms of the activation x norm of the column of linear_fc2 that reads it
     hidden_score: str = "activation"  # energy: mean square after the norms, without their gains, over all norms
+    depth: DepthConfig = field(default_factory=DepthConfig)
     repair: RepairConfig = field(default_factory=RepairConfig)
     scores: str | None = None  # Scores of this teacher, e.g. of another run or merged ones, instead of a pass
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)

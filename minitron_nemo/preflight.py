@@ -31,7 +31,8 @@ from minitron_nemo.errors import UserError
 from minitron_nemo.kernels.objective import DIVERGENCES
 from minitron_nemo.models.groups import padding
 from minitron_nemo.parallel.layout import Layout
-from minitron_nemo.pruning.plan import target_architecture
+from minitron_nemo.pruning import depth
+from minitron_nemo.pruning.plan import DEPTH_METHODS, target_architecture
 from minitron_nemo.pruning.repair import fits, repair_warnings
 
 CHOICES = {
@@ -43,7 +44,8 @@ CHOICES = {
     "prune.calibration.batch_aggregation": ("mean", "l2", "var"),
     "prune.ffn_score": ("activation", "output"),
     "prune.hidden_score": ("activation", "energy"),
-    "prune.depth_method": ("block_influence", "contiguous"),
+    "prune.depth_method": DEPTH_METHODS,
+    "prune.depth.metric": depth.METRICS,
     "teacher.model": ("source", "previous"),
     "teacher.placement": ("colocated", "separate", "cached"),
     "teacher.cache.precision": tuple(DTYPES),
@@ -56,6 +58,8 @@ POSITIVE = (
     "prune.calibration.samples",
     "prune.calibration.micro_batch_size",
     "prune.calibration.save_interval",
+    "prune.depth.samples",
+    "prune.depth.states_bytes",
     "prune.repair.ridge",
     "prune.repair.samples",
     "prune.repair.statistics_bytes",
@@ -113,14 +117,42 @@ class Preflight:
         return {
             "correction": correction.steps * correction.global_batch_size * length,
             "calibration": recipe.prune.calibration.samples * length,
+            "depth": recipe.prune.depth.samples * length * (recipe.prune.depth.metric == "loss") * bool(self.drop),
             "repair": recipe.prune.repair.samples * length * fits(self.source, self.student, recipe.prune.repair),
             "distillation": sum(segment.samples * segment.sequence_length for segment in self.segments),
         }
 
     @property
+    def drop(self) -> int:
+        """Layers that are chosen by measuring the teacher without some."""
+        return depth.layers_to_drop(self.source, self.student, self.recipe.prune)
+
+    @property
+    def depth_search(self) -> dict[str, float]:
+        """Models to measure for that, and evaluations of a layer for each sequence, also in passes through all."""
+        config, length = self.recipe.prune, self.recipe.data.sequence_length
+        b = config.calibration.micro_batch_size
+        most = depth.most_branches(self.source, self.layout, config, b, length)
+        models, evaluations = depth.planned(self.source, config.depth_method, self.drop, most)
+        passes = round(evaluations / self.source.num_layers, 2)
+        return {"models": models, "layer_evaluations": evaluations, "forward_passes": passes}
+
+    @property
     def flops(self) -> dict[str, int]:
-        """Forward = 1, backward = 2: correction 3 sources, calibration 1, distillation 1 teacher + 3 students."""
+        """Forward = 1, backward = 2: correction 3 sources, calibration 1, distillation 1 teacher + 3 students.
+
+        Of depth on text; how long the sequences of a task are is not known before they are tokenised.
+        """
         source = forward_flops_per_token(self.source, self.recipe.data.sequence_length)
+        search = 0
+        if self.drop:
+            found = self.depth_search
+            search = depth.flops_per_token(
+                self.source,
+                self.recipe.data.sequence_length,
+                int(found["models"]),
+                int(found["layer_evaluations"]),
+            )
         tokens = self.tokens
         distillation = 0
         for segment in self.segments:
@@ -130,6 +162,7 @@ class Preflight:
         return {
             "correction": 3 * source * tokens["correction"],
             "calibration": source * tokens["calibration"],
+            "depth": search * tokens["depth"],
             "distillation": distillation,
         }
 
@@ -166,6 +199,7 @@ class Preflight:
             "segments": [asdict(segment) for segment in self.segments],
             "tokens": self.tokens,
             "flops": self.flops,
+            "depth_search": self.depth_search if self.drop else None,
             "processes": self.world_size,
             "communication": [
                 [{**asdict(transfer), "wire_bytes": transfer.wire_bytes} for transfer in of_rank]
@@ -199,6 +233,8 @@ def preflight(
     source = earlier[-1].student if earlier else original
     teacher = source if recipe.teacher.model == "previous" else original
     student = target_architecture(source, recipe.prune)
+    if depth.layers_to_drop(source, student, recipe.prune):
+        depth.check_depth(recipe.prune.depth)
     layout = Layout.from_config(recipe.parallel)
     for architecture in (original, source, student):  # all of which are evaluated
         layout.check(architecture, world_size)
@@ -286,6 +322,7 @@ def text(plan: Preflight) -> str:
         *(("steps", f"{part.steps} of {part.tokens_per_step:,} tokens ({part})") for part in plan.segments),
         *((f"tokens, {name}", f"{count:,}") for name, count in plan.tokens.items()),
         *((f"FLOPs, {name}", f"{count:.3e} (arithmetic)") for name, count in plan.flops.items()),
+        *((("depth search", _searched(plan)),) if plan.drop else ()),
         ("processes", f"{plan.world_size}: {layout} dp={data_parallel_size}"),
         *(() if plan.worlds is None else (("distillation", str(plan.worlds)),)),
         *(
@@ -305,6 +342,15 @@ def _padded(cost: dict[str, Any]) -> str:
     return (
         f"to {cost['num_attention_heads']} heads in {cost['num_query_groups']} groups, by zeros: "
         f"{cost['parameters']:.1%} more parameters, {cost['flops']:.1%} more FLOPs (arithmetic)"
+    )
+
+
+def _searched(plan: Preflight) -> str:
+    config, found = plan.recipe.prune.depth, plan.depth_search
+    sequences = f"{config.samples} sequences" if config.metric == "loss" else f"the choices of {config.task}"
+    return (
+        f"{found['models']} models, {found['forward_passes']:g} passes through the layers and {found['models']} "
+        f"through the output, each of {sequences}"
     )
 
 

@@ -1,7 +1,7 @@
 """The chain of steps.
 
-    convert -> prepare -> (correct) -> calibrate -> (repair) -> prune -> (cache-teacher) -> (distill) -> evaluate
-        -> export
+    convert -> prepare -> (correct) -> calibrate -> (score-depth) -> (repair) -> prune -> (cache-teacher) -> (distill)
+        -> evaluate -> export
 
 The chain runs inside the job: every rank walks the same steps, whether torchrun, srun or a plain start made it. Rank 0
 decides whether a step has to run, and records it. A step that was killed is started again and resumes by itself.
@@ -39,14 +39,18 @@ from minitron_nemo.importance.scores import Scores
 from minitron_nemo.parallel import launch
 from minitron_nemo.preflight import Preflight
 from minitron_nemo.pruning.calibrate import calibrate
+from minitron_nemo.pruning.depth import layers_to_drop
+from minitron_nemo.pruning.depth_scores import DepthScores
 from minitron_nemo.pruning.plan import make_plan
 from minitron_nemo.pruning.prune import prune
 from minitron_nemo.pruning.repair import fits, repair
+from minitron_nemo.pruning.score_depth import score_depth
 from minitron_nemo.stages import check_choice, plans, stage_directory
 from minitron_nemo.steps import Step, Stopped, inputs_of, is_done, run_step, stopped_by_signals
 
 # Why a recipe may lack a step.
 ABSENT = {
+    "score-depth": "no layers go, or prune.depth_method needs no measurement",
     "repair": "nothing is cut that prune.repair.ffn or prune.repair.hidden is on for",
     "correct": "teacher.correction.steps is 0",
     "distill": "train.steps is 0",
@@ -72,6 +76,7 @@ class Chain:
         self.converted = shared / "teacher"
         self.corrected = shared / "corrected"
         self.scores = (self.borrowed_from or directory) / "scores.npz"
+        self.depth_scores = directory / "depth.npz"
         self.repaired = directory / "plan"
         self.pruned = directory / "pruned"
         self.cached = directory / "teacher_cache.json"
@@ -109,11 +114,13 @@ class Chain:
     def _own_steps(self) -> list[Step]:
         recipe, data, visits = self.recipe, self._data, asdict(self.recipe.data)
         source, teacher = {"source": self.source}, {"teacher": self.teacher}
+        chosen = {"plan": self.repaired} if self._repairs else self._plan_input()
         steps = [
             *([self._preparation()] if self.own_text else []),
             replace(self._scoring(source, data), borrowed_from=self.borrowed_from),
-            *self._repairing({**source, **data, "scores": self.scores}),
-            Step("prune", {**source, **self._plan_input()}, self._cut(), self.pruned, self._prune),
+            *self._scoring_depth({**source, **data}),
+            *self._repairing({**source, **data, **self._plan_input()}),
+            Step("prune", {**source, **chosen}, self._cut(), self.pruned, self._prune),
             *self._caching({**teacher, **data}),
         ]
         evaluated = asdict(recipe.evaluate)
@@ -143,7 +150,7 @@ class Chain:
     def _cut(self) -> dict[str, Any]:
         """The settings of `prune` that decide the student."""
         settings = asdict(self.recipe.prune)
-        del settings["repair"]["statistics_bytes"], settings["scores"]
+        del settings["repair"]["statistics_bytes"], settings["depth"]["states_bytes"], settings["scores"]
         del settings["calibration"]["micro_batch_size"], settings["calibration"]["save_interval"]
         return settings
 
@@ -180,9 +187,29 @@ class Chain:
         settings = {**self._cut(), "data": asdict(self.recipe.data)}
         return [Step("repair", inputs, settings, self.repaired, self._repair)]
 
+    @property
+    def _drop(self) -> int:
+        """Layers that `score-depth` has to decide about."""
+        return layers_to_drop(self.plan.source, self.plan.student, self.recipe.prune)
+
+    def _scoring_depth(self, inputs: Mapping[str, Path]) -> list[Step]:
+        if not self._drop:
+            return []
+        prune = self.recipe.prune
+        settings: dict[str, Any] = {
+            "method": prune.depth_method,
+            "precision": prune.calibration.precision,
+            "depth": {key: value for key, value in asdict(prune.depth).items() if key != "states_bytes"},
+            "data": asdict(self.recipe.data),
+        }
+        if prune.depth_method != "leave_one_out":  # whose measurements serve every depth
+            settings["drop"] = self._drop
+        task = {} if prune.depth.task is None else {"task": Path(prune.depth.task)}
+        return [Step("score-depth", {**inputs, **task}, settings, self.depth_scores, self._score_depth)]
+
     def _plan_input(self) -> dict[str, Path]:
         """What the cut is decided by."""
-        return {"plan": self.repaired} if self._repairs else {"scores": self.scores}
+        return {"scores": self.scores, **({"depth": self.depth_scores} if self._drop else {})}
 
     @property
     def _reads_cache(self) -> bool:
@@ -272,8 +299,12 @@ class Chain:
 
         launch.from_rank_0(take)
 
+    def _score_depth(self, key: str) -> None:
+        score_depth(self.source, self.prepared, self.recipe, self.plan.layout, self.depth_scores)
+
     def _make_plan(self) -> Plan:
-        return make_plan(Scores.load(self.scores), self.plan.source, self.recipe.prune)
+        measured = DepthScores.load(self.depth_scores) if self._drop else None
+        return make_plan(Scores.load(self.scores), self.plan.source, self.recipe.prune, measured)
 
     def _repair(self, key: str) -> None:
         repair(self.source, self.prepared, self.recipe, self.plan.layout, self._make_plan(), self.repaired)

@@ -101,15 +101,14 @@ def _entries(
 ) -> SparseEntries:
     """Entries of [b*s] tokens, on the CPU, from states after the final norm, [b, s, h] or [b, s/tp, h]."""
     samples, tokens = microbatch["tokens"].shape
-    layout, last = model.layout, model.modules[-1]
-    assert model.output_layer is not None
-    tied = last.share_embeddings_and_output_weights
+    layout, weight = model.layout, model.output_weight
+    assert weight is not None
     uniforms = np.stack(
         [draws(identity.seed, name, tokens, identity.tail_samples) for name in microbatch["sample_ids"]], 1
     )  # [s, b, m]
     found = sparse_entries(
         output.transpose(0, 1).flatten(0, 1),
-        last.shared_embedding_or_output_weight() if tied else model.output_layer.weight,
+        weight,
         top_k=identity.top_k,
         uniforms=torch.from_numpy(uniforms).flatten(0, 1).to(output.device),
         vocab_size=identity.vocab_size,

@@ -96,12 +96,9 @@ class ColocatedTeacher:
         for chunk in model.chunks:
             chunk.requires_grad_(False)
             chunk.eval()
-        self.output_weight: Tensor | None = None
+        self.output_weight = model.output_weight
         if model.output_layer is not None:
             model.output_layer.mode = "hidden"
-            last = model.modules[-1]
-            tied = last.share_embeddings_and_output_weights
-            self.output_weight = last.shared_embedding_or_output_weight() if tied else model.output_layer.weight
 
     def step(self, microbatches: Sequence[Microbatch]) -> TeacherSignal:
         """Run the teacher on `microbatches`, all of one shape, and keep the states of its last stage."""

@@ -141,16 +141,7 @@ def _run(model: Model, batches: list[Microbatch], collect: Any) -> list[Any]:
 
 
 def _run_teacher(model: Model, batches: list[Microbatch]) -> TeacherStates:
-    return TeacherStates(_run(model, batches, lambda states, batch: states.cpu()), _output_weight(model))
-
-
-def _output_weight(model: Model) -> Tensor | None:
-    if model.output_layer is None:
-        return None
-    last = model.modules[-1]
-    tied = last.share_embeddings_and_output_weights
-    weight = last.shared_embedding_or_output_weight() if tied else model.output_layer.weight
-    return weight.detach()
+    return TeacherStates(_run(model, batches, lambda states, batch: states.cpu()), model.output_weight)
 
 
 def document_sums(
@@ -175,7 +166,7 @@ def _compare(
     model: Model, teacher: TeacherStates | None, teacher_states: Iterator[Tensor], states: Tensor, batch: Microbatch
 ) -> Tensor:
     """Sums of ce, KL, agreement and weight of the microbatch's documents, fp64 [b, 4]."""
-    weight = _output_weight(model)
+    weight = model.output_weight
     teacher_weight = teacher.output_weight if teacher else weight
     assert weight is not None and teacher_weight is not None, "only the last stage has states"
     statistics = token_statistics(

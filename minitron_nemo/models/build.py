@@ -63,6 +63,16 @@ class Model:
         last = self.modules[-1]
         return last.output_layer if last.post_process else None
 
+    @property
+    def output_weight(self) -> torch.Tensor | None:
+        """[padded_vocab/tp, h], the embedding's where tied, on ranks of the last pipeline stage; without gradient."""
+        layer, last = self.output_layer, self.modules[-1]
+        if layer is None:
+            return None
+        tied = last.share_embeddings_and_output_weights
+        weight: torch.Tensor = last.shared_embedding_or_output_weight() if tied else layer.weight
+        return weight.detach()
+
 
 def padded_vocab_size(architecture: Architecture, layout: Layout) -> int:
     """Rows of embedding and output weight on this layout; the rows from `vocab_size` on belong to no token."""

@@ -49,6 +49,12 @@ def calibrate(recipe: Recipe) -> None:
     _become("calibrate", recipe)
 
 
+@run.cli.entrypoint(namespace=NAMESPACE, name="score-depth")
+def score_depth(recipe: Recipe) -> None:
+    """Measure the teacher without some of its layers, to choose the ones that go."""
+    _become("score-depth", recipe)
+
+
 @run.cli.entrypoint(namespace=NAMESPACE)
 def repair(recipe: Recipe) -> None:
     """Fit what the student's weights do about what is cut, on the teacher's activations."""
@@ -82,6 +88,7 @@ def chain(recipe: Recipe) -> None:
 VERBS = {
     "plan": plan,
     "calibrate": calibrate,
+    "score-depth": score_depth,
     "repair": repair,
     "prune": prune,
     "distill": distill,

@@ -92,14 +92,7 @@ def open_calibration(
     Ranks have equally many full microbatches; copies of the last sample fill them up, with weights of 0.
     """
     config = recipe.prune.calibration
-    if layout.context_parallel_size > 1:
-        raise UserError(
-            f"parallel.context_parallel_size: {layout.context_parallel_size} is not supported by calibration; "
-            f"calibrate with 1, the Scores serve every layout"
-        )
-    launch.initialize(layout, recipe.data.seed)
-    model = build_model(Architecture.load(teacher), layout, dtype=DTYPES[config.precision])
-    load_model(model, teacher)
+    model = open_teacher(teacher, recipe, layout)
     blend = open_train(recipe.data, prepared)
     indices = Sampler(blend, recipe.data.seed).global_batch(first_sample, samples)
     dp_rank, dp_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -110,6 +103,19 @@ def open_calibration(
         first = number * together + dp_rank * config.micro_batch_size
         batch["token_weights"][max(0, samples - first) :] = 0.0
     return model, batches, blend
+
+
+def open_teacher(teacher: Path, recipe: Recipe, layout: Layout) -> Model:
+    """The loaded teacher in `prune.calibration.precision`. Collective. Raises UserError for context parallelism."""
+    if layout.context_parallel_size > 1:
+        raise UserError(
+            f"parallel.context_parallel_size: {layout.context_parallel_size} is not supported by calibration; "
+            f"calibrate with 1, the Scores serve every layout"
+        )
+    launch.initialize(layout, recipe.data.seed)
+    model = build_model(Architecture.load(teacher), layout, dtype=DTYPES[recipe.prune.calibration.precision])
+    load_model(model, teacher)
+    return model
 
 
 def measure(

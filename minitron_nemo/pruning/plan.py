@@ -2,12 +2,13 @@
 
 Depth: `block_influence` drops the layers that change their input least, `contiguous` the block that does so in sum.
 Both keep the first and the last layer: removing those costs most (arXiv 2408.11796 figure 8, whose 16 dropped layers
-end before the last), and Block Influence need not see it. An explicit list drops what it says.
+end before the last), and Block Influence need not see it. The methods of depth.py measure it, and may drop any layer.
+An explicit list drops what it says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +19,11 @@ from minitron_nemo.arch.family import family
 from minitron_nemo.config import PruneConfig, RepairConfig
 from minitron_nemo.errors import UserError
 from minitron_nemo.importance.scores import FINAL_NORM, LAYER_NORMS, Array, Scores
+from minitron_nemo.pruning import depth
+from minitron_nemo.pruning.depth_scores import DepthScores
 
-DEPTH_METHODS = ("block_influence", "contiguous")
+BY_INFLUENCE = ("block_influence", "contiguous")
+DEPTH_METHODS = (*BY_INFLUENCE, *depth.METHODS)
 
 
 def target_architecture(source: Architecture, config: PruneConfig) -> Architecture:
@@ -46,7 +50,7 @@ def target_architecture(source: Architecture, config: PruneConfig) -> Architectu
         sizes[Axis.LAYERS] = source.num_layers - len(_explicit(source, config.drop_layers))
     elif config.depth_method not in DEPTH_METHODS:
         raise UserError(f"prune.depth_method: {config.depth_method!r} is not one of {', '.join(DEPTH_METHODS)}")
-    elif sizes.get(Axis.LAYERS) == 1 < source.num_layers:
+    elif config.depth_method in BY_INFLUENCE and sizes.get(Axis.LAYERS) == 1 < source.num_layers:
         raise UserError(
             f"prune.num_layers: 1 is too few, {config.depth_method} keeps the first and the last layer; "
             f"list what goes in prune.drop_layers"
@@ -74,7 +78,9 @@ def repairs_of(source: Architecture, config: RepairConfig) -> RepairConfig:
     return replace(config, **decided)
 
 
-def make_plan(scores: Scores, source: Architecture, config: PruneConfig) -> Plan:
+def make_plan(
+    scores: Scores, source: Architecture, config: PruneConfig, depth_scores: DepthScores | None = None
+) -> Plan:
     """The Plan that keeps the entries with the highest scores; ties go to the lower index.
 
     FFN neurons are ranked per layer; query groups per layer, by the sum of their heads' scores; heads per layer and
@@ -82,17 +88,16 @@ def make_plan(scores: Scores, source: Architecture, config: PruneConfig) -> Plan
     the whole model, where `repair.norm_scale` gives the gain of every norm a factor. `gaps` has one number per decision
     that Scores took, named by axis and, where layers decide on their own, the source's layer: (worst kept - best
     dropped) / worst kept, the smallest of the groups' for heads, and for `contiguous` the same of the dropped block's
-    summed influence and the runner-up's.
+    summed influence and the runner-up's. `depth_scores` are for depth methods that decide by them: see `depth.choose`.
 
     Raises UserError for Scores of another architecture and for what `target_architecture` and `repairs_of` refuse.
     """
-    if scores.architecture != source:
-        measured, given = scores.architecture.to_dict(), source.to_dict()
-        key = next(key for key in given if measured[key] != given[key])
-        raise UserError(f"scores: measured on a model with {key} {measured[key]}, not {given[key]}; calibrate again")
+    _check_measured("scores", scores.architecture, source)
     target, repairs = target_architecture(source, config), repairs_of(source, config.repair)
     gaps: dict[str, float] = {}
-    kept_layers = _kept_layers(scores, source, target, config, gaps)
+    if depth_scores is not None:
+        _check_measured("depth scores", depth_scores.architecture, source)
+    kept_layers = _kept_layers(scores, depth_scores, source, target, config, gaps)
 
     def score(axis: Axis) -> Array:
         return scores.get(axis, config.calibration.sequence_aggregation, config.calibration.batch_aggregation)
@@ -122,8 +127,15 @@ def make_plan(scores: Scores, source: Architecture, config: PruneConfig) -> Plan
         **heads,
         norm_scales=norm_scales,
         gaps=gaps,
-        provenance=_provenance(scores, config),
+        provenance=_provenance(scores, depth_scores, config),
     )
+
+
+def _check_measured(what: str, measured: Architecture, source: Architecture) -> None:
+    if measured != source:
+        theirs, given = measured.to_dict(), source.to_dict()
+        key = next(key for key in given if theirs[key] != given[key])
+        raise UserError(f"{what}: measured on a model with {key} {theirs[key]}, not {given[key]}; calibrate again")
 
 
 def _explicit(source: Architecture, drop_layers: list[int]) -> set[int]:
@@ -140,7 +152,12 @@ def _explicit(source: Architecture, drop_layers: list[int]) -> set[int]:
 
 
 def _kept_layers(
-    scores: Scores, source: Architecture, target: Architecture, config: PruneConfig, gaps: dict[str, float]
+    scores: Scores,
+    depth_scores: DepthScores | None,
+    source: Architecture,
+    target: Architecture,
+    config: PruneConfig,
+    gaps: dict[str, float],
 ) -> tuple[int, ...]:
     if config.drop_layers is not None:
         dropped = _explicit(source, config.drop_layers)
@@ -148,6 +165,11 @@ def _kept_layers(
     drop = source.num_layers - target.num_layers
     if not drop:
         return tuple(range(source.num_layers))
+    if config.depth_method in depth.METHODS:
+        if depth_scores is None:
+            raise UserError(f"prune.depth_method: {config.depth_method} needs depth scores; run `minitron score-depth`")
+        chosen, gaps[Axis.LAYERS.value] = depth.choose(depth_scores, config.depth_method, drop, config.depth.normalize)
+        return tuple(layer for layer in range(source.num_layers) if layer not in chosen)
     last = source.num_layers - 1
     inner = scores.get(Axis.LAYERS)[1:last]
     if config.depth_method == "block_influence":
@@ -249,8 +271,10 @@ def _gap(kept: float, dropped: float) -> float:
     return float((kept - dropped) / max(abs(kept), abs(dropped))) if kept != dropped else 0.0
 
 
-def _provenance(scores: Scores, config: PruneConfig) -> Mapping[str, Any]:
+def _provenance(scores: Scores, depth_scores: DepthScores | None, config: PruneConfig) -> dict[str, Any]:
+    measured = {} if depth_scores is None else {"depth": dict(depth_scores.identity)}
     return {
+        **measured,
         "model_fingerprint": scores.model_fingerprint,
         "data_fingerprint": scores.data_fingerprint,
         "sequences": scores.sequences,

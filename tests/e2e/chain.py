@@ -30,6 +30,8 @@ def write_recipe(directory: Path, **sections: dict) -> Path:
         "prune": {
             "ffn_hidden_size": 64,
             "num_layers": 2,
+            "depth_method": "greedy",
+            "depth": {"samples": 8},
             "calibration": {"samples": 8, "save_interval": 3},
             "repair": {"samples": 16},
         },

@@ -139,6 +139,14 @@ TEACHER_PP2 = "teacher.layout.pipeline_model_parallel_size=2"
         ("prune.hidden_size=128", "prune.hidden_size"),
         ("prune.num_attention_heads=6", "prune.num_attention_heads"),
         ("prune.drop_layers=[0,9]", "prune.drop_layers"),
+        ("prune.depth_method=perplexity", "prune.depth_method: 'perplexity' is not one of"),
+        ("prune.depth.metric=accuracy", "prune.depth.metric: 'accuracy' is not one of loss, task"),
+        ("prune.depth.samples=0", "prune.depth.samples: 0 must be greater than 0"),
+        ("prune.depth_method=best_block prune.depth.metric=task", "prune.depth.task: metric task needs one"),
+        (
+            "prune.depth_method=greedy prune.depth.metric=task prune.depth.task=/nowhere.jsonl",
+            "prune.depth.task: /nowhere.jsonl: not readable as a task",
+        ),
         ("distill.divergence=backward_kl", "distill.divergence"),
         ("distill.ce_weight=some", "distill.ce_weight"),
         ("distill.ce_weight=dynamic distill.logits_weight=0", "logits_weight is 0"),
@@ -293,6 +301,20 @@ def test_a_second_job_on_the_same_run_directory_is_refused(tmp_path: Path, recip
     with (run / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "in use" in refused_by_process("run", str(recipe), f"run_dir={run}")
+
+
+def test_plan_says_what_measuring_without_layers_costs(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["prune.depth_method=leave_one_out", "prune.depth.samples=3"]
+    assert main(["plan", str(recipe), *overrides, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    # Of four layers: 4 evaluations of the whole model, and 3, 2, 1 and 0 behind the layer that is left out.
+    assert plan["depth_search"] == {"models": 5, "layer_evaluations": 10, "forward_passes": 2.5}
+    assert plan["tokens"]["depth"] == 3 * 64 and plan["flops"]["depth"] > 2.5 * plan["flops"]["calibration"] * 3 / 8
+    assert main(["plan", str(recipe), *overrides]) == 0
+    assert "5 models, 2.5 passes through the layers and 5 through the output, each of 3 seq" in capsys.readouterr().out
+    assert main(["plan", str(recipe), "prune.depth_method=block_influence", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["depth_search"] is None and plan["tokens"]["depth"] == 0
 
 
 @pytest.mark.parametrize(

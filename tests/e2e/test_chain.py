@@ -17,7 +17,18 @@ from tests.e2e.chain import Command, write_recipe
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
-STEPS = ("convert", "prepare", "correct", "calibrate", "repair", "prune", "distill", "evaluate", "export/hf")
+STEPS = (
+    "convert",
+    "prepare",
+    "correct",
+    "calibrate",
+    "score-depth",
+    "repair",
+    "prune",
+    "distill",
+    "evaluate",
+    "export/hf",
+)
 
 
 @pytest.fixture(scope="module")
