@@ -40,6 +40,7 @@ STEPS = {
 EXAMPLE = """examples:
   minitron plan recipes/quickstart.yaml                 check a recipe, see what it costs
   minitron run recipes/quickstart.yaml train.steps=20   the whole chain, one key changed
+  minitron report runs/quickstart                       what came out, or came out so far, as one HTML page
   minitron inspect runs/quickstart/distilled            what is in a checkpoint
   minitron convert SRC DST --to hf                      any checkpoint, other format
 """
@@ -88,6 +89,10 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=("bfloat16", "float16", "float32"), help="data type to write; default: as stored"
     )
     convert.set_defaults(function=_convert)
+    report = verbs.add_parser("report", help="one HTML page about a run, at any time", description=REPORT)
+    report.add_argument("run", type=Path, help="run directory, or the recipe of one")
+    report.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, e.g. run_dir=DIR")
+    report.set_defaults(function=_report)
     inspect = verbs.add_parser(
         "inspect", help="what a checkpoint is: family, shape, parameters, format, layout, tensors"
     )
@@ -100,6 +105,9 @@ def _parser() -> argparse.ArgumentParser:
 CONVERT = """Convert SRC DST --to FORMAT: one read and one write, slice by slice, in bounded memory. Reads Hugging Face
 safetensors, Megatron torch_dist, NeMo 2, Megatron-Bridge, legacy Megatron-LM and GGUF; writes Hugging Face (hf),
 Megatron torch_dist (megatron), NeMo 2 (nemo) and Megatron-Bridge (bridge)."""
+
+REPORT = """Write RUN/report.html about what the run directory holds by now: results, training curves, importance and
+cuts, candidates, sample generations, provenance. One file that needs no network. `minitron run` ends with it."""
 
 
 def _recipe_verb(verbs: argparse._SubParsersAction, name: str, description: str) -> argparse.ArgumentParser:
@@ -141,6 +149,20 @@ def _inspect(options: argparse.Namespace) -> int:
     from minitron_nemo.checkpoint.inspect import inspect
 
     print(inspect(options.path, options.tensor))
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from minitron_nemo.report.page import write_report
+
+    of_recipe = options.run.suffix in (".yaml", ".yml")
+    if options.overrides and not of_recipe:
+        raise UserError(f"report: {options.overrides[0]} changes a recipe, and {options.run} is a run directory")
+    run_dir = Path(load_recipe(options.run, options.overrides).run_dir) if of_recipe else options.run
+    try:
+        print(write_report(run_dir))
+    except OSError as error:
+        raise UserError(f"{error.filename or run_dir}: {error.strerror}; no report was written") from None
     return 0
 
 

@@ -1,7 +1,7 @@
 """The chain of steps and its manifest.
 
     convert -> prepare -> (correct) -> calibrate -> (repair) -> prune -> (cache-teacher) -> distill -> evaluate
-        -> export
+        -> export -> report
 
 The chain runs inside the job: every rank walks the same steps, whether torchrun, srun or a plain start made it. Rank 0
 decides whether a step has to run, and records it. A step that was killed is started again and resumes by itself.
@@ -28,7 +28,7 @@ from minitron_nemo.checkpoint.files import write_atomic
 from minitron_nemo.checkpoint.fingerprint import fingerprint
 from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.claim import claimed
-from minitron_nemo.config import Recipe, TrainConfig
+from minitron_nemo.config import RECIPE_FILE, Recipe, TrainConfig, recipe_yaml
 from minitron_nemo.data import pypi
 from minitron_nemo.data.prepare import inputs_stamp, prepare_data
 from minitron_nemo.distillation.cache_teacher import cache_teacher
@@ -45,6 +45,8 @@ from minitron_nemo.pruning.calibrate import calibrate
 from minitron_nemo.pruning.plan import make_plan
 from minitron_nemo.pruning.prune import prune
 from minitron_nemo.pruning.repair import fits, repair
+from minitron_nemo.report.page import FILE_NAME as REPORT_FILE
+from minitron_nemo.report.page import write_report
 
 # Why a recipe may lack a step.
 ABSENT = {
@@ -126,7 +128,8 @@ class Chain:
             output = self.run_dir / "export" / to
             written = {"to": to, "dtype": recipe.export.dtype}
             steps.append(Step("export", {"distilled": self.distilled}, written, output, self._export(to, output)))
-        return steps
+        shown = {"recipe": self.run_dir / RECIPE_FILE, "evaluation": self.evaluation, "scores": self.scores}
+        return [*steps, Step("report", {**shown, **models}, {}, self.run_dir / REPORT_FILE, self._report)]
 
     @property
     def _repairs(self) -> bool:
@@ -241,6 +244,9 @@ class Chain:
     def _export(self, to: str, output: Path) -> Callable[[str], None]:
         return lambda key: self._transform(self.distilled, output, to, self.recipe.export.dtype)
 
+    def _report(self, key: str) -> None:
+        launch.from_rank_0(lambda: write_report(self.run_dir))
+
 
 def run_chain(recipe: Recipe, only: str | None = None, until: str | None = None) -> None:
     """Run the whole chain, all of it up to and with the step `until`, or the step `only`, on every rank of the job.
@@ -256,6 +262,7 @@ def run_chain(recipe: Recipe, only: str | None = None, until: str | None = None)
     if not steps:
         raise UserError(f"{only}: the recipe has no such step ({ABSENT[str(only)]})")
     with claimed(chain.run_dir):
+        launch.from_rank_0(lambda: _keep_recipe(recipe, chain.run_dir / RECIPE_FILE))
         manifest = Manifest(chain.run_dir)
         for step in steps:
             try:
@@ -271,6 +278,12 @@ def run_chain(recipe: Recipe, only: str | None = None, until: str | None = None)
                 write_failure(chain.run_dir, step=step.name, reason=f"rank {launch.job_rank()}: {error}")
                 raise
         launch.from_rank_0(lambda: write_status(chain.run_dir, "done", step=only or until))
+
+
+def _keep_recipe(recipe: Recipe, path: Path) -> None:
+    text = recipe_yaml(recipe)
+    if not path.exists() or path.read_text() != text:
+        write_atomic(path, text)
 
 
 @contextmanager

@@ -70,9 +70,10 @@ def evaluate(
     """Measure the model directories in `models`, one of them named `teacher`, on `documents`. Collective.
 
     `documents` are samples of one length, {"tokens", "labels", "token_weights": [s], "id"}; they are spread over the
-    data-parallel ranks. Every model is built in `dtype` on `layout`, one at a time. The beginnings of the first documents
-    are continued by `generate_tokens` tokens, which also gives the speed of generation. All ranks get the same results.
-    Raises UserError for a layout that does not fit, and for a model whose vocabulary is not the teacher's.
+    data-parallel ranks. Every model is built in `dtype` on `layout`, one at a time. The beginnings of the first
+    documents are continued by `generate_tokens` tokens, which also gives the speed of generation. All ranks get the
+    same results. Raises UserError for a layout that does not fit, and for a model whose vocabulary is not the
+    teacher's.
     """
     check_layout(layout, len(documents[0]["tokens"]))
     launch.initialize(layout, seed=0)  # nothing is random here
