@@ -12,7 +12,7 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DELETE_ON_ERROR:
-.PHONY: install install-nemo demo lint docs check test test-nemo soak slurm-packages clean
+.PHONY: install install-nemo demo lint docs check test test-nemo soak slurm-packages report-packages clean
 
 install: $(VENV)/.installed
 
@@ -41,7 +41,7 @@ lint: install
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/shellcheck .ci/run launch/*.sh tests/slurm/*.sh
+	$(BIN)/shellcheck .ci/run launch/*.sh tests/slurm/*.sh tests/report/*.sh
 	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 
 # The site, in build/site; what is wrong with a link or a docstring's name is an error.
@@ -53,7 +53,7 @@ check: lint
 	$(PYTEST) -m 'not slow and not e2e and not slurm and not soak and not gpu'
 
 # What CI runs: everything but the soak; tests marked gpu skip themselves without one.
-test: install slurm-packages
+test: install slurm-packages report-packages
 	$(PYTEST)
 	$(MAKE) test-nemo
 
@@ -69,6 +69,9 @@ soak: install slurm-packages
 
 slurm-packages:
 	bash tests/slurm/install.sh
+
+report-packages:
+	bash tests/report/install.sh
 
 clean:
 	rm -rf $(VENV) $(NEMO_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -43,6 +43,7 @@ STEPS = {
 EXAMPLE = """examples:
   minitron plan recipes/quickstart.yaml                 check a recipe, see what it costs
   minitron run recipes/quickstart.yaml train.steps=20   the whole chain, one key changed
+  minitron report runs/quickstart                       what came out, or came out so far, as one HTML page
   minitron inspect runs/quickstart/distilled            what is in a checkpoint
   minitron convert SRC DST --to hf                      any checkpoint, other format
 """
@@ -105,6 +106,10 @@ def command_line() -> argparse.ArgumentParser:
     merge.add_argument("passes", type=Path, nargs="+", metavar="SCORES", help="scores.npz of a pass")
     merge.add_argument("--out", type=Path, required=True, help="file to write; prune.scores of a recipe takes it")
     merge.set_defaults(function=_merge_scores)
+    report = verbs.add_parser("report", help="one HTML page about a run, at any time", description=REPORT)
+    report.add_argument("run", type=Path, help="run directory, or the recipe of one")
+    report.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, e.g. run_dir=DIR")
+    report.set_defaults(function=_report)
     inspect = verbs.add_parser(
         "inspect", help="what a checkpoint is: family, shape, parameters, format, layout, tensors"
     )
@@ -125,6 +130,9 @@ as it should be; 1: it is not, and a line names the first tensor and row; 2: som
 
 MERGE = """Add passes of calibration up: the Scores of one pass over all their samples. The passes are of one model, in
 one precision, at one sequence length, and have no sample in common (prune.calibration.first_sample)."""
+
+REPORT = """Write RUN/report.html about what the run directory holds by now: results, training curves, importance and
+cuts, candidates, sample generations, provenance. One file that needs no network. `minitron run` ends with it."""
 
 
 def _recipe_verb(verbs: argparse._SubParsersAction, name: str, description: str) -> argparse.ArgumentParser:
@@ -174,6 +182,20 @@ def _inspect(options: argparse.Namespace) -> int:
     from minitron_nemo.checkpoint.inspect import inspect
 
     print(inspect(options.path, options.tensor))
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from minitron_nemo.report.page import write_report
+
+    of_recipe = options.run.suffix in (".yaml", ".yml")
+    if options.overrides and not of_recipe:
+        raise UserError(f"report: {options.overrides[0]} changes a recipe, and {options.run} is a run directory")
+    run_dir = Path(load_recipe(options.run, options.overrides).run_dir) if of_recipe else options.run
+    try:
+        print(write_report(run_dir))
+    except OSError as error:
+        raise UserError(f"{error.filename or run_dir}: {error.strerror}; no report was written") from None
     return 0
 
 

@@ -19,6 +19,8 @@ from yaml import YAMLError
 
 from minitron_nemo.errors import UserError
 
+RECIPE_FILE = "recipe.yaml"  # in a run directory: the recipe of the last start, every key filled in
+
 
 @dataclass
 class ModelConfig:

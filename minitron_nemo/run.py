@@ -1,7 +1,7 @@
 """The chain of steps.
 
     convert -> prepare -> (correct) -> calibrate -> (score-depth) -> (repair) -> prune -> (cache-teacher) -> (distill)
-        -> evaluate -> export
+        -> evaluate -> export -> report
 
 The chain runs inside the job: every rank walks the same steps, whether torchrun, srun or a plain start made it. Rank 0
 decides whether a step has to run, and records it. A step that was killed is started again and resumes by itself.
@@ -26,7 +26,7 @@ from minitron_nemo.checkpoint.files import write_atomic
 from minitron_nemo.checkpoint.fingerprint import fingerprint
 from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.claim import claimed
-from minitron_nemo.config import Recipe, TrainConfig
+from minitron_nemo.config import RECIPE_FILE, Recipe, TrainConfig, recipe_yaml
 from minitron_nemo.data import pypi
 from minitron_nemo.data.prepare import inputs_stamp, prepare_data, same_text
 from minitron_nemo.distillation.cache_teacher import cache_teacher
@@ -45,6 +45,8 @@ from minitron_nemo.pruning.plan import make_plan
 from minitron_nemo.pruning.prune import prune
 from minitron_nemo.pruning.repair import fits, repair
 from minitron_nemo.pruning.score_depth import score_depth
+from minitron_nemo.report.page import FILE_NAME as REPORT_FILE
+from minitron_nemo.report.page import write_report
 from minitron_nemo.stages import check_choice, plans, stage_directory
 from minitron_nemo.steps import Step, Stopped, inputs_of, is_done, run_step, stopped_by_signals
 
@@ -135,7 +137,9 @@ class Chain:
             output = self.exports / to
             written = {"to": to, "dtype": recipe.export.dtype}
             steps.append(Step("export", {"student": self.student}, written, output, self._export(to, output)))
-        return steps
+        shown = {"recipe": self.run_dir / RECIPE_FILE, "evaluation": self.evaluation, "scores": self.scores}
+        page = self.directory / REPORT_FILE
+        return [*steps, Step("report", {**shown, **self._models()}, {}, page, self._report)]
 
     def _scoring(self, source: Mapping[str, Path], data: Mapping[str, Path]) -> Step:
         """The pass that makes the Scores, or those that are there already."""
@@ -332,6 +336,9 @@ class Chain:
     def _export(self, to: str, output: Path) -> Callable[[str], None]:
         return lambda key: self._transform(self.student, output, to, self.recipe.export.dtype)
 
+    def _report(self, key: str) -> None:
+        launch.from_rank_0(lambda: write_report(self.directory))
+
 
 def chains(found: list[Preflight]) -> list[Chain]:
     """One chain for a recipe, or one for each of its stages."""
@@ -361,6 +368,7 @@ def run_chain(recipe: Recipe, only: str | None = None, until: str | None = None,
     if not steps:
         raise UserError(f"{only}: the recipe has no such step ({ABSENT[str(only)]})")
     with claimed(run_dir, *(chain.directory for chain in walked)):
+        launch.from_rank_0(lambda: _keep_recipe(recipe, run_dir / RECIPE_FILE))
         for step in steps:
             try:
                 with stopped_by_signals():
@@ -375,6 +383,12 @@ def run_chain(recipe: Recipe, only: str | None = None, until: str | None = None,
                 write_failure(run_dir, step=step.label, reason=f"rank {launch.job_rank()}: {error}")
                 raise
         launch.from_rank_0(lambda: write_status(run_dir, "done", step=only or until))
+
+
+def _keep_recipe(recipe: Recipe, path: Path) -> None:
+    text = recipe_yaml(recipe)
+    if not path.exists() or path.read_text() != text:
+        write_atomic(path, text)
 
 
 def unchanged(chain: Chain) -> bool:

@@ -28,6 +28,7 @@ from minitron_nemo.arch.counts import forward_flops_per_token
 from minitron_nemo.checkpoint.files import write_atomic
 from minitron_nemo.data.sampler import Sampler
 from minitron_nemo.distillation.phases import Segment
+from minitron_nemo.distillation.records import read_metrics
 from minitron_nemo.parallel.device import Stopwatch, current_device, memory
 
 # Figures of one rank by tag, given the number of updates since the last report. The same tags on every rank.
@@ -92,19 +93,6 @@ class EventsFile:
             if self._writer is not None:
                 self._writer.close()
         self._writer = None
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, without lines that are none."""
-    records = []
-    for line in path.read_bytes().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "iteration" in record:
-            records.append(record)
-    return records
 
 
 def figures(

@@ -29,19 +29,25 @@ from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.device import current_device
 from minitron_nemo.parallel.layout import Layout
 
-PROMPT_TOKENS = 16  # of the first document, for the generation speed
+PROMPTS = 3  # documents whose beginnings are continued
+PROMPT_TOKENS = 16  # of each
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One model: sums over each document's tokens of weight * value, fp64 [documents], and the speed of generation."""
+    """One model: sums over each document's tokens of weight * value, fp64 [documents], and what it generates.
+
+    `continuations` are pairs of a prompt's token ids and those that follow, greedily; `tokens_per_second` is the speed
+    of all of them.
+    """
 
     architecture: Architecture
     ce: NDArray[np.float64]
     kl_to_teacher: NDArray[np.float64]  # KL(teacher || model)
     agreement: NDArray[np.float64]  # both models' most likely next token is the same
     weight: NDArray[np.float64]  # sum of token weights
-    tokens_per_second: float | None  # None: not measured
+    tokens_per_second: float | None = None  # None: not measured
+    continuations: tuple[tuple[list[int], list[int]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,14 +70,15 @@ def evaluate(
     """Measure the model directories in `models`, one of them named `teacher`, on `documents`. Collective.
 
     `documents` are samples of one length, {"tokens", "labels", "token_weights": [s], "id"}; they are spread over the
-    data-parallel ranks. Every model is built in `dtype` on `layout`, one at a time. `generate_tokens` new tokens are
-    generated to measure the speed. All ranks get the same results. Raises UserError for a layout that does not fit,
-    and for a model whose vocabulary is not the teacher's.
+    data-parallel ranks. Every model is built in `dtype` on `layout`, one at a time. The beginnings of the first
+    documents are continued by `generate_tokens` tokens, which also gives the speed of generation. All ranks get the
+    same results. Raises UserError for a layout that does not fit, and for a model whose vocabulary is not the
+    teacher's.
     """
     check_layout(layout, len(documents[0]["tokens"]))
     launch.initialize(layout, seed=0)  # nothing is random here
     batches = share(documents, micro_batch_size)
-    prompt = documents[0]["tokens"][:PROMPT_TOKENS].tolist()
+    prompts = [document["tokens"][:PROMPT_TOKENS].tolist() for document in documents[:PROMPTS]]
     teacher: TeacherStates | None = None
     vocab_size = 0
     results = {}
@@ -84,8 +91,8 @@ def evaluate(
                 f"{models[name]}: vocab_size {model.architecture.vocab_size} is not the teacher's {vocab_size}"
             )
         ce, kl, agreement, weight = document_sums(model, teacher, batches, len(documents))
-        speed = _generation_speed(model, prompt, generate_tokens) if generate_tokens else None
-        results[name] = Measured(model.architecture, ce, kl, agreement, weight, speed)
+        speed, continuations = _generate(model, prompts, generate_tokens) if generate_tokens else (None, ())
+        results[name] = Measured(model.architecture, ce, kl, agreement, weight, speed, continuations)
         del model
     return results
 
@@ -184,9 +191,16 @@ def _compare(
     return torch.stack([torch.where(weights != 0, column * weights, 0.0).sum(0) for column in columns], dim=1)
 
 
-def _generation_speed(model: Model, prompt: list[int], new_tokens: int) -> float:
-    """Tokens per second as rank 0 measured them, after one token that warms up."""
-    generate(model, prompt, 1)
-    speed = torch.tensor(generate(model, prompt, new_tokens)[1], dtype=torch.float64, device=current_device())
-    torch.distributed.broadcast(speed, src=0)
-    return float(speed)
+def _generate(
+    model: Model, prompts: list[list[int]], new_tokens: int
+) -> tuple[float, tuple[tuple[list[int], list[int]], ...]]:
+    """Tokens per second as rank 0 measured them, after one token that warms up, and the pairs of `Measured`."""
+    generate(model, prompts[0], 1)
+    seconds, continuations = 0.0, []
+    for prompt in prompts:
+        tokens, speed = generate(model, prompt, new_tokens)
+        continuations.append((prompt, tokens))
+        seconds += new_tokens / speed
+    total = torch.tensor(seconds, dtype=torch.float64, device=current_device())
+    torch.distributed.broadcast(total, src=0)
+    return len(prompts) * new_tokens / float(total), tuple(continuations)

@@ -46,6 +46,6 @@ class HeldOut:
         """
         teacher = None if teacher_states is None else TeacherStates(teacher_states, output_weight)
         ce, kl, agreement, weight = document_sums(model, teacher, self.batches, self.documents)
-        record = summarise({"model": Measured(model.architecture, ce, kl, agreement, weight, None)})["model"]
+        record = summarise({"model": Measured(model.architecture, ce, kl, agreement, weight)})["model"]
         names = METRICS if teacher is None else METRICS + AGAINST_TEACHER
         return {name: float(value) for name in names if (value := record[name]) is not None}

@@ -3,6 +3,7 @@
 A document's loss is the weighted mean over its tokens; a model's loss is the mean over documents, so that long
 documents do not outvote short ones and documents are the independent observations: `_se` are standard errors over
 documents, and differences between models are paired by document. KL and agreement are averaged the same way.
+`samples` are continuations of the beginnings of held-out documents, as text.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import torch
 from numpy.typing import NDArray
 
 from minitron_nemo.arch.counts import non_embedding_parameters, parameters
+from minitron_nemo.checkpoint.tokenizer import directory_of
 from minitron_nemo.config import Recipe
 from minitron_nemo.data.dataset import open_heldout
+from minitron_nemo.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_nemo.errors import UserError
 from minitron_nemo.evaluation.evaluate import Measured, evaluate
 from minitron_nemo.parallel.layout import Layout
@@ -54,7 +57,11 @@ def evaluate_models(models: Mapping[str, Path], prepared: Path, recipe: Recipe, 
         micro_batch_size=config.micro_batch_size,
         generate_tokens=config.generate_tokens,
     )
-    return summarise(measured)
+    evaluation = summarise(measured)
+    tokenizer = load_tokenizer(directory_of(models["teacher"]))
+    for name, model in measured.items():
+        evaluation[name]["samples"] = samples(model, tokenizer)
+    return evaluation
 
 
 def summarise(measured: Mapping[str, Measured]) -> Evaluation:
@@ -77,17 +84,28 @@ def summarise(measured: Mapping[str, Measured]) -> Evaluation:
             "loss_se": error,
             "losses_per_document": losses[name].tolist(),
             "perplexity": exp(loss),
-            "kl_to_teacher": _mean(_per_document(model, model.kl_to_teacher, counted))[0],
-            "top1_agreement": _mean(_per_document(model, model.agreement, counted))[0],
             "parameters": parameters(model.architecture),
             "non_embedding_parameters": non_embedding_parameters(model.architecture),
             "generation_tokens_per_second": model.tokens_per_second,
         }
+        for key, sums in (("kl_to_teacher", model.kl_to_teacher), ("top1_agreement", model.agreement)):
+            result[name][key], result[name][f"{key}_se"] = _mean(_per_document(model, sums, counted))
         for other in DELTAS.get(name, ()):
             if other in losses:
                 delta, error = _mean(losses[name] - losses[other])
                 result[name] |= {f"delta_vs_{other}": delta, f"delta_vs_{other}_se": error}
     return result
+
+
+def samples(model: Measured, tokenizer: Tokenizer) -> list[dict[str, str]]:
+    """What the model generated: {"prompt", "continuation"}, without the separator that a document begins with."""
+    return [
+        {
+            "prompt": tokenizer.decode(prompt[1:] if prompt[0] == tokenizer.separator_id else prompt),
+            "continuation": tokenizer.decode(tokens),
+        }
+        for prompt, tokens in model.continuations
+    ]
 
 
 def table(evaluation: Mapping[str, Mapping[str, Any]]) -> str:

@@ -92,12 +92,16 @@ class Scores:
             if value not in AGGREGATIONS:
                 raise UserError(f"prune.calibration.{key}: {value!r} is not one of {', '.join(AGGREGATIONS)}")
         if axis == Axis.HIDDEN:
-            return self._over_sequences(self.hidden, sequence, batch).sum(axis=0)
+            return self.hidden_by_norm(sequence, batch).sum(axis=0)
         if axis == Axis.FFN:
             return self._over_sequences(self.ffn, sequence, batch)
         if axis == Axis.HEADS:
             return self._over_sequences(self.heads, sequence, batch)
         raise ValueError(f"no scores are measured for axis {axis}")
+
+    def hidden_by_norm(self, sequence: str = "mean", batch: str = "l2") -> Array:
+        """The terms of the sum that scores a hidden channel: [2 x num_layers, hidden_size]."""
+        return self._over_sequences(self.hidden, sequence, batch)
 
     def ffn_outputs(self) -> Array:
         """What each FFN neuron adds to the residual stream: rms(activation) x column norm, [num_layers, n].

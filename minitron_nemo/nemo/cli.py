@@ -16,7 +16,7 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 import nemo_run as run
 
 from minitron_nemo.checkpoint.files import write_atomic
-from minitron_nemo.config import Recipe, recipe_yaml, run_directory
+from minitron_nemo.config import RECIPE_FILE, Recipe, recipe_yaml, run_directory
 
 NAMESPACE = "minitron"
 
@@ -99,7 +99,7 @@ VERBS = {
 
 def _become(verb: str, recipe: Recipe) -> NoReturn:
     """Replace this process by `minitron VERB` on `recipe`; its exit code is then this one's."""
-    path = run_directory(recipe) / "recipe.yaml"
+    path = run_directory(recipe) / RECIPE_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, recipe_yaml(recipe))
     sys.stdout.flush()

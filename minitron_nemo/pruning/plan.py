@@ -8,7 +8,7 @@ An explicit list drops what it says.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -98,26 +98,24 @@ def make_plan(
     if depth_scores is not None:
         _check_measured("depth scores", depth_scores.architecture, source)
     kept_layers = _kept_layers(scores, depth_scores, source, target, config, gaps)
-
-    def score(axis: Axis) -> Array:
-        return scores.get(axis, config.calibration.sequence_aggregation, config.calibration.batch_aggregation)
-
+    chosen = _provenance(scores, depth_scores, config)
     norm_scales: dict[str, float] = {}
     kept_hidden: tuple[int, ...] | None = None
     if target.hidden_size < source.hidden_size:
-        channels = scores.hidden_energy() if config.hidden_score == "energy" else score(Axis.HIDDEN)
+        channels = entry_scores(scores, Axis.HIDDEN, chosen)
         kept_hidden, gaps[Axis.HIDDEN.value] = _best(channels, target.hidden_size)
         if repairs.norm_scale:
             norm_scales = _norm_scales(scores, kept_layers, kept_hidden)
     kept_ffn: list[tuple[int, ...]] = []
     if target.ffn_hidden_size < source.ffn_hidden_size:
-        neurons = scores.ffn_outputs() if config.ffn_score == "output" else score(Axis.FFN)
+        neurons = entry_scores(scores, Axis.FFN, chosen)
         for layer in kept_layers:
             kept, gaps[f"{Axis.FFN}/{layer}"] = _best(neurons[layer], target.ffn_hidden_size)
             kept_ffn.append(kept)
     heads: dict[str, Any] = {}
     if target.num_attention_heads < source.num_attention_heads:
-        heads = _heads(score(Axis.HEADS), kept_layers, source, target, repairs.merge_heads, gaps)
+        of_heads = entry_scores(scores, Axis.HEADS, chosen)
+        heads = _heads(of_heads, kept_layers, source, target, repairs.merge_heads, gaps)
     return Plan(
         source=source,
         target=target,
@@ -127,7 +125,7 @@ def make_plan(
         **heads,
         norm_scales=norm_scales,
         gaps=gaps,
-        provenance=_provenance(scores, depth_scores, config),
+        provenance=chosen,
     )
 
 
@@ -136,6 +134,15 @@ def _check_measured(what: str, measured: Architecture, source: Architecture) -> 
         theirs, given = measured.to_dict(), source.to_dict()
         key = next(key for key in given if theirs[key] != given[key])
         raise UserError(f"{what}: measured on a model with {key} {theirs[key]}, not {given[key]}; calibrate again")
+
+
+def entry_scores(scores: Scores, axis: Axis, chosen: Mapping[str, Any]) -> Array:
+    """What ranks the entries of an axis; `chosen` is a Plan's `provenance`. Shapes as of `Scores.get`."""
+    if axis == Axis.HIDDEN and chosen["hidden_score"] == "energy":
+        return scores.hidden_energy()
+    if axis == Axis.FFN and chosen["ffn_score"] == "output":
+        return scores.ffn_outputs()
+    return scores.get(axis, chosen["sequence_aggregation"], chosen["batch_aggregation"])
 
 
 def _explicit(source: Architecture, drop_layers: list[int]) -> set[int]:

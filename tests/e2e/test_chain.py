@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minitron_nemo.checkpoint.fingerprint import fingerprint
 from tests.e2e.chain import Command, write_recipe
+from tests.report.browser import WIDTHS, chromium, faults, opened
+from tests.report.reading import charts, html
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -28,6 +30,7 @@ STEPS = (
     "distill",
     "evaluate",
     "export/hf",
+    "report",
 )
 
 
@@ -109,6 +112,29 @@ def test_scores_of_another_run_serve_other_targets(finished: Path, tmp_path: Pat
     assert f"prune.scores: {scores} is of another model than {run / 'teacher'}" in command.output
 
 
+def test_the_report_shows_this_run(finished: Path) -> None:
+    run = finished / "run"
+    page = html(run / "report.html")
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    said = charts(page, "result")["Held-out loss"]
+    assert [words.split()[:2] for words in said] == [
+        [f"{name}:", f"{evaluation[name]['loss']:.6g}"] for name in ("source", "teacher", "pruned", "distilled")
+    ]
+    [metrics] = run.glob("training/distilled-*/metrics.jsonl")
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    losses = [record["train/loss"] for record in records if "train/loss" in record]
+    totals = [words for words in charts(page, "training")["What is minimised"] if words.startswith("total")]
+    assert [words.rpartition(" ")[2] for words in totals] == [f"{loss:.6g}" for loss in losses]
+    for name in ("teacher", "pruned", "distilled"):
+        assert len(evaluation[name]["samples"]) == 3
+        assert all(sample["prompt"] for sample in evaluation[name]["samples"])
+    assert "pipeline_model_parallel_size: 2" in page
+    with chromium() as browser:
+        for width in WIDTHS:
+            with opened(browser, run / "report.html", width) as (window, complaints):
+                assert faults(window) == [] and complaints == []
+
+
 def test_a_rerun_does_nothing(finished: Path) -> None:
     run = finished / "run"
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != "status.json"}
@@ -122,8 +148,8 @@ def test_a_rerun_does_nothing(finished: Path) -> None:
 def test_only_what_depends_on_a_changed_setting_runs_again(finished: Path) -> None:
     command = Command(finished / "log3", "run", str(finished / "tiny.yaml"), "evaluate.documents=4")
     assert command.wait() == 0, command.output
-    assert command.output.count("unchanged, not run again") == len(STEPS) - 1
-    assert "[evaluate] done" in command.output
+    assert command.output.count("unchanged, not run again") == len(STEPS) - 2
+    assert "[evaluate] done" in command.output and "[report] done" in command.output
 
 
 def test_a_run_killed_in_every_step_ends_with_the_same_weights(finished: Path, tmp_path: Path) -> None:

@@ -125,6 +125,22 @@ def test_generation_speed_is_the_same_number_on_all_ranks(name: str, stored: dic
     assert len(speeds) == 1 and speeds.pop() > 0
 
 
+@pytest.mark.parametrize("name", ["tp2-sp", "pp2"])
+def test_continuations_are_those_of_hugging_face(name: str, stored: dict[str, _Stored]) -> None:
+    world_size, layout = LAYOUTS[name]
+    directories = {key: model.megatron for key, model in stored.items()}
+    for results in run_distributed(world_size, _evaluate, directories, layout, generate_tokens=4):
+        for key, measured in results.items():
+            model = huggingface_model(stored[key].huggingface, torch.float32)
+            prompts = [document["tokens"][:16] for document in _documents()[:3]]
+            assert [prompt for prompt, _ in measured.continuations] == [prompt.tolist() for prompt in prompts]
+            for prompt, (_, continuation) in zip(prompts, measured.continuations, strict=True):
+                for token in continuation:
+                    with torch.no_grad():
+                        assert token == int(model(prompt[None]).logits[0, -1].argmax())
+                    prompt = torch.cat([prompt, torch.tensor([token])])
+
+
 def test_counts_come_from_the_architecture(stored: dict[str, _Stored]) -> None:
     directories = {key: model.megatron for key, model in stored.items()}
     evaluation = summarise(run_distributed(1, _evaluate, directories, Layout())[0])

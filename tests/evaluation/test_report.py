@@ -21,6 +21,8 @@ KEYS = {
     "perplexity",
     "kl_to_teacher",
     "top1_agreement",
+    "kl_to_teacher_se",
+    "top1_agreement_se",
     "parameters",
     "non_embedding_parameters",
     "generation_tokens_per_second",
@@ -64,7 +66,9 @@ def test_losses_are_means_over_documents_with_their_standard_errors() -> None:
         assert record["losses_per_document"] == pytest.approx(losses)
         assert record["loss_se"] == pytest.approx((variance / len(losses)) ** 0.5)
         assert record["perplexity"] == pytest.approx(np.exp(mean))
-        assert record["top1_agreement"] == pytest.approx(np.mean(measured[name].agreement / measured[name].weight))
+        shares = measured[name].agreement / measured[name].weight
+        assert record["top1_agreement"] == pytest.approx(np.mean(shares))
+        assert record["top1_agreement_se"] == pytest.approx(np.std(shares, ddof=1) / len(shares) ** 0.5)
 
 
 def test_differences_are_paired_by_document() -> None:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from minitron_nemo.checkpoint.fingerprint import fingerprint
-from minitron_nemo.distillation.metrics import read_metrics
+from minitron_nemo.distillation.records import read_metrics
 from tests.e2e.chain import write_recipe
 from tests.slurm.cluster import Cluster
 from tests.slurm.test_chain import ENVIRONMENT, REPOSITORY, status

@@ -1,0 +1,124 @@
+"""`minitron report`: a run directory as one HTML page."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from minitron_nemo.arch import Plan
+from minitron_nemo.checkpoint.files import write_atomic
+from minitron_nemo.config import recipe_yaml
+from minitron_nemo.pruning.plan import make_plan
+from minitron_nemo.report import candidates, importance, results, training
+from minitron_nemo.report.charts import Chart
+from minitron_nemo.report.read import Run, read_run
+
+FILE_NAME = "report.html"
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `run_dir`/report.html about what is in `run_dir` by now; the same content gives the same bytes.
+
+    Raises UserError for what is no run directory, and for damaged files in one.
+    """
+    path = run_dir / FILE_NAME
+    write_atomic(path, page(read_run(run_dir)))
+    return path
+
+
+def page(run: Run) -> str:
+    """The page's HTML."""
+    environment = Environment(
+        loader=PackageLoader("minitron_nemo.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters["printable"] = printable
+    plan = _plan(run)
+    return environment.get_template("page.html").render(
+        run=run,
+        state=_state(run.status),
+        verdict=results.verdict(run.evaluation),
+        models=results.table(run.evaluation) if run.evaluation else None,
+        model_charts=[results.chart(run.evaluation)] if run.evaluation else [],
+        roles=results.ROLES,
+        plan=plan,
+        cut=run.plan is not None,
+        shape=results.shape(plan, run.recipe.data.sequence_length if run.recipe else None) if plan else None,
+        cuts=results.cuts(plan) if plan else "",
+        **_trainings(run),
+        **_importance(run, plan),
+        candidate_charts=candidates.charts(run.candidates) if run.candidates else [],
+        samples=_samples(run.evaluation),
+        recipe=recipe_yaml(run.recipe) if run.recipe else "",
+        versions=_versions(run.steps),
+    )
+
+
+def printable(text: str) -> str:
+    """`text` with visible stand-ins for control characters, which a model may well generate."""
+    return "".join(
+        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(letter) == "Cc" and letter not in "\n\t" else letter
+        for letter in text
+    )
+
+
+def _plan(run: Run) -> Plan | None:
+    """The Plan that was carried out, else the one that Scores and recipe will make."""
+    if run.plan is None and run.scores is not None and run.recipe is not None:
+        return make_plan(run.scores, run.scores.architecture, run.recipe.prune)
+    return run.plan
+
+
+def _state(status: Mapping[str, Any]) -> str:
+    """What the run is doing, in a few words; nothing where it is done, or is just making this page."""
+    if not status or status["state"] == "done" or status["step"] == "report":
+        return ""
+    words = f"{status['state']}, step {status['step']}" if status["step"] else str(status["state"])
+    if status["iteration"] is not None:
+        words += f", update {status['iteration']:,} of {status['steps']:,}"
+    reason = f": {status['reason']}" if status["reason"] else ""
+    return f"{words} at {status['time']}{reason}"
+
+
+def _trainings(run: Run) -> dict[str, Any]:
+    found = run.trainings
+    distilled, corrected, scratch = (found.get(name) for name in ("distilled", "corrected", "scratch"))
+    weight = run.recipe.distill.logits_weight if run.recipe else 1.0
+    versus = training.versus_scratch(distilled, scratch) if distilled and scratch else None
+    return {
+        "distillation": training.distillation_charts(distilled, run.evaluation, weight) if distilled else [],
+        "correction": training.correction_charts(corrected) if corrected else [],
+        "scratch": versus[0] if versus else "",
+        "scratch_charts": [versus[1]] if versus else [],
+    }
+
+
+def _importance(run: Run, plan: Plan | None) -> dict[str, Any]:
+    depth: list[Chart] = []
+    width: list[Chart] = []
+    if run.scores is not None and plan is not None:
+        depth = importance.depth_charts(run.scores, plan, run.layer_losses)
+        width = importance.width_charts(run.scores, plan)
+    return {"depth": depth, "width": width}
+
+
+def _samples(evaluation: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """By prompt: {"prompt", "continuations": [(model, text), ...]}."""
+    names = [name for name in results.models(evaluation) if evaluation[name].get("samples")]
+    together: Sequence[Any] = list(zip(*(evaluation[name]["samples"] for name in names), strict=True))
+    return [
+        {
+            "prompt": of_prompt[0]["prompt"],
+            "continuations": [(name, each["continuation"]) for name, each in zip(names, of_prompt, strict=True)],
+        }
+        for of_prompt in together
+    ]
+
+
+def _versions(steps: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What the steps ran with, each once."""
+    found = [f"{name} {version}" for step in steps.values() for name, version in step["versions"].items()]
+    return list(dict.fromkeys(found))

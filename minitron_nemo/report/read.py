@@ -1,0 +1,145 @@
+"""A run directory as the report sees it: every part is there or not yet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minitron_nemo.arch import Plan
+from minitron_nemo.arch.plan import FILE_NAME as PLAN_FILE
+from minitron_nemo.config import RECIPE_FILE, Recipe, load_recipe
+from minitron_nemo.distillation.records import read_metrics
+from minitron_nemo.distillation.status import FILE_NAME as STATUS_FILE
+from minitron_nemo.errors import UserError
+from minitron_nemo.importance.scores import Scores
+from minitron_nemo.manifest import FILE_NAME as MANIFEST_FILE
+from minitron_nemo.manifest import Manifest
+
+CANDIDATES_FILE = "search/table.json"
+DEPTH_FILE = "depth.json"
+
+# Directories below RUN/training are named MODEL-KEY; the steps that make them. `scratch` is the student's shape trained
+# from random weights: a baseline that no step of the chain makes.
+TRAININGS = {"corrected": "correct", "distilled": "distill", "scratch": ""}
+
+
+@dataclass(frozen=True)
+class Training:
+    """The records of one metrics.jsonl."""
+
+    records: Sequence[Mapping[str, Any]]
+
+    def series(self, tag: str) -> list[tuple[float, float]]:
+        """(tokens consumed, value) of every record that has a finite value under `tag`.
+
+        Validations do not say how many tokens were consumed: that is interpolated between reports.
+        """
+        reports = [record for record in self.records if "data/tokens" in record]
+        iterations = [0, *(record["iteration"] for record in reports)]
+        tokens = [0.0, *(record["data/tokens"] for record in reports)]
+        return [
+            (float(np.interp(record["iteration"], iterations, tokens)), record[tag])
+            for record in self.records
+            if record.get(tag) is not None
+        ]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A shape that a search distilled briefly. Loss in nats per token, latency in seconds."""
+
+    name: str
+    parameters: int
+    loss: float
+    pareto: bool
+    loss_se: float | None = None
+    latency: float | None = None
+
+
+@dataclass(frozen=True)
+class LayerLoss:
+    """Held-out loss of the teacher without one of its layers, and its standard error."""
+
+    layer: int
+    loss: float
+    loss_se: float | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory holds by now."""
+
+    directory: Path
+    status: Mapping[str, Any]
+    steps: Mapping[str, Mapping[str, Any]]  # records of manifest.json
+    recipe: Recipe | None
+    evaluation: Mapping[str, Mapping[str, Any]]  # by model; empty: not evaluated yet
+    scores: Scores | None
+    plan: Plan | None
+    trainings: Mapping[str, Training]  # by name, of TRAININGS
+    candidates: Sequence[Candidate]
+    layer_losses: Sequence[LayerLoss]
+
+    @property
+    def name(self) -> str:
+        return self.recipe.name if self.recipe else self.directory.resolve().name
+
+
+def read_run(directory: Path) -> Run:
+    """Read what is there; a job may be writing meanwhile. Raises UserError for what is no run directory, or damaged."""
+    if not any((directory / name).is_file() for name in (STATUS_FILE, MANIFEST_FILE, RECIPE_FILE)):
+        raise UserError(f"{directory}: not a run directory; give the run_dir of a recipe that has been started")
+    status = _json(directory / STATUS_FILE) or {}
+    steps = Manifest(directory).steps
+    recipe, scores = directory / RECIPE_FILE, directory / "scores.npz"
+    plans = [directory / name / PLAN_FILE for name in ("pruned", "plan")]
+    return Run(
+        directory=directory,
+        status=status,
+        steps=steps,
+        recipe=load_recipe(recipe) if recipe.is_file() else None,
+        evaluation=_json(directory / "evaluation.json") or {},
+        scores=Scores.load(scores) if scores.is_file() else None,
+        plan=next((Plan.load(path) for path in plans if path.is_file()), None),
+        trainings=_trainings(directory, status, steps),
+        candidates=_table(directory / CANDIDATES_FILE, Candidate),
+        layer_losses=_table(directory / DEPTH_FILE, LayerLoss),
+    )
+
+
+def _trainings(directory: Path, status: Mapping[str, Any], steps: Mapping[str, Any]) -> dict[str, Training]:
+    """Of each name the one that the manifest's output came from; the newest while none has, or another one runs."""
+    found = {}
+    for name, step in TRAININGS.items():
+        paths = sorted(directory.glob(f"training/{name}-*/metrics.jsonl"), key=lambda path: path.stat().st_mtime_ns)
+        underway = status.get("step") == step and status.get("state") != "done"
+        if step in steps and not underway:
+            recorded = directory / "training" / f"{name}-{steps[step]['key'][:8]}" / "metrics.jsonl"
+            paths = [path for path in paths if path == recorded]
+        if paths and (records := read_metrics(paths[-1])):
+            found[name] = Training(records)
+    return found
+
+
+def _json(path: Path) -> Any:
+    """The content of a JSON file, None where there is none."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); run the step that writes it again") from None
+
+
+def _table(path: Path, row: type[Any]) -> list[Any]:
+    """A JSON list of objects as dataclasses; keys that `row` does not know are left out."""
+    known = row.__dataclass_fields__
+    try:
+        return [row(**{key: value for key, value in found.items() if key in known}) for found in _json(path) or []]
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a table of {', '.join(known)} ({error})") from None

@@ -1,0 +1,171 @@
+"""What came out: the verdict in words, the models side by side, the shape before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from minitron_nemo.arch import Plan
+from minitron_nemo.arch.counts import forward_flops_per_token, non_embedding_parameters, parameters
+from minitron_nemo.report.charts import Chart, colours, draw, error_bars, interval, with_error
+
+ORDER = ("source", "teacher", "pruned", "distilled")
+ROLES = {
+    "source": "as it came",
+    "teacher": "what the student learns from",
+    "pruned": "cut, not trained",
+    "distilled": "the result",
+}
+NBSP = "\N{NO-BREAK SPACE}"
+
+Evaluation = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A value with its standard error beside it; "" for a value that is not there."""
+
+    text: str
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows are (label, cells); a model or a stage is a column, so that the table fits on a phone."""
+
+    head: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[Figure]]]
+
+
+def count(number: float) -> str:
+    """1234567 -> 1.23 M, to three digits."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            decimals = 2 if number < 10 * size else 1 if number < 100 * size else 0
+            return f"{number / size:.{decimals}f}{NBSP}{unit}"
+    return f"{number:g}"
+
+
+def models(evaluation: Evaluation) -> list[str]:
+    """Names in the order that they came about in, others behind them."""
+    known = [name for name in ORDER if name in evaluation]
+    return [*known, *(name for name in evaluation if name not in known)]
+
+
+def verdict(evaluation: Evaluation) -> str:
+    """The result in two sentences; "" while the distilled student is not measured."""
+    if not {"teacher", "pruned", "distilled"} <= set(evaluation):
+        return ""
+    teacher, pruned, distilled = (evaluation[name] for name in ("teacher", "pruned", "distilled"))
+    kept = distilled["non_embedding_parameters"] / teacher["non_embedding_parameters"]
+    lost, gained = pruned["delta_vs_teacher"], -distilled["delta_vs_pruned"]
+    left = distilled["delta_vs_teacher"]
+    words = (
+        f"The student has {kept:.1%} of the teacher's parameters outside the embeddings "
+        f"({count(distilled['non_embedding_parameters'])} of {count(teacher['non_embedding_parameters'])}). "
+        f"Pruning {'cost' if lost >= 0 else 'gained'} {_nats(abs(lost), pruned['delta_vs_teacher_se'])} of held-out "
+        f"loss, distillation {'regained' if gained >= 0 else 'lost another'} "
+        f"{_nats(abs(gained), distilled['delta_vs_pruned_se'])}"
+    )
+    if lost > 0 and gained > 0:
+        words += f", {gained / lost:.0%} of it"
+    side = "above" if left >= 0 else "below"
+    return f"{words}: the student ends {_nats(abs(left), distilled['delta_vs_teacher_se'])} {side} the teacher."
+
+
+def table(evaluation: Evaluation) -> Table:
+    """Models as columns."""
+    names = models(evaluation)
+    rows: list[tuple[str, list[Figure]]] = [
+        ("parameters", [Figure(count(evaluation[name]["parameters"])) for name in names]),
+        ("without embeddings", [Figure(count(evaluation[name]["non_embedding_parameters"])) for name in names]),
+    ]
+    for label, key, form, unit in (
+        ("held-out loss, nats per token", "loss", ".4f", 1),
+        ("perplexity", "perplexity", ".2f", 1),
+        ("KL to teacher, nats per token", "kl_to_teacher", ".4f", 1),
+        ("top-1 agreement with teacher, %", "top1_agreement", ".1f", 100),
+        ("loss minus teacher's, paired", "delta_vs_teacher", "+.4f", 1),
+        ("loss minus pruned one's, paired", "delta_vs_pruned", "+.4f", 1),
+        ("generation, tokens/s", "generation_tokens_per_second", ".1f", 1),
+    ):
+        rows.append((label, [_figure(evaluation[name], key, form, unit) for name in names]))
+    return Table(names, [row for row in rows if any(cell.text for cell in row[1])])
+
+
+def chart(evaluation: Evaluation) -> Chart:
+    """Losses of the models with their standard errors."""
+    names = models(evaluation)
+    rows = [
+        {
+            "y": name,
+            "x": record["loss"],
+            **interval(record["loss"], record["loss_se"]),
+            "series": "loss",
+            "says": f"{name}: {with_error(record['loss'], record['loss_se'])} nats per token",
+        }
+        for name, record in ((name, evaluation[name]) for name in names)
+    ]
+    encoding = {
+        "x": {"field": "x", "type": "quantitative", "title": "nats per token", "scale": {"zero": False}},
+        "y": {"field": "y", "type": "nominal", "title": None, "sort": names},
+        "color": colours(("loss",)),
+    }
+    points = {
+        "data": {"values": rows},
+        "mark": {"type": "point", "size": 60},
+        "encoding": {**encoding, "description": {"field": "says"}},
+    }
+    caption = "On the held-out documents, ± one standard error over them. Differences are paired: see the table."
+    return draw("Held-out loss", caption, [*error_bars(rows, encoding, "x"), points], height=50 + 28 * len(names))
+
+
+def shape(plan: Plan, sequence_length: int | None) -> Table:
+    """Sizes before and after, and what they come to; FLOPs by arithmetic."""
+    before, after = plan.source, plan.target
+    sizes: list[tuple[str, int, int]] = [
+        ("layers", before.num_layers, after.num_layers),
+        ("hidden size", before.hidden_size, after.hidden_size),
+        ("FFN size", before.ffn_hidden_size, after.ffn_hidden_size),
+        ("attention heads", before.num_attention_heads, after.num_attention_heads),
+        ("query groups", before.num_query_groups, after.num_query_groups),
+        ("channels of a head", before.kv_channels, after.kv_channels),
+        ("vocabulary", before.vocab_size, after.vocab_size),
+        ("parameters", parameters(before), parameters(after)),
+        ("without embeddings", non_embedding_parameters(before), non_embedding_parameters(after)),
+        ("weights in bf16, bytes", 2 * parameters(before), 2 * parameters(after)),
+    ]
+    if sequence_length is not None:
+        flops = [forward_flops_per_token(model, sequence_length) for model in (before, after)]
+        sizes.append(("FLOPs per token, forward", flops[0], flops[1]))
+    rows = [(label, [Figure(_size(old)), Figure(_size(new)), Figure(f"{new / old:.1%}")]) for label, old, new in sizes]
+    return Table(("teacher", "student", "kept"), rows)
+
+
+def cuts(plan: Plan) -> str:
+    """Which layers go, and what makes up for cuts, in words."""
+    gone = sorted(set(range(plan.source.num_layers)) - set(plan.kept_layers))
+    words = [f"Layers dropped, counted from 0: {', '.join(map(str, gone))}." if gone else "All layers stay."]
+    if plan.merged_heads is not None:
+        words.append("Queries of kept heads take in those of dropped ones.")
+    words.append(
+        f"To make up for what goes: norms rescaled {len(plan.norm_scales)}, "
+        f"weight matrices fitted by least squares {len(plan.matrices)}."
+    )
+    return " ".join(words)
+
+
+def _figure(record: Mapping[str, Any], key: str, form: str, unit: float) -> Figure:
+    if record.get(key) is None:
+        return Figure("")
+    error = record.get(f"{key}_se")
+    return Figure(f"{unit * record[key]:{form}}", "" if error is None else f"± {unit * error:{form.lstrip('+')}}")
+
+
+def _nats(value: float, error: float | None) -> str:
+    return (f"{value:.4f}" if error is None else f"{value:.4f}{NBSP}±{NBSP}{error:.4f}") + " nats per token"
+
+
+def _size(number: float) -> str:
+    return f"{number:,}" if number < 1_000_000 else count(number)

@@ -1,0 +1,165 @@
+"""Run directories with figures out of a random generator, of every part that a report can show."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minitron_nemo.arch import Architecture
+from minitron_nemo.arch.counts import non_embedding_parameters, parameters
+from minitron_nemo.config import PruneConfig
+from minitron_nemo.importance.scores import Scores
+from minitron_nemo.pruning.plan import make_plan
+
+TEACHER = Architecture(
+    num_layers=12,
+    hidden_size=96,
+    ffn_hidden_size=256,
+    num_attention_heads=8,
+    num_query_groups=4,
+    kv_channels=12,
+    vocab_size=32000,
+    max_position_embeddings=4096,
+)
+PRUNE = PruneConfig(hidden_size=72, ffn_hidden_size=160, num_attention_heads=4, num_layers=9)
+KEY = "0123456789abcdef" * 4
+RECIPE = """\
+name: synthetic
+model: {source: /models/teacher}
+data: {train: [{path: /text}], sequence_length: 2048}
+train: {steps: 60, global_batch_size: 8}
+"""
+HOSTILE = "</dd><script>document.title = 'taken'</script> \x00\x07 & <b>bold</b>"
+
+
+def write_run(directory: Path, updates: int = 60) -> Path:
+    """A finished run with everything, `updates` long; returns `directory`."""
+    directory.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    scores = random_scores(generator)
+    scores.save(directory / "scores.npz")
+    plan = make_plan(scores, TEACHER, PRUNE)
+    (directory / "pruned").mkdir()
+    plan.save(directory / "pruned" / "plan.json")
+    write_json(directory / "evaluation.json", evaluation(plan.target))
+    write_metrics(directory / "training" / "distilled-01234567", updates, generator, hidden=True)
+    write_metrics(directory / "training" / "corrected-01234567", 12, generator)
+    write_metrics(directory / "training" / "scratch-any", 2 * updates, generator, start=9.0)
+    (directory / "search").mkdir()
+    write_json(directory / "search" / "table.json", candidates())
+    losses = [{"layer": layer, "loss": 3.1 + 0.2 * layer % 0.7, "loss_se": 0.05} for layer in range(12)]
+    write_json(directory / "depth.json", losses)
+    steps = ("convert", "prepare", "correct", "calibrate", "prune", "distill", "evaluate", "export/hf")
+    write_json(directory / "manifest.json", {"schema_version": 1, "steps": {step: record() for step in steps}})
+    write_status(directory, "done", "export")
+    (directory / "recipe.yaml").write_text(RECIPE)
+    return directory
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content))
+
+
+def write_status(directory: Path, state: str, step: str, iteration: int | None = None) -> None:
+    status = {"schema_version": 1, "state": state, "step": step, "iteration": iteration, "steps": 60, "reason": None}
+    write_json(directory / "status.json", {**status, "time": "2026-01-02T03:04:05Z"})
+
+
+def record() -> dict[str, Any]:
+    ran = {"seconds": 1.5, "processes": 8, "versions": {"minitron_nemo": "0.1.0", "torch": "2.13.0"}}
+    return {"key": KEY, "inputs": {}, "settings": {}, "output": KEY, **ran}
+
+
+def random_scores(generator: np.random.Generator) -> Scores:
+    """Heavy tails, as activations have them; moments of 16 sequences."""
+
+    def moments(*shape: int) -> np.ndarray:
+        first = generator.lognormal(0.0, 1.0, (3, *shape))
+        return np.stack([16 * first, 16 * first**2 * generator.uniform(1.1, 2.0, first.shape)])
+
+    layers, hidden, ffn = TEACHER.num_layers, TEACHER.hidden_size, TEACHER.ffn_hidden_size
+    return Scores(
+        architecture=TEACHER,
+        hidden=moments(2 * layers, hidden),
+        ffn=moments(layers, ffn),
+        heads=moments(layers, TEACHER.num_attention_heads),
+        block_influence=generator.uniform(0.05, 0.5, layers),
+        norm_squares=generator.uniform(0.1, 2.0, (2 * layers + 1, hidden)),
+        ffn_column_norms=generator.uniform(0.5, 1.0, (layers, ffn)),
+        sequences=16,
+        tokens=32768,
+        model_fingerprint=KEY,
+        data_fingerprint=KEY,
+        settings={"samples": 16, "precision": "fp32", "sequence_length": 2048},
+    )
+
+
+def evaluation(student: Architecture) -> dict[str, dict[str, Any]]:
+    """The content of evaluation.json; one of the samples is hostile."""
+    found = {}
+    losses = {"teacher": 3.1712, "pruned": 3.9871, "distilled": 3.5643, "source": 3.3511}
+    for name, loss in losses.items():
+        shape = TEACHER if name in ("teacher", "source") else student
+        found[name] = {
+            "loss": loss,
+            "loss_se": 0.0312,
+            "perplexity": float(np.exp(loss)),
+            "kl_to_teacher": loss - 3.1712,
+            "kl_to_teacher_se": 0.0123,
+            "top1_agreement": 1.0 - (loss - 3.1712) / 2,
+            "top1_agreement_se": 0.0061,
+            "parameters": parameters(shape),
+            "non_embedding_parameters": non_embedding_parameters(shape),
+            "generation_tokens_per_second": 41.5,
+            "samples": [
+                {"prompt": f"The {noun} of a model that was", "continuation": f" {name} is {noun} " * 12}
+                for noun in ("size", "speed")
+            ]
+            + [{"prompt": "How to write", "continuation": HOSTILE if name == "distilled" else "\n\n "}],
+        }
+    found["pruned"] |= {"delta_vs_teacher": 0.8159, "delta_vs_teacher_se": 0.0198}
+    found["distilled"] |= {"delta_vs_teacher": 0.3931, "delta_vs_teacher_se": 0.0152}
+    found["distilled"] |= {"delta_vs_pruned": -0.4228, "delta_vs_pruned_se": 0.0131}
+    return found
+
+
+def candidates() -> list[dict[str, Any]]:
+    return [
+        {"name": "a", "parameters": 61_000_000, "loss": 3.91, "loss_se": 0.03, "latency": 0.021, "pareto": True},
+        {"name": "b", "parameters": 70_000_000, "loss": 3.95, "loss_se": 0.03, "latency": 0.025, "pareto": False},
+        {"name": "c", "parameters": 74_000_000, "loss": 3.72, "loss_se": 0.02, "latency": 0.026, "pareto": True},
+        {"name": "d", "parameters": 76_000_000, "loss": 3.60, "loss_se": 0.02, "latency": 0.029, "pareto": True},
+        {"name": "e", "parameters": 75_500_000, "loss": 3.81, "loss_se": 0.02, "latency": 0.034, "pareto": False},
+    ]
+
+
+def write_metrics(
+    directory: Path, updates: int, generator: np.random.Generator, *, start: float = 5.0, hidden: bool = False
+) -> list[dict[str, Any]]:
+    """Reports of every update, validations after every tenth and after the last; returns the records."""
+    records: list[dict[str, Any]] = []
+    for update in range(1, updates + 1):
+        ce = 3.3 + (start - 3.3) * np.exp(-update / 15) + generator.normal(0, 0.05)
+        logits = (ce - 3.0) if hidden else 0.0
+        report = {
+            "train/loss": 2 * logits if hidden else ce,
+            "train/logits": logits,
+            "train/ce": ce,
+            "train/lr": 2e-4 * min(1, update / 5) * (1 - update / (updates + 1)),
+            "speed/tokens_per_second": generator.uniform(4.0e5, 4.4e5),
+            "data/tokens": 16384.0 * update,
+        }
+        if hidden:
+            report |= {"train/hidden": 4 * logits, "train/alpha": 0.25}
+        records.append({"iteration": update, "time": 1.7e9 + update, **report})
+        if update % 10 == 0 or update == updates:
+            found = {"validation/loss": ce, "validation/loss_se": 0.04, "validation/perplexity": float(np.exp(ce))}
+            if hidden:
+                found["validation/kl_to_teacher"] = ce - 3.1
+            records.append({"iteration": update, "time": 1.7e9 + update, **found})
+    directory.mkdir(parents=True)
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    return records
