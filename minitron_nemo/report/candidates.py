@@ -17,9 +17,11 @@ def charts(candidates: Sequence[Candidate]) -> list[Chart]:
             "Candidates: size and loss", candidates, lambda candidate: float(candidate.parameters), "parameters", True
         )
     ]
-    timed = [candidate for candidate in candidates if candidate.latency is not None]
+    timed = [candidate for candidate in candidates if candidate.latency_seconds is not None]
     if timed:
-        drawn.append(_plane("Candidates: speed and loss", timed, lambda each: each.latency or 0.0, "latency, s", False))
+        drawn.append(
+            _plane("Candidates: speed and loss", timed, lambda each: each.latency_seconds or 0.0, "latency, s", False)
+        )
     return drawn
 
 
@@ -59,6 +61,6 @@ def _plane(
 
 def _says(candidate: Candidate) -> str:
     parts = [f"{candidate.parameters:,} parameters", f"loss {with_error(candidate.loss, candidate.loss_se)}"]
-    if candidate.latency is not None:
-        parts.append(f"{candidate.latency:.4g} s")
+    if candidate.latency_seconds is not None:
+        parts.append(f"{candidate.latency_seconds:.4g} s")
     return f"{candidate.name}: {', '.join(parts)}, {FRONT if candidate.pareto else BEHIND}"

@@ -19,9 +19,11 @@ from minitron_nemo.errors import UserError
 from minitron_nemo.importance.scores import Scores
 from minitron_nemo.manifest import FILE_NAME as MANIFEST_FILE
 from minitron_nemo.manifest import Manifest
+from minitron_nemo.models.branches import Branch
+from minitron_nemo.pruning.depth_scores import DepthScores
 
 CANDIDATES_FILE = "search/table.json"
-DEPTH_FILE = "depth.json"
+DEPTH_FILE = "depth.npz"
 
 # Directories below RUN/training are named MODEL-KEY; the steps that make them. `scratch` is the student's shape trained
 # from random weights: a baseline that no step of the chain makes.
@@ -58,12 +60,12 @@ class Candidate:
     loss: float
     pareto: bool
     loss_se: float | None = None
-    latency: float | None = None
+    latency_seconds: float | None = None
 
 
 @dataclass(frozen=True)
 class LayerLoss:
-    """Held-out loss of the teacher without one of its layers, and its standard error."""
+    """Loss of the teacher without one of its layers, and the standard error of what it loses by that."""
 
     layer: int
     loss: float
@@ -107,8 +109,8 @@ def read_run(directory: Path) -> Run:
         scores=Scores.load(scores) if scores.is_file() else None,
         plan=next((Plan.load(path) for path in plans if path.is_file()), None),
         trainings=_trainings(directory, status, steps),
-        candidates=_table(directory / CANDIDATES_FILE, Candidate),
-        layer_losses=_table(directory / DEPTH_FILE, LayerLoss),
+        candidates=_candidates(directory / CANDIDATES_FILE),
+        layer_losses=_layer_losses(directory / DEPTH_FILE),
     )
 
 
@@ -136,10 +138,23 @@ def _json(path: Path) -> Any:
         raise UserError(f"{path}: not valid JSON ({error}); run the step that writes it again") from None
 
 
-def _table(path: Path, row: type[Any]) -> list[Any]:
-    """A JSON list of objects as dataclasses; keys that `row` does not know are left out."""
-    known = row.__dataclass_fields__
+def _candidates(path: Path) -> list[Candidate]:
+    """What `minitron search` has ranked so far; of its columns those that are shown."""
+    known = Candidate.__dataclass_fields__
     try:
-        return [row(**{key: value for key, value in found.items() if key in known}) for found in _json(path) or []]
-    except (TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a table of {', '.join(known)} ({error})") from None
+        rows = (_json(path) or {"candidates": []})["candidates"]
+        return [Candidate(**{key: value for key, value in row.items() if key in known}) for row in rows]
+    except (TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: not a table of candidates ({error}); search again") from None
+
+
+def _layer_losses(path: Path) -> list[LayerLoss]:
+    """Of the models that were measured on text, those without one layer."""
+    if not path.is_file():
+        return []
+    measured = DepthScores.load(path)
+    if measured.choices is not None:
+        return []
+    single = sorted(next(iter(branch)) for branch in measured.sums if len(branch) == 1)
+    whole = [layer for layer in single if not measured.missing(Branch({layer})).any()]
+    return [LayerLoss(layer, measured.loss(Branch({layer})), measured.increase(Branch({layer}))[1]) for layer in whole]

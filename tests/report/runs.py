@@ -12,6 +12,8 @@ from minitron_nemo.arch import Architecture
 from minitron_nemo.arch.counts import non_embedding_parameters, parameters
 from minitron_nemo.config import PruneConfig
 from minitron_nemo.importance.scores import Scores
+from minitron_nemo.models.branches import Branch
+from minitron_nemo.pruning.depth_scores import DepthScores
 from minitron_nemo.pruning.plan import make_plan
 
 TEACHER = Architecture(
@@ -49,9 +51,8 @@ def write_run(directory: Path, updates: int = 60) -> Path:
     write_metrics(directory / "training" / "corrected-01234567", 12, generator)
     write_metrics(directory / "training" / "scratch-any", 2 * updates, generator, start=9.0)
     (directory / "search").mkdir()
-    write_json(directory / "search" / "table.json", candidates())
-    losses = [{"layer": layer, "loss": 3.1 + 0.2 * layer % 0.7, "loss_se": 0.05} for layer in range(12)]
-    write_json(directory / "depth.json", losses)
+    write_json(directory / "search" / "table.json", {"schema_version": 1, "candidates": candidates()})
+    depth_scores(generator).save(directory / "depth.npz")
     steps = ("convert", "prepare", "correct", "calibrate", "prune", "distill", "evaluate", "export/hf")
     write_json(directory / "manifest.json", {"schema_version": 1, "steps": {step: record() for step in steps}})
     write_status(directory, "done", "export")
@@ -97,6 +98,14 @@ def random_scores(generator: np.random.Generator) -> Scores:
     )
 
 
+def depth_scores(generator: np.random.Generator) -> DepthScores:
+    """Losses of 16 sequences without each layer, and without the first two."""
+    weights = generator.uniform(1000, 2048, 16)
+    branches = [Branch(), *(Branch({layer}) for layer in range(12)), Branch({0, 1})]
+    sums = {branch: weights * generator.uniform(3.1, 3.8, 16) for branch in branches}
+    return DepthScores(TEACHER, {"model": KEY}, weights, None, sums)
+
+
 def evaluation(student: Architecture) -> dict[str, dict[str, Any]]:
     """The content of evaluation.json; one of the samples is hostile."""
     found = {}
@@ -128,11 +137,46 @@ def evaluation(student: Architecture) -> dict[str, dict[str, Any]]:
 
 def candidates() -> list[dict[str, Any]]:
     return [
-        {"name": "a", "parameters": 61_000_000, "loss": 3.91, "loss_se": 0.03, "latency": 0.021, "pareto": True},
-        {"name": "b", "parameters": 70_000_000, "loss": 3.95, "loss_se": 0.03, "latency": 0.025, "pareto": False},
-        {"name": "c", "parameters": 74_000_000, "loss": 3.72, "loss_se": 0.02, "latency": 0.026, "pareto": True},
-        {"name": "d", "parameters": 76_000_000, "loss": 3.60, "loss_se": 0.02, "latency": 0.029, "pareto": True},
-        {"name": "e", "parameters": 75_500_000, "loss": 3.81, "loss_se": 0.02, "latency": 0.034, "pareto": False},
+        {
+            "name": "a",
+            "parameters": 61_000_000,
+            "loss": 3.91,
+            "loss_se": 0.03,
+            "latency_seconds": 0.021,
+            "pareto": True,
+        },
+        {
+            "name": "b",
+            "parameters": 70_000_000,
+            "loss": 3.95,
+            "loss_se": 0.03,
+            "latency_seconds": 0.025,
+            "pareto": False,
+        },
+        {
+            "name": "c",
+            "parameters": 74_000_000,
+            "loss": 3.72,
+            "loss_se": 0.02,
+            "latency_seconds": 0.026,
+            "pareto": True,
+        },
+        {
+            "name": "d",
+            "parameters": 76_000_000,
+            "loss": 3.60,
+            "loss_se": 0.02,
+            "latency_seconds": 0.029,
+            "pareto": True,
+        },
+        {
+            "name": "e",
+            "parameters": 75_500_000,
+            "loss": 3.81,
+            "loss_se": 0.02,
+            "latency_seconds": 0.034,
+            "pareto": False,
+        },
     ]
 
 

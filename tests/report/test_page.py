@@ -16,6 +16,8 @@ from minitron_nemo.arch import Plan
 from minitron_nemo.cli import main
 from minitron_nemo.errors import UserError
 from minitron_nemo.importance.scores import Scores
+from minitron_nemo.models.branches import Branch
+from minitron_nemo.pruning.depth_scores import DepthScores
 from minitron_nemo.report.page import write_report
 from tests.report.reading import charts, html, rows, sentences
 from tests.report.runs import RECIPE, candidates, record, write_json, write_metrics, write_run, write_status
@@ -100,10 +102,13 @@ def test_layers_and_heads_are_shown_as_the_plan_keeps_them(run: Path, page: str)
         f"layer {layer} {'kept' if layer in plan.kept_layers else 'dropped'}: Block Influence {influence:.6g}"
         for layer, influence in enumerate(scores.block_influence)
     ]
-    losses = json.loads((run / "depth.json").read_text())
-    assert [said.rpartition(": ")[2] for said in found["Loss without one layer"]] == [
-        f"{each['loss']:.6g} ± 0.05" for each in losses
-    ]
+    measured = DepthScores.load(run / "depth.npz")
+    whole, tokens = measured.sums[Branch()], measured.weights.sum()
+    for layer, said in enumerate(found["Loss without one layer"]):
+        sums = measured.sums[Branch({layer})]
+        lost = (sums - whole).sum() / tokens
+        error = np.sqrt(16 / 15 * np.square(sums - whole - lost * measured.weights).sum()) / tokens
+        assert said.rpartition(": ")[2] == f"{sums.sum() / tokens:.6g} ± {error:.3g}"
     # 2407.14679 section 2.2 by hand: the mean over tokens, then the L2 norm over sequences.
     heads = np.sqrt(scores.heads[1, 0])
     kept = {(layer, head) for layer, entries in zip(plan.kept_layers, plan.kept_heads, strict=True) for head in entries}
@@ -154,7 +159,7 @@ def test_candidates_and_their_front(page: str) -> None:
             size = f"{candidate['parameters']:,} parameters"
             assert words.startswith(f"{candidate['name']}: {size}, loss {candidate['loss']} ± {candidate['loss_se']}")
             assert words.endswith("on the Pareto front") == candidate["pareto"]
-            assert f"{candidate['latency']} s" in words
+            assert f"{candidate['latency_seconds']} s" in words
 
 
 def test_training_from_scratch_is_compared_by_tokens(tmp_path: Path) -> None:
@@ -200,7 +205,7 @@ def test_a_run_that_has_just_begun_says_what_is_missing(tmp_path: Path) -> None:
 
 def test_a_run_that_is_training_shows_what_it_has(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
-    for name in ("evaluation.json", "training", "search", "depth.json", "manifest.json"):
+    for name in ("evaluation.json", "training", "search", "depth.npz", "manifest.json"):
         shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
     write_json(run / "manifest.json", {"schema_version": 1, "steps": {"distill": record()}})  # of earlier settings
     write_metrics(run / "training" / "distilled-01234567", 60, np.random.default_rng(1))
@@ -254,7 +259,7 @@ def test_provenance_names_steps_versions_and_the_recipe(page: str) -> None:
     ("name", "content", "words"),
     [
         ("evaluation.json", "{", "evaluation.json: not valid JSON"),
-        ("search/table.json", '[{"parameters": 1}]', "search/table.json: not a table of name, parameters, loss"),
+        ("search/table.json", '{"candidates": [{"parameters": 1}]}', "search/table.json: not a table of candidates"),
         ("scores.npz", "nothing", "scores.npz: not a scores file"),
     ],
 )
