@@ -65,7 +65,7 @@ def depth_charts(scores: Scores, plan: Plan, losses: Sequence[LayerLoss]) -> lis
             "mark": {"type": "point", "size": 40},
             "encoding": {**encoding, "description": _DESCRIPTION},
         }
-        caption = "Loss of the teacher without that layer alone, ± one standard error over sequences of what it loses by that."
+        caption = "Loss of the teacher without that layer alone, ± one standard error of what it loses by that."
         charts.append(draw("Loss without one layer", caption, [points, *error_bars(measured, encoding)]))
     return charts
 
