@@ -28,6 +28,8 @@ class Axis(str, Enum):
 
     HIDDEN = "hidden_size"
     FFN = "ffn_hidden_size"
+    EXPERTS = "num_moe_experts"
+    MOE_FFN = "moe_ffn_hidden_size"
     HEADS = "num_attention_heads"
     GROUPS = "num_query_groups"
     LAYERS = "num_layers"
@@ -38,8 +40,11 @@ class Axis(str, Enum):
 
     @property
     def per_layer(self) -> bool:
-        """Whether each layer has its own entries of this axis (its FFN neurons) or all share them (hidden channels)."""
-        return self in (Axis.FFN, Axis.HEADS, Axis.GROUPS)
+        """Whether each layer has its own entries of this axis (its FFN neurons) or all share them (hidden channels).
+
+        Of `moe_ffn_hidden_size`, each expert of a layer has its own.
+        """
+        return self in (Axis.FFN, Axis.EXPERTS, Axis.MOE_FFN, Axis.HEADS, Axis.GROUPS)
 
 
 class Dim(Protocol):

@@ -6,7 +6,7 @@ Every family is one module of `arch.families` that defines a `FAMILY`; no code e
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from minitron_nemo.errors import UserError
@@ -21,15 +21,17 @@ class HuggingFaceModel:
     """How one of Hugging Face's model types says that it is this family.
 
     `class_name` is the class that loads it. `keys` maps fields of Architecture to the key of `config.json` that holds
-    them and to what an absent key means; the fields that all types spell alike are known elsewhere. `fixed` are keys
-    for which the family computes one value alone; an absent key has it. `whole_heads` is whether transformers refuses
-    a hidden size that is not a multiple of the number of heads, whatever `head_dim` says.
+    them and to what an absent key means; the fields that all types spell alike are known elsewhere. `opposites` are the
+    same for fields that are true where their key is false. `fixed` are keys for which the family computes one value
+    alone; an absent key has it. `whole_heads` is whether transformers refuses a hidden size that is not a multiple of
+    the number of heads, whatever `head_dim` says.
     """
 
     class_name: str
     keys: Mapping[str, tuple[str, Any]]
     fixed: Mapping[str, Any]
     whole_heads: bool = False
+    opposites: Mapping[str, tuple[str, bool]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Family:
     `table` lists all tensors of an architecture in the order of the forward pass. `hugging_face` maps each `model_type`
     that is this family to its configuration. `normalization` is "RMSNorm" or "LayerNorm" (with a bias); gains are
     stored minus one under `layernorm_zero_centered_gamma`. `activation` is "silu" or "squared_relu", of the gate where
-    `gated_linear_unit` and of the product itself otherwise.
+    `gated_linear_unit` and of the product itself otherwise. In a `mixture_of_experts` every layer's MLP is a router and
+    experts; no layer has an MLP beside them.
     """
 
     table: Callable[[Architecture], tuple[TensorSpec, ...]]
@@ -50,6 +53,7 @@ class Family:
     gated_linear_unit: bool = True
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
+    mixture_of_experts: bool = False
 
     @property
     def rescales_norms(self) -> bool:

@@ -122,6 +122,13 @@ def _transformer_config(
         add_bias_linear=False,
         add_qkv_bias=layers.add_qkv_bias,
         qk_layernorm=layers.qk_layernorm,
+        num_moe_experts=architecture.num_moe_experts,
+        moe_ffn_hidden_size=architecture.moe_ffn_hidden_size,
+        moe_router_topk=architecture.moe_router_topk or 2,  # Megatron-core's default, which nothing reads
+        moe_router_pre_softmax=architecture.moe_router_pre_softmax,
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="none",
+        moe_token_dispatcher_type="allgather",
         window_size=_window(architecture),
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -204,12 +211,16 @@ def _block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerB
     if device.has_transformer_engine():
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer, norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm), TENorm
+        layer = get_gpt_layer_with_transformer_engine_spec(config.num_moe_experts, qk_layernorm=config.qk_layernorm)
+        norm = TENorm
     else:
-        layer, norm = get_gpt_layer_local_spec(normalization=config.normalization), Norm
+        layer, norm = get_gpt_layer_local_spec(config.num_moe_experts, normalization=config.normalization), Norm
         layer.submodules.input_layernorm = norm
         layer.submodules.pre_mlp_layernorm = norm
         if config.qk_layernorm:
             attention = layer.submodules.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = norm
+        if config.num_moe_experts is not None:
+            # TransformerEngine has no linear layer to fuse this norm into, and stores it under its own name.
+            del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=norm)

@@ -73,10 +73,18 @@ class Layout:
         """Raise UserError, naming the key of the recipe's `section`, unless `architecture` runs on this layout."""
         self.check_processes(world_size, section)
         tp = self.tensor_model_parallel_size
+        if tp > 1 and architecture.num_moe_experts and not self.sequence_parallel:
+            raise UserError(
+                f"{section}.sequence_parallel: Megatron-core trains a mixture of experts on {tp} tensor-parallel ranks "
+                "with it alone; set it to true"
+            )
         for size, name in (
             (architecture.num_query_groups, "num_query_groups"),
             (architecture.num_attention_heads, "num_attention_heads"),
-            (architecture.ffn_hidden_size, "ffn_hidden_size"),
+            (
+                architecture.ffn_hidden_size,
+                "moe_ffn_hidden_size" if architecture.num_moe_experts else "ffn_hidden_size",
+            ),
         ):
             if size % tp:
                 fitting = [n for n in range(1, min(size, world_size) + 1) if _fits(architecture, n)]

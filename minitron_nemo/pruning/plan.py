@@ -15,9 +15,10 @@ import numpy as np
 
 from minitron_nemo.arch import Architecture, Axis, Plan
 from minitron_nemo.arch.family import family
+from minitron_nemo.arch.tensors import residual_norms
 from minitron_nemo.config import PruneConfig, RepairConfig
 from minitron_nemo.errors import UserError
-from minitron_nemo.importance.scores import FINAL_NORM, LAYER_NORMS, Array, Scores
+from minitron_nemo.importance.scores import Array, Scores
 
 DEPTH_METHODS = ("block_influence", "contiguous")
 
@@ -25,13 +26,21 @@ DEPTH_METHODS = ("block_influence", "contiguous")
 def target_architecture(source: Architecture, config: PruneConfig) -> Architecture:
     """The student's architecture. Raises UserError, naming the key, for a size or score that the source cannot have."""
     sizes: dict[Axis, int] = {}
-    for axis in (Axis.HIDDEN, Axis.FFN, Axis.HEADS, Axis.GROUPS, Axis.LAYERS):
+    for axis in (Axis.HIDDEN, Axis.FFN, Axis.EXPERTS, Axis.MOE_FFN, Axis.HEADS, Axis.GROUPS, Axis.LAYERS):
         size: int | None = getattr(config, axis.value)
         if size is None:
             continue
+        if not source.has(axis):
+            has = "the MLPs are experts; use prune.moe_ffn_hidden_size" if axis == Axis.FFN else "there are no experts"
+            raise UserError(f"prune.{axis}: in a model of family {source.family} {has}")
         if not 1 <= size <= source.size(axis):
             raise UserError(f"prune.{axis}: {size} is not a size to prune to; the source has {source.size(axis)}")
         sizes[axis] = size
+    if sizes.get(Axis.EXPERTS, source.size(Axis.EXPERTS)) < (topk := source.moe_router_topk or 0):
+        raise UserError(
+            f"prune.num_moe_experts: {sizes[Axis.EXPERTS]} are too few, a token is routed to {topk}; "
+            f"keep {topk} or more"
+        )
     groups = sizes.get(Axis.GROUPS, source.num_query_groups)
     heads = sizes.setdefault(Axis.HEADS, groups * source.heads_per_group)
     if heads % groups or heads > groups * source.heads_per_group:
@@ -61,28 +70,33 @@ def target_architecture(source: Architecture, config: PruneConfig) -> Architectu
 
 def repairs_of(source: Architecture, config: RepairConfig) -> RepairConfig:
     """`config` with what it leaves to the family decided. Raises UserError for a repair that the family has not."""
-    able = family(source.family).rescales_norms
+    traits = family(source.family)
+    lacking: dict[str, list[str]] = {"norm_scale": [], "hidden": [], "ffn": []}
+    if not traits.rescales_norms:
+        for key in ("norm_scale", "hidden"):
+            lacking[key].append(f"needs RMSNorm with gains stored as they are, which {source.family} has not")
+    if traits.mixture_of_experts:
+        for key in ("hidden", "ffn"):
+            lacking[key].append("has no least squares for experts yet")
     decided = {}
-    for key in ("norm_scale", "hidden"):
+    for key, reasons in lacking.items():
         asked: bool | None = getattr(config, key)
-        if asked and not able:
-            raise UserError(
-                f"prune.repair.{key}: needs RMSNorm with gains stored as they are, which {source.family} has not; "
-                f"leave it out"
-            )
-        decided[key] = able if asked is None else asked
+        if asked and reasons:
+            raise UserError(f"prune.repair.{key}: {reasons[0]}; leave it out")
+        decided[key] = not reasons if asked is None else asked
     return replace(config, **decided)
 
 
 def make_plan(scores: Scores, source: Architecture, config: PruneConfig) -> Plan:
     """The Plan that keeps the entries with the highest scores; ties go to the lower index.
 
-    FFN neurons are ranked per layer; query groups per layer, by the sum of their heads' scores; heads per layer and
-    group, every group keeping equally many and, with `repair.merge_heads`, merging dropped ones; hidden channels over
-    the whole model, where `repair.norm_scale` gives the gain of every norm a factor. `gaps` has one number per decision
-    that Scores took, named by axis and, where layers decide on their own, the source's layer: (worst kept - best
-    dropped) / worst kept, the smallest of the groups' for heads, and for `contiguous` the same of the dropped block's
-    summed influence and the runner-up's.
+    FFN neurons are ranked per layer, experts as well, and the neurons of an expert within it; query groups per layer,
+    by the sum of their heads' scores; heads per layer and group, every group keeping equally many and, with
+    `repair.merge_heads`, merging dropped ones; hidden channels over the whole model, where `repair.norm_scale` gives
+    the gain of every norm a factor. `gaps` has one number per decision that Scores took, named by axis and, where
+    layers decide on their own, the source's layer: (worst kept - best dropped) / worst kept, the smallest of the
+    groups' for heads and of the experts' for their neurons, and for `contiguous` the same of the dropped block's summed
+    influence and the runner-up's.
 
     Raises UserError for Scores of another architecture and for what `target_architecture` and `repairs_of` refuse.
     """
@@ -103,10 +117,10 @@ def make_plan(scores: Scores, source: Architecture, config: PruneConfig) -> Plan
         channels = scores.hidden_energy() if config.hidden_score == "energy" else score(Axis.HIDDEN)
         kept_hidden, gaps[Axis.HIDDEN.value] = _best(channels, target.hidden_size)
         if repairs.norm_scale:
-            norm_scales = _norm_scales(scores, kept_layers, kept_hidden)
+            norm_scales = _norm_scales(scores, source, kept_layers, kept_hidden)
     kept_ffn: list[tuple[int, ...]] = []
-    if target.ffn_hidden_size < source.ffn_hidden_size:
-        neurons = scores.ffn_outputs() if config.ffn_score == "output" else score(Axis.FFN)
+    neurons = scores.ffn_outputs() if config.ffn_score == "output" else score(Axis.FFN)
+    if target.size(Axis.FFN) < source.size(Axis.FFN):
         for layer in kept_layers:
             kept, gaps[f"{Axis.FFN}/{layer}"] = _best(neurons[layer], target.ffn_hidden_size)
             kept_ffn.append(kept)
@@ -120,6 +134,7 @@ def make_plan(scores: Scores, source: Architecture, config: PruneConfig) -> Plan
         kept_hidden=kept_hidden,
         kept_ffn=tuple(kept_ffn) or None,
         **heads,
+        **_experts(score(Axis.EXPERTS), neurons, kept_layers, source, target, gaps),
         norm_scales=norm_scales,
         gaps=gaps,
         provenance=_provenance(scores, config),
@@ -161,13 +176,16 @@ def _kept_layers(
     return (0, *between, last)
 
 
-def _norm_scales(scores: Scores, kept_layers: tuple[int, ...], kept_hidden: tuple[int, ...]) -> dict[str, float]:
+def _norm_scales(
+    scores: Scores, source: Architecture, kept_layers: tuple[int, ...], kept_hidden: tuple[int, ...]
+) -> dict[str, float]:
     """Factors on the gains of all norms of the student, by name."""
     *of_layers, final = scores.norm_scales(kept_hidden).tolist()
-    named = {FINAL_NORM: final}
-    for layer, source in enumerate(kept_layers):
-        for position, norm in enumerate(LAYER_NORMS):
-            named[norm.format(layer=layer)] = of_layers[2 * source + position]
+    *layer_norms, final_norm = residual_norms(source)
+    named = {final_norm: final}
+    for layer, number in enumerate(kept_layers):
+        for position, norm in enumerate(layer_norms):
+            named[norm.format(layer=layer)] = of_layers[2 * number + position]
     return named
 
 
@@ -207,6 +225,32 @@ def _heads(
         "kept_groups": tuple(kept_groups) if cut_groups else None,
         "merged_heads": tuple(merged_heads) if merge and cut_inside else None,
     }
+
+
+def _experts(
+    scores: Array,
+    neurons: Array,
+    kept_layers: tuple[int, ...],
+    source: Architecture,
+    target: Architecture,
+    gaps: dict[str, float],
+) -> dict[str, Any]:
+    """The Plan's `kept_experts` and `kept_moe_ffn`, where these are cut.
+
+    `scores` [num_layers, num_moe_experts] rank the experts, `neurons` [num_layers, num_moe_experts, n] those of each.
+    """
+    cut_experts, cut_neurons = (target.size(axis) < source.size(axis) for axis in (Axis.EXPERTS, Axis.MOE_FFN))
+    kept_experts, kept_moe_ffn = [], []
+    for layer in kept_layers if cut_experts or cut_neurons else ():
+        experts = tuple(range(source.size(Axis.EXPERTS)))
+        if cut_experts:
+            experts, gaps[f"{Axis.EXPERTS}/{layer}"] = _best(scores[layer], target.size(Axis.EXPERTS))
+            kept_experts.append(experts)
+        if cut_neurons:
+            best = [_best(neurons[layer, expert], target.size(Axis.MOE_FFN)) for expert in experts]
+            kept_moe_ffn.append(tuple(kept for kept, _ in best))
+            gaps[f"{Axis.MOE_FFN}/{layer}"] = min(gap for _, gap in best)
+    return {"kept_experts": tuple(kept_experts) or None, "kept_moe_ffn": tuple(kept_moe_ffn) or None}
 
 
 def _best_per_group(scores: Array, groups: Sequence[int], count: int) -> tuple[tuple[int, ...], float]:

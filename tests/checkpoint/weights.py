@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -34,7 +35,10 @@ def architecture_of(directory: Path) -> Architecture:
 
 
 def random_plan(source: Architecture, seed: int = 0) -> Plan:
-    """Cuts every axis: 3 of 4 layers, half of the heads of each group, 3/4 of hidden channels, 2/3 of the neurons."""
+    """Cuts every axis: 3 of 4 layers, half of the heads of each group, 3/4 of hidden channels, 2/3 of the neurons.
+
+    Of a mixture, one expert of each layer goes as well.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def choose(total: int, count: int) -> tuple[int, ...]:
@@ -51,14 +55,26 @@ def random_plan(source: Architecture, seed: int = 0) -> Plan:
         )
         for _ in layers
     )
-    sizes = {Axis.LAYERS: len(layers), Axis.HIDDEN: hidden, Axis.FFN: ffn, Axis.HEADS: len(heads[0])}
+    sizes = {Axis.LAYERS: len(layers), Axis.HIDDEN: hidden, Axis.HEADS: len(heads[0])}
+    kept_hidden = choose(source.hidden_size, hidden)
+    neurons: dict[str, Any]
+    if source.num_moe_experts is None:
+        sizes[Axis.FFN] = ffn
+        neurons = {"kept_ffn": tuple(choose(source.ffn_hidden_size, ffn) for _ in layers)}
+    else:
+        experts = source.num_moe_experts - 1
+        sizes |= {Axis.EXPERTS: experts, Axis.MOE_FFN: ffn}
+        neurons = {
+            "kept_experts": tuple(choose(source.num_moe_experts, experts) for _ in layers),
+            "kept_moe_ffn": tuple(tuple(choose(source.ffn_hidden_size, ffn) for _ in range(experts)) for _ in layers),
+        }
     return Plan(
         source=source,
         target=source.resized(sizes),
         kept_layers=layers,
-        kept_hidden=choose(source.hidden_size, hidden),
-        kept_ffn=tuple(choose(source.ffn_hidden_size, ffn) for _ in layers),
+        kept_hidden=kept_hidden,
         kept_heads=heads,
+        **neurons,
     )
 
 

@@ -31,11 +31,20 @@ from tests.pool import run_distributed
 TEACHER = architecture(num_layers=6)
 STUDENT = replace(architecture(), hidden_size=48, ffn_hidden_size=64)
 TIED = replace(STUDENT, share_embeddings_and_output_weights=True)
+MIXTURE = replace(
+    STUDENT,
+    num_moe_experts=6,
+    moe_ffn_hidden_size=64,
+    moe_router_topk=2,
+    family="mixtral",
+    model_type="mixtral",
+)
 PAIRS = [Pair(-1, -1), Pair(5, 0), Pair(3, 2), Pair(0, 3)]
 
 # Processes, layouts of student and teacher (None: the same), the student, the rest.
 CASES: dict[str, tuple[int, Layout, Layout | None, Architecture, dict[str, Any]]] = {
     "TP2 SP DP2, recomputed": (4, Layout(2, sequence_parallel=True), None, STUDENT, {"recompute": True}),
+    "TP2 SP DP2, experts, recomputed": (4, Layout(2, sequence_parallel=True), None, MIXTURE, {"recompute": True}),
     "TP2 PP2, JSD, recomputed": (4, Layout(2, 2), None, STUDENT, {"divergence": "jsd", "recompute": True}),
     "PP2 VPP2 DP2, tied, teacher without VPP": (
         4,

@@ -35,6 +35,7 @@ def scores_from(values: dict[str, np.ndarray], shape: Architecture, sequences: i
         block_influence=values["layers"],
         norm_squares=values["squares"],
         ffn_column_norms=values["columns"],
+        experts=values.get("experts", np.zeros((shape.num_layers, 0))),
         sequences=sequences,
         tokens=sequences * 5,
         model_fingerprint="m" * 64,
