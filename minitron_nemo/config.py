@@ -70,6 +70,7 @@ class PruneConfig:
     ffn_hidden_size: int | None = None
     num_moe_experts: int | None = None  # of each layer, by the mean norm of what they add to the tokens they see
     moe_ffn_hidden_size: int | None = None  # of each expert
+    moe_shared_expert_intermediate_size: int | None = None  # of the expert that sees every token
     num_attention_heads: int | None = None
     num_query_groups: int | None = None  # whole groups go, with their keys, values and heads
     num_layers: int | None = None

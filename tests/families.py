@@ -32,9 +32,10 @@ EXTRA: dict[str, dict[str, Any]] = {
     "phi3": {"sliding_window": 10, "pad_token_id": None},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 3, "head_dim": 16, "norm_topk_prob": True},
+    "qwen2_moe": {"num_experts": 5, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 80},
 }
 FAMILIES = tuple(EXTRA)  # beside Llama
-MIXTURES = ("mixtral", "qwen3_moe")
+MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe")
 DENSE = tuple(family for family in FAMILIES if family not in MIXTURES)
 
 
@@ -68,7 +69,7 @@ def write_tiny(
         bos_token_id=257,
         eos_token_id=256,
         tie_word_embeddings=tied,
-        **({"moe_intermediate_size": ffn_hidden_size} if family == "qwen3_moe" else {}),
+        **({"moe_intermediate_size": ffn_hidden_size} if family in ("qwen3_moe", "qwen2_moe") else {}),
         **EXTRA[family],
     )
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -154,7 +155,7 @@ def cut(tensors: dict[str, Tensor], plan: Plan) -> dict[str, Tensor]:
         experts = plan.kept_experts and plan.kept_experts[new]
         stay = list(experts or range(plan.source.num_moe_experts or 0))
         kept: dict[str, Any] = {"hidden": plan.kept_hidden, "ffn": ffn, "heads": heads, "groups": groups, "all": None}
-        kept["experts"] = experts
+        kept |= {"experts": experts, "shared": plan.kept_shared_ffn and plan.kept_shared_ffn[new]}
         pairs = plan.merged_heads[new] if plan.merged_heads else ()
         for name, tensor in split.items():
             if name.startswith(f"model.layers.{old}."):
@@ -200,6 +201,10 @@ DIMS = {  # rows, columns; a bias has the rows of its matrix
     "self_attn.o_proj": ("hidden", "heads"),
     "post_attention_layernorm": ("hidden",),
     "mlp.gate": ("experts", "hidden"),
+    "mlp.shared_expert.gate_proj": ("shared", "hidden"),
+    "mlp.shared_expert.up_proj": ("shared", "hidden"),
+    "mlp.shared_expert.down_proj": ("hidden", "shared"),
+    "mlp.shared_expert_gate": ("all", "hidden"),
     "mlp.gate_proj": ("ffn", "hidden"),
     "mlp.up_proj": ("ffn", "hidden"),
     "mlp.down_proj": ("hidden", "ffn"),

@@ -46,6 +46,16 @@ QWEN3_30B_A3B = Architecture(
     family="qwen3_moe",
     model_type="qwen3_moe",
 )
+QWEN15_MOE_A27B = Architecture(
+    *(24, 2048, 1408, 16, 16, 128, 151936, 8192, 1e-6, 1e6),
+    num_moe_experts=60,
+    moe_ffn_hidden_size=1408,
+    moe_router_topk=4,
+    moe_router_pre_softmax=True,
+    moe_shared_expert_intermediate_size=5632,
+    family="qwen2_moe",
+    model_type="qwen2_moe",
+)
 PHI3_MINI = Architecture(32, 3072, 8192, 32, 32, 96, 32064, 4096, window_size=2047, family="phi3", model_type="phi3")
 
 
@@ -70,7 +80,8 @@ def test_parameter_counts_are_the_published_ones(architecture: Architecture, tot
 
 
 @pytest.mark.parametrize(
-    ("architecture", "total", "active"), [(MIXTRAL_8X7B, "46.70", "12.88"), (QWEN3_30B_A3B, "30.53", "3.35")]
+    ("architecture", "total", "active"),
+    [(MIXTRAL_8X7B, "46.70", "12.88"), (QWEN3_30B_A3B, "30.53", "3.35"), (QWEN15_MOE_A27B, "14.32", "2.69")],
 )
 def test_parameter_counts_of_mixtures_are_the_published_ones(
     architecture: Architecture, total: str, active: str
@@ -83,7 +94,7 @@ def test_parameter_counts_of_mixtures_are_the_published_ones(
 
 @pytest.mark.parametrize(
     "architecture",
-    [NEMOTRON4_15B, QWEN25_7B, QWEN3_8B, PHI3_MINI, MIXTRAL_8X7B, QWEN3_30B_A3B],
+    [NEMOTRON4_15B, QWEN25_7B, QWEN3_8B, PHI3_MINI, MIXTRAL_8X7B, QWEN3_30B_A3B, QWEN15_MOE_A27B],
     ids=lambda a: a.family,
 )
 def test_parameter_and_flop_counts_are_those_of_transformers_model(architecture: Architecture) -> None:
@@ -124,6 +135,7 @@ def test_parameter_counts_of_smollm2_are_exact() -> None:
         MIXTRAL_8X7B,
         QWEN3_30B_A3B,
         replace(QWEN3_30B_A3B, moe_router_pre_softmax=True),
+        QWEN15_MOE_A27B,
     ],
 )
 def test_configuration_survives_transformers(architecture: Architecture) -> None:
@@ -135,7 +147,7 @@ def test_configuration_survives_transformers(architecture: Architecture) -> None
     assert theirs.rope_parameters["rope_theta"] == architecture.rotary_base
     assert theirs.rope_parameters["rope_type"] == ("llama3" if architecture.rope_scaling else "default")
     assert theirs.rope_parameters.get("partial_rotary_factor", 1.0) == architecture.rotary_percent
-    assert getattr(theirs, "sliding_window", None) == architecture.window_size
+    assert (getattr(theirs, "sliding_window", None) or None) == architecture.window_size
     assert theirs.tie_word_embeddings == architecture.share_embeddings_and_output_weights
     # What transformers 5 writes has other keys than what we wrote.
     assert "rope_parameters" in theirs.to_dict()
@@ -178,7 +190,8 @@ def test_what_a_family_does_not_compute_is_refused_in_one_line(
 
 def test_an_unknown_family_and_a_model_type_of_another_are_refused() -> None:
     with pytest.raises(
-        UserError, match="family 'gemma' is not known; known: llama, mixtral, nemotron, phi3, qwen2, qwen3"
+        UserError,
+        match="family 'gemma' is not known; known: llama, mixtral, nemotron, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe",
     ):
         replace(SMALL, family="gemma")
     with pytest.raises(UserError, match="model_type 'llama' is not one of family 'qwen2': qwen2"):
@@ -188,8 +201,8 @@ def test_an_unknown_family_and_a_model_type_of_another_are_refused() -> None:
 @pytest.mark.parametrize(
     ("architecture", "change", "named"),
     [
-        (LLAMA_31_8B, {"num_moe_experts": 8}, "num_moe_experts is 8, and family 'llama' has no experts"),
-        (MIXTRAL_8X7B, {"num_moe_experts": None}, "num_moe_experts is None, and family 'mixtral' needs one"),
+        (LLAMA_31_8B, {"num_moe_experts": 8}, "num_moe_experts is 8, and family 'llama' has no such experts"),
+        (MIXTRAL_8X7B, {"num_moe_experts": None}, "num_moe_experts is None, and family 'mixtral' needs a number"),
         (MIXTRAL_8X7B, {"moe_router_topk": 1}, "moe_router_topk is 1 and moe_router_pre_softmax is false"),
         (MIXTRAL_8X7B, {"num_moe_experts": 1}, "moe_router_topk 2 is not from 1 to num_moe_experts 1"),
         (MIXTRAL_8X7B, {"moe_ffn_hidden_size": 7168}, "ffn_hidden_size 14336 is not moe_ffn_hidden_size 7168"),
@@ -248,7 +261,8 @@ def test_selection_keeps_exactly_the_rows_of_kept_entries(dim: Dim) -> None:
     ("family", "outside", "in_a_layer"),
     [
         *(("llama", 3, 9), ("qwen2", 3, 12), ("qwen3", 3, 11), ("nemotron", 4, 10), ("phi3", 3, 6)),
-        *(("mixtral", 3, 7 + 3 * 5), ("qwen3_moe", 3, 9 + 3 * 5)),  # router, 5 experts
+        # router, 5 experts
+        *(("mixtral", 3, 7 + 3 * 5), ("qwen3_moe", 3, 9 + 3 * 5), ("qwen2_moe", 3, 10 + 3 * 5 + 4)),
     ],
 )
 def test_every_huggingface_row_has_one_place(family: str, outside: int, in_a_layer: int) -> None:
@@ -256,6 +270,7 @@ def test_every_huggingface_row_has_one_place(family: str, outside: int, in_a_lay
         "num_moe_experts": 5,
         "moe_ffn_hidden_size": SMALL.ffn_hidden_size,
         "moe_router_topk": 2,
+        "moe_shared_expert_intermediate_size": 4 if FAMILIES[family].moe_shared_expert_gate else None,
     }
     small = replace(SMALL, family=family, model_type=next(iter(FAMILIES[family].hugging_face)), **(experts or {}))
     places: dict[str, list[int]] = {}

@@ -29,7 +29,8 @@ class Architecture:
 
     A mixture of experts has `num_moe_experts` of `moe_ffn_hidden_size` neurons in every layer, `moe_router_topk` of
     which see a token; `ffn_hidden_size` is the same as `moe_ffn_hidden_size` then. The router's weights of a token are
-    the softmax over the experts that see it, or under `moe_router_pre_softmax` over all experts.
+    the softmax over the experts that see it, or under `moe_router_pre_softmax` over all experts. A shared expert, which
+    sees all tokens, has `moe_shared_expert_intermediate_size` neurons.
 
     Raises UserError for sizes that do not fit together and an unknown family.
     """
@@ -52,14 +53,16 @@ class Architecture:
     moe_ffn_hidden_size: int | None = None
     moe_router_topk: int | None = None
     moe_router_pre_softmax: bool = False
+    moe_shared_expert_intermediate_size: int | None = None
     family: str = "llama"
     model_type: str = "llama"
 
     def __post_init__(self) -> None:
-        experts = family(self.family).mixture_of_experts
-        for name in ("num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk"):
-            if (getattr(self, name) is not None) != experts:
-                wanted = "needs one" if experts else "has no experts"
+        experts, shared = family(self.family).mixture_of_experts, family(self.family).moe_shared_expert_gate
+        needed = dict.fromkeys(("num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk"), experts)
+        for name, has in (needed | {"moe_shared_expert_intermediate_size": shared}).items():
+            if (getattr(self, name) is not None) != has:
+                wanted = "needs a number" if has else "has no such experts"
                 raise UserError(f"architecture: {name} is {getattr(self, name)}, and family {self.family!r} {wanted}")
         for axis in Axis:
             if self.has(axis) and self.size(axis) < 1:
@@ -100,8 +103,11 @@ class Architecture:
 
     def has(self, axis: Axis) -> bool:
         """Whether tensors of the family have this axis: an MLP is either whole or made of experts."""
+        traits = family(self.family)
+        if axis == Axis.SHARED_FFN:
+            return traits.moe_shared_expert_gate
         of_experts = {Axis.EXPERTS: True, Axis.MOE_FFN: True, Axis.FFN: False}
-        return of_experts.get(axis) in (None, family(self.family).mixture_of_experts)
+        return of_experts.get(axis) in (None, traits.mixture_of_experts)
 
     def size(self, axis: Axis) -> int:
         """Number of entries on an axis; 0 where the family has not this axis."""

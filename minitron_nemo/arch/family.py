@@ -42,7 +42,8 @@ class Family:
     that is this family to its configuration. `normalization` is "RMSNorm" or "LayerNorm" (with a bias); gains are
     stored minus one under `layernorm_zero_centered_gamma`. `activation` is "silu" or "squared_relu", of the gate where
     `gated_linear_unit` and of the product itself otherwise. In a `mixture_of_experts` every layer's MLP is a router and
-    experts; no layer has an MLP beside them.
+    experts; no layer has an MLP beside them. With `moe_shared_expert_gate` there is one more expert, which sees every
+    token and whose output is multiplied by a sigmoid.
     """
 
     table: Callable[[Architecture], tuple[TensorSpec, ...]]
@@ -54,6 +55,7 @@ class Family:
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
     mixture_of_experts: bool = False
+    moe_shared_expert_gate: bool = False
 
     @property
     def rescales_norms(self) -> bool:

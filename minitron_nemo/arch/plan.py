@@ -51,7 +51,7 @@ class Plan:
     source layer `kept_layers[i]`; None for all. Every kept group keeps equally many of its heads. `merged_heads[i]` are
     pairs (kept head, dropped head): the query of the kept one becomes twice its own less that of the dropped one. The
     same of a mixture of experts: `kept_experts[i]`, and `kept_moe_ffn[i][j]` of the student's expert j, which is source
-    expert `kept_experts[i][j]`.
+    expert `kept_experts[i][j]`; `kept_shared_ffn[i]` are the neurons of the shared expert.
 
     `norm_scales` gives norms of the student, by name, a factor on their gains; the gains of `folded_norms` become 1,
     since the matrices of their readers contain them. `matrices` maps tensors of the student to what their columns are
@@ -72,6 +72,7 @@ class Plan:
     merged_heads: tuple[tuple[tuple[int, int], ...], ...] | None = None
     kept_experts: tuple[tuple[int, ...], ...] | None = None
     kept_moe_ffn: tuple[tuple[tuple[int, ...], ...], ...] | None = None
+    kept_shared_ffn: tuple[tuple[int, ...], ...] | None = None
     norm_scales: Mapping[str, float] = field(default_factory=dict)
     folded_norms: tuple[str, ...] = ()
     matrices: Mapping[str, Matrix] = field(default_factory=dict)
@@ -91,6 +92,7 @@ class Plan:
             (Axis.HEADS, self.kept_heads),
             (Axis.EXPERTS, self.kept_experts),
             (Axis.MOE_FFN, self.kept_moe_ffn),
+            (Axis.SHARED_FFN, self.kept_shared_ffn),
         ):
             if cut is None and self.source.size(axis) != self.target.size(axis):
                 raise UserError(f"plan: {axis} shrinks but the plan does not say which entries are kept")
@@ -108,6 +110,7 @@ class Plan:
             ("kept_groups", self.kept_groups, Axis.GROUPS),
             ("kept_heads", self.kept_heads, Axis.HEADS),
             ("kept_experts", self.kept_experts, Axis.EXPERTS),
+            ("kept_shared_ffn", self.kept_shared_ffn, Axis.SHARED_FFN),
         ):
             if per_layer is not None:
                 self._check_layers(name, per_layer)
@@ -196,14 +199,15 @@ class Plan:
         entries: dict[Axis, Indices] = {}
         if self.kept_hidden is not None:
             entries[Axis.HIDDEN] = np.array(self.kept_hidden, dtype=np.int64)
-        if layer is not None and self.kept_ffn is not None:
-            entries[Axis.FFN] = np.array(self.kept_ffn[layer], dtype=np.int64)
-        if layer is not None and self.kept_heads is not None:
-            entries[Axis.HEADS] = np.array(self.kept_heads[layer], dtype=np.int64)
-        if layer is not None and self.kept_groups is not None:
-            entries[Axis.GROUPS] = np.array(self.kept_groups[layer], dtype=np.int64)
-        if layer is not None and self.kept_experts is not None:
-            entries[Axis.EXPERTS] = np.array(self.kept_experts[layer], dtype=np.int64)
+        for axis, per_layer in (
+            (Axis.FFN, self.kept_ffn),
+            (Axis.HEADS, self.kept_heads),
+            (Axis.GROUPS, self.kept_groups),
+            (Axis.EXPERTS, self.kept_experts),
+            (Axis.SHARED_FFN, self.kept_shared_ffn),
+        ):
+            if layer is not None and per_layer is not None:
+                entries[axis] = np.array(per_layer[layer], dtype=np.int64)
         if layer is not None and expert is not None and self.kept_moe_ffn is not None:
             entries[Axis.MOE_FFN] = np.array(self.kept_moe_ffn[layer][expert], dtype=np.int64)
         return entries
@@ -243,6 +247,7 @@ class Plan:
             "merged_heads": self.merged_heads,
             "kept_experts": self.kept_experts,
             "kept_moe_ffn": self.kept_moe_ffn,
+            "kept_shared_ffn": self.kept_shared_ffn,
             "norm_scales": dict(self.norm_scales),
             "folded_norms": self.folded_norms,
             "matrices": {name: asdict(matrix) for name, matrix in self.matrices.items()},
@@ -272,6 +277,7 @@ class Plan:
                 merged_heads=_pairs(data["merged_heads"]),
                 kept_experts=_tuples(data.get("kept_experts")),
                 kept_moe_ffn=_per_expert(data.get("kept_moe_ffn")),
+                kept_shared_ffn=_tuples(data.get("kept_shared_ffn")),
                 norm_scales={name: float(factor) for name, factor in data["norm_scales"].items()},
                 folded_norms=tuple(data["folded_norms"]),
                 matrices={

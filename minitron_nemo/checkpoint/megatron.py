@@ -128,7 +128,8 @@ class TorchDistSource:
         stages = {frozenset(ranks) for ranks in writers.values()}
         disjoint = sum(map(len, stages)) == len(frozenset().union(*stages))
         pipeline = f"{len(stages)}" if disjoint else "not to be told from the files"
-        stacking = "stacked" if any(s.place for ss in self._segments.values() for s in ss) else "per layer"
+        of_layers = [self._segments[name] for name, tensor in self._tensors.items() if tensor.expert is None]
+        stacking = "stacked" if any(segment.place for segments in of_layers for segment in segments) else "per layer"
         return (
             f"tensor_model_parallel_size {max(widths)}, pipeline_model_parallel_size {pipeline}, "
             f"layers {stacking}, {len(self.weight_files())} file(s)"

@@ -4,7 +4,7 @@
     student     the same of the student's forward and backward
     loss        states gathered for it, statistics of the vocabulary's shards, the hidden states' gradient
     pairs       of the intermediate losses: the teacher's states to the stages that need them, the map's gradient
-    gradients   of the student: summed over data-parallel ranks, of norms and routers over sequence shards, tied embeddings
+    gradients   of the student: over the data-parallel ranks, norms and routers over sequence shards, tied embeddings
     parameters  gathered from the data-parallel ranks after the update
 
 As Megatron-core's own layers and schedules communicate; `benchmarks/communication.py` counts the same while an update
@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from minitron_nemo.arch import Architecture
+from minitron_nemo.arch import Architecture, Axis
 from minitron_nemo.config import Recipe
 from minitron_nemo.distillation.intermediate import Pair, resolve_pairs
 from minitron_nemo.distillation.optimizer import params_dtype
@@ -217,6 +217,9 @@ def _forward(update: Update, part: str, model: Architecture, passes: int) -> Ite
     yield part, "tp", "all_gather", routes * (1 + ROUTER_BYTES)
     yield part, "tp", "reduce_scatter", states
     yield part, "tp", "reduce_scatter", passes * update.tokens * model.hidden_size * ROUTER_BYTES
+    if model.has(Axis.SHARED_FFN):
+        yield part, "tp", "all_gather", states
+        yield part, "tp", "reduce_scatter", states
 
 
 def _backward(update: Update, part: str, model: Architecture, passes: int) -> Iterator[Message]:
@@ -234,6 +237,9 @@ def _backward(update: Update, part: str, model: Architecture, passes: int) -> It
     # Experts keep their tokens.
     yield part, "tp", "all_gather", passes * update.tokens * model.hidden_size * ROUTER_BYTES
     yield part, "tp", "reduce_scatter", passes * update.tokens * model.num_moe_experts * ROUTER_BYTES
+    if model.has(Axis.SHARED_FFN):
+        yield part, "tp", "all_gather", 2 * states
+        yield part, "tp", "reduce_scatter", states
 
 
 def _embedding(update: Update, part: str, states: int) -> Iterator[Message]:

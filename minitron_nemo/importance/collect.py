@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
-from minitron_nemo.arch import Architecture
+from minitron_nemo.arch import Architecture, Axis
 from minitron_nemo.arch.family import family
 from minitron_nemo.importance.counted import Counted, Current, Norm, final_norm, layer_norms, transformer_layers
 from minitron_nemo.importance.experts import ExpertHooks, down_projections, experts_of
@@ -41,15 +41,16 @@ class ChunkSums:
     [2, 3, layers, ffn/tp] and `heads` [2, 3, layers, heads/tp], this tensor-parallel rank's slices; `norm_squares`
     [2 x layers, h] the squares of RMSNorms' outputs before their gains, summed over the tokens; and over this rank's
     tokens `cosines` [layers] and, where the chunk ends with a final RMSNorm, its `final_squares` [h]. In a mixture of
-    experts `ffn` is [2, 3, layers x experts, moe_ffn/tp], and `experts` [layers x experts] and `routed`, the same, sum
-    the norms of the experts' outputs and count the tokens that they saw. `current` lists the same of the microbatch
-    that is in the chunk, layer by layer, before any aggregation: sums [2, b, n] of each sequence, those of RMSNorms
-    without their gains. `norms` are all norms of the chunk in their order.
+    experts `ffn` is [2, 3, layers x experts, moe_ffn/tp], and `experts` and `routed` [layers x experts] sum the norms
+    of the experts' outputs and count the tokens that they saw; `shared` is to a shared expert what `ffn` is to an MLP.
+    `current` lists the same of the microbatch that is in the chunk, layer by layer, before any aggregation: sums
+    [2, b, n] of each sequence, those of RMSNorms without their gains. `norms` are all norms of the chunk in their
+    order.
     """
 
     def __init__(self, norms: Sequence[Norm]) -> None:
         self.totals: dict[str, Tensor] = {}
-        names = ("norms", "ffn", "heads", "cosines", "routed", "experts")
+        names = ("norms", "ffn", "heads", "cosines", "shared", "routed", "experts")
         self.current: dict[str, list[Tensor]] = {name: [] for name in names}
         self.factors: Tensor | None = None  # [2 x layers, 2, 1, h], on the sums of RMSNorms
         if all(norm.bias is None for norm in norms):
@@ -134,6 +135,8 @@ class Collector:
         norm_squares = self._zeros(layers, 2, shape.hidden_size)
         final_squares = self._zeros(shape.hidden_size)
         column_norms = self._zeros(layers, *experts, neurons)
+        shared_neurons = shape.size(Axis.SHARED_FFN)
+        shared, shared_norms = self._zeros(*moments, layers, shared_neurons), self._zeros(layers, shared_neurons)
         outputs = self._zeros(2, layers, *(experts or (0,)))  # sums of norms, tokens
         counts = self._zeros(2)  # sequences, tokens
         for chunk, sums in zip(self.chunks, self.sums, strict=True):
@@ -141,10 +144,14 @@ class Collector:
             of_layers = (len(mine), *experts)
             ffn[:, :, mine, ..., self._slice(neurons)] = sums.totals["ffn"].unflatten(2, of_layers)
             heads[:, :, mine, self._slice(shape.num_attention_heads)] = sums.totals["heads"]
+            if shared_neurons:
+                shared[:, :, mine, self._slice(shared_neurons)] = sums.totals["shared"]
             if parallel_state.get_data_parallel_rank() == 0:
-                linears = [linear for layer in chunk for linear in down_projections(layer)]
-                columns = torch.stack([linear.weight.detach().double().norm(dim=0) for linear in linears])
+                columns = _column_norms([linear for layer in chunk for linear in down_projections(layer)])
                 column_norms[mine, ..., self._slice(neurons)] = columns.unflatten(0, of_layers)
+                if shared_neurons:
+                    columns = _column_norms([layer.mlp.shared_experts.linear_fc2 for layer in chunk])
+                    shared_norms[mine, self._slice(shared_neurons)] = columns
             # What all tensor-parallel ranks hold alike is given by the first; cosines of other tokens by each.
             if self.tp_rank == 0:
                 norms[:, :, mine] = sums.totals["norms"].unflatten(2, (len(mine), 2))
@@ -160,7 +167,8 @@ class Collector:
             for microbatch in self.microbatches:
                 tokens = (microbatch["token_weights"] != 0).sum(dim=1)
                 counts += torch.stack([(tokens > 0).sum(), tokens.sum()])
-        for array in (norms, ffn, heads, cosines, norm_squares, final_squares, column_norms, outputs, counts):
+        of_mlps = (ffn, column_norms, outputs, shared, shared_norms)
+        for array in (norms, heads, cosines, norm_squares, final_squares, counts, *of_mlps):
             distributed.all_reduce(array)  # over all ranks: each entry has one contributor per data-parallel replica
         sequences, tokens = counts.tolist()
         squares = torch.cat([norm_squares.flatten(0, 1), final_squares[None]]) / tokens
@@ -172,6 +180,8 @@ class Collector:
             block_influence=(1 - cosines / tokens).cpu().numpy(),
             norm_squares=(squares if self.rms_norms else squares[:0]).cpu().numpy(),
             ffn_column_norms=column_norms.cpu().numpy(),
+            shared_expert=shared.cpu().numpy(),
+            shared_expert_column_norms=shared_norms.cpu().numpy(),
             experts=(outputs[0] / outputs[1].clamp(min=1)).cpu().numpy(),
             sequences=int(sequences),
             tokens=int(tokens),
@@ -255,3 +265,8 @@ class Collector:
     def _slice(self, size: int) -> slice:
         """This tensor-parallel rank's share of an axis: ranks hold contiguous, equal parts."""
         return slice(self.tp_rank * size // self.tp_size, (self.tp_rank + 1) * size // self.tp_size)
+
+
+def _column_norms(linears: Sequence[Any]) -> Tensor:
+    """L2 norm of every column of each: fp64 [linears, n]."""
+    return torch.stack([linear.weight.detach().double().norm(dim=0) for linear in linears])

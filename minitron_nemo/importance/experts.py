@@ -33,8 +33,9 @@ class ExpertHooks:
 
     Every microbatch appends to the lists in `sums`: to `ffn` the `absolute_sums` of each expert's neurons over the
     tokens of each sequence that it sees, fp64 [2, b, moe_ffn/tp]; to `routed` the number of those tokens, fp64 [b]; to
-    `experts` the sum over all of them of the L2 norm of its output, fp64 []. Tokens that do not count are left out.
-    The last two are the same on all tensor-parallel ranks.
+    `experts` the sum over all of them of the L2 norm of its output, fp64 []; to `shared` the sums of a shared expert's
+    neurons over all tokens, fp64 [2, b, shared/tp]. Tokens that do not count are left out. `routed` and `experts` are
+    the same on all tensor-parallel ranks.
     """
 
     def __init__(
@@ -50,6 +51,8 @@ class ExpertHooks:
                 expert.linear_fc2.register_forward_pre_hook(partial(self._on_neurons, number)),
                 expert.register_forward_hook(partial(self._on_output, number)),
             ]
+        if layer.mlp.shared_experts is not None:
+            self.handles.append(layer.mlp.shared_experts.linear_fc2.register_forward_pre_hook(self._on_shared))
 
     def _on_router(self, module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         # [s(/tp) x b, experts]; under sequence parallelism an expert sees the tokens of all ranks, one after the other
@@ -67,10 +70,13 @@ class ExpertHooks:
         self.sums["ffn"].append(torch.cat(measured, dim=1))
         self.sums["routed"].append(torch.stack([weights[those].sum(dtype=torch.float64) for those in by_sequence]))
 
+    def _on_shared(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.sums["shared"].append(self.reducer.absolute_sums(args[0], self.current.counted.mask))
+
     def _on_output(self, expert: int, module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Any]) -> None:
-        rows = output[0].detach()  # [n, h], of this tensor-parallel rank's neurons alone
+        rows = output[0]  # [n, h], of this tensor-parallel rank's neurons alone
         if self.tp_group.size() > 1:
-            rows = rows.clone()
+            rows = rows.to(torch.float32, copy=True)
             distributed.all_reduce(rows, group=self.tp_group)
         norms = token_norms(rows) * self.weights[self.tokens[expert]]
         self.sums["experts"].append(norms.sum(dtype=torch.float64))

@@ -24,7 +24,10 @@ from minitron_nemo.checkpoint.files import write_atomic
 from minitron_nemo.errors import UserError
 
 AGGREGATIONS = ("mean", "l2", "var")
-ARRAYS = ("hidden", "ffn", "heads", "block_influence", "norm_squares", "ffn_column_norms", "experts")
+ARRAYS = (
+    *("hidden", "ffn", "heads", "block_influence", "norm_squares", "ffn_column_norms"),
+    *("experts", "shared_expert", "shared_expert_column_norms"),
+)
 SCHEMA_VERSION = 3
 
 # The norms that are measured, in their order in a layer that has an MLP, and the one behind the last layer.
@@ -55,7 +58,9 @@ class Scores:
     [num_layers, num_moe_experts, moe_ffn_hidden_size]: of each expert, on the tokens that were routed to it, the
     activation times the router's weight; a sequence none of whose tokens were counts as zeros. `experts` [num_layers,
     num_moe_experts] is the mean over those tokens of the router's weight times the L2 norm of the expert's output
-    (REAP, arXiv 2510.13999), 0 where there was none; without experts it is [num_layers, 0].
+    (REAP, arXiv 2510.13999), 0 where there was none; without experts it is [num_layers, 0]. `shared_expert` [2, 3,
+    num_layers, n] and `shared_expert_column_norms` [num_layers, n] are of the n neurons, 0 without one, of the expert
+    that sees every token, before its gate.
 
     `sequences` and `tokens` count what was measured: tokens of weight 0, and sequences without any other, are not.
     `data_fingerprint` stands for the sequences that were read. Raises UserError for a wrong shape or a value that is
@@ -70,6 +75,8 @@ class Scores:
     norm_squares: Array
     ffn_column_norms: Array
     experts: Array
+    shared_expert: Array
+    shared_expert_column_norms: Array
     sequences: int
     tokens: int
     model_fingerprint: str
@@ -88,9 +95,9 @@ class Scores:
     def get(self, axis: Axis, sequence: str = "mean", batch: str = "l2") -> Array:
         """One score per entry: [n] for hidden channels and layers, [num_layers, n] for FFN neurons, heads and experts.
 
-        [num_layers, num_moe_experts, n] for the neurons of experts. Scores of hidden channels are summed over the norms
-        of all layers, each aggregated on its own. The aggregations have no bearing on layers, which are scored by Block
-        Influence, and on experts.
+        [num_layers, num_moe_experts, n] for the neurons of experts but the shared one. Scores of hidden channels are
+        summed over the norms of all layers, each aggregated on its own. The aggregations have no bearing on layers,
+        which are scored by Block Influence, and on experts.
         """
         if axis == Axis.LAYERS:
             return self.block_influence
@@ -103,17 +110,23 @@ class Scores:
             return self._over_sequences(self.hidden, sequence, batch).sum(axis=0)
         if axis in (Axis.FFN, Axis.MOE_FFN):
             return self._over_sequences(self.ffn, sequence, batch)
+        if axis == Axis.SHARED_FFN:
+            return self._over_sequences(self.shared_expert, sequence, batch)
         if axis == Axis.HEADS:
             return self._over_sequences(self.heads, sequence, batch)
         raise ValueError(f"no scores are measured for axis {axis}")
 
-    def ffn_outputs(self) -> Array:
-        """What each FFN neuron adds to the residual stream: rms(activation) x column norm, as `get` has FFN neurons.
+    def ffn_outputs(self, axis: Axis = Axis.FFN) -> Array:
+        """What each FFN neuron adds to the residual stream: rms(activation) x column norm, in the shape of `get(axis)`.
 
         The L2 norm of the difference that removing the neuron alone makes, per token in root mean square.
         """
-        squares = self.ffn[1, AGGREGATIONS.index("l2")] / self.tokens
-        return np.sqrt(squares) * self.ffn_column_norms
+        shared = axis == Axis.SHARED_FFN
+        moments, norms = (
+            (self.shared_expert, self.shared_expert_column_norms) if shared else (self.ffn, self.ffn_column_norms)
+        )
+        squares = moments[1, AGGREGATIONS.index("l2")] / self.tokens
+        return np.sqrt(squares) * norms
 
     def hidden_energy(self) -> Array:
         """Mean square of each hidden channel after the RMSNorms of all layers, before their gains, summed: [n]."""
@@ -192,4 +205,6 @@ def _shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
         "norm_squares": (norms, architecture.hidden_size),
         "ffn_column_norms": (layers, *neurons),
         "experts": (layers, experts),
+        "shared_expert": (*per_sequence, layers, architecture.size(Axis.SHARED_FFN)),
+        "shared_expert_column_norms": (layers, architecture.size(Axis.SHARED_FFN)),
     }

@@ -161,7 +161,7 @@ def choose(local_rank: int) -> None:
 
 
 def install() -> None:
-    """Make Megatron-core run on the CPU, where CUDA is not available; define what it misses on both.
+    """Make Megatron-core run on the CPU where CUDA is not available, and its routers without TransformerEngine.
 
     Raises UserError for a megatron-core version that this was not tested with.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from minitron_nemo.arch import Architecture
+from minitron_nemo.arch import Architecture, Axis
 from minitron_nemo.config import ParallelConfig
 from minitron_nemo.errors import UserError
 from minitron_nemo.parallel.device import has_transformer_engine
@@ -78,18 +78,11 @@ class Layout:
                 f"{section}.sequence_parallel: Megatron-core trains a mixture of experts on {tp} tensor-parallel ranks "
                 "with it alone; set it to true"
             )
-        for size, name in (
-            (architecture.num_query_groups, "num_query_groups"),
-            (architecture.num_attention_heads, "num_attention_heads"),
-            (
-                architecture.ffn_hidden_size,
-                "moe_ffn_hidden_size" if architecture.num_moe_experts else "ffn_hidden_size",
-            ),
-        ):
-            if size % tp:
+        for axis in (Axis.GROUPS, Axis.HEADS, Axis.FFN, Axis.MOE_FFN, Axis.SHARED_FFN):
+            if (size := architecture.size(axis)) % tp:
                 fitting = [n for n in range(1, min(size, world_size) + 1) if _fits(architecture, n)]
                 raise UserError(
-                    f"{section}.tensor_model_parallel_size: {tp} does not divide the model's {name} {size}; "
+                    f"{section}.tensor_model_parallel_size: {tp} does not divide the model's {axis} {size}; "
                     f"use one of {fitting}, or pipeline stages instead"
                 )
         if architecture.num_layers < self.stages:
@@ -173,4 +166,4 @@ class Layout:
 
 
 def _fits(architecture: Architecture, tp: int) -> bool:
-    return architecture.num_query_groups % tp == 0 and architecture.ffn_hidden_size % tp == 0
+    return all(architecture.size(axis) % tp == 0 for axis in (Axis.GROUPS, Axis.FFN, Axis.MOE_FFN, Axis.SHARED_FFN))

@@ -26,13 +26,13 @@ DEPTH_METHODS = ("block_influence", "contiguous")
 def target_architecture(source: Architecture, config: PruneConfig) -> Architecture:
     """The student's architecture. Raises UserError, naming the key, for a size or score that the source cannot have."""
     sizes: dict[Axis, int] = {}
-    for axis in (Axis.HIDDEN, Axis.FFN, Axis.EXPERTS, Axis.MOE_FFN, Axis.HEADS, Axis.GROUPS, Axis.LAYERS):
+    for axis in (axis for axis in Axis if axis != Axis.VOCAB):
         size: int | None = getattr(config, axis.value)
         if size is None:
             continue
         if not source.has(axis):
-            has = "the MLPs are experts; use prune.moe_ffn_hidden_size" if axis == Axis.FFN else "there are no experts"
-            raise UserError(f"prune.{axis}: in a model of family {source.family} {has}")
+            instead = "use prune.moe_ffn_hidden_size" if axis == Axis.FFN else "leave it out"
+            raise UserError(f"prune.{axis}: the layers of {source.family} have none; {instead}")
         if not 1 <= size <= source.size(axis):
             raise UserError(f"prune.{axis}: {size} is not a size to prune to; the source has {source.size(axis)}")
         sizes[axis] = size
@@ -77,7 +77,7 @@ def repairs_of(source: Architecture, config: RepairConfig) -> RepairConfig:
             lacking[key].append(f"needs RMSNorm with gains stored as they are, which {source.family} has not")
     if traits.mixture_of_experts:
         for key in ("hidden", "ffn"):
-            lacking[key].append("has no least squares for experts yet")
+            lacking[key].append("there are no least squares for experts yet")
     decided = {}
     for key, reasons in lacking.items():
         asked: bool | None = getattr(config, key)
@@ -119,11 +119,16 @@ def make_plan(scores: Scores, source: Architecture, config: PruneConfig) -> Plan
         if repairs.norm_scale:
             norm_scales = _norm_scales(scores, source, kept_layers, kept_hidden)
     kept_ffn: list[tuple[int, ...]] = []
-    neurons = scores.ffn_outputs() if config.ffn_score == "output" else score(Axis.FFN)
-    if target.size(Axis.FFN) < source.size(Axis.FFN):
-        for layer in kept_layers:
-            kept, gaps[f"{Axis.FFN}/{layer}"] = _best(neurons[layer], target.ffn_hidden_size)
-            kept_ffn.append(kept)
+    kept_shared_ffn: list[tuple[int, ...]] = []
+
+    def neurons(axis: Axis) -> Array:
+        return scores.ffn_outputs(axis) if config.ffn_score == "output" else score(axis)
+
+    for axis, found in ((Axis.FFN, kept_ffn), (Axis.SHARED_FFN, kept_shared_ffn)):
+        if target.size(axis) < source.size(axis):
+            for layer in kept_layers:
+                kept, gaps[f"{axis}/{layer}"] = _best(neurons(axis)[layer], target.size(axis))
+                found.append(kept)
     heads: dict[str, Any] = {}
     if target.num_attention_heads < source.num_attention_heads:
         heads = _heads(score(Axis.HEADS), kept_layers, source, target, repairs.merge_heads, gaps)
@@ -133,8 +138,9 @@ def make_plan(scores: Scores, source: Architecture, config: PruneConfig) -> Plan
         kept_layers=kept_layers,
         kept_hidden=kept_hidden,
         kept_ffn=tuple(kept_ffn) or None,
+        kept_shared_ffn=tuple(kept_shared_ffn) or None,
         **heads,
-        **_experts(score(Axis.EXPERTS), neurons, kept_layers, source, target, gaps),
+        **_experts(scores.experts, neurons(Axis.MOE_FFN), kept_layers, source, target, gaps),
         norm_scales=norm_scales,
         gaps=gaps,
         provenance=_provenance(scores, config),

@@ -64,10 +64,14 @@ def random_plan(source: Architecture, seed: int = 0) -> Plan:
     else:
         experts = source.num_moe_experts - 1
         sizes |= {Axis.EXPERTS: experts, Axis.MOE_FFN: ffn}
+        shared = source.moe_shared_expert_intermediate_size
         neurons = {
             "kept_experts": tuple(choose(source.num_moe_experts, experts) for _ in layers),
             "kept_moe_ffn": tuple(tuple(choose(source.ffn_hidden_size, ffn) for _ in range(experts)) for _ in layers),
         }
+        if shared is not None:
+            sizes[Axis.SHARED_FFN] = shared // 2
+            neurons["kept_shared_ffn"] = tuple(choose(shared, shared // 2) for _ in layers)
     return Plan(
         source=source,
         target=source.resized(sizes),

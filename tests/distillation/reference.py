@@ -123,9 +123,11 @@ def rank_slice(gradients: dict[str, Tensor], name: str, layer: int, tp: int, tp_
         kind = name.rsplit(".", 1)[1]
         parts = [gradients[f"{hf}self_attn.{part}_proj.{kind}"].unflatten(0, (groups, -1)) for part in "qkv"]
         return rows(torch.cat(parts, 1).flatten(0, 1))
-    if name.endswith("router.weight"):
-        return gradients[f"{hf}mlp.gate.weight"]
+    if name.endswith(("router.weight", "gate_weight")):
+        return gradients[f"{hf}mlp.gate.weight" if "router" in name else f"{hf}mlp.shared_expert_gate.weight"]
     mlp = f"{hf}mlp."
+    if "shared_experts." in name:
+        mlp += "shared_expert."
     if "local_experts." in name:
         mlp += f"experts.{int(name.split('.')[-3])}."
     if name.endswith("linear_fc1.weight"):

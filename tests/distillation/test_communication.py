@@ -39,12 +39,14 @@ MIXTURE = replace(
     family="mixtral",
     model_type="mixtral",
 )
+SHARED = replace(MIXTURE, moe_shared_expert_intermediate_size=32, family="qwen2_moe", model_type="qwen2_moe")
 PAIRS = [Pair(-1, -1), Pair(5, 0), Pair(3, 2), Pair(0, 3)]
 
 # Processes, layouts of student and teacher (None: the same), the student, the rest.
 CASES: dict[str, tuple[int, Layout, Layout | None, Architecture, dict[str, Any]]] = {
     "TP2 SP DP2, recomputed": (4, Layout(2, sequence_parallel=True), None, STUDENT, {"recompute": True}),
     "TP2 SP DP2, experts, recomputed": (4, Layout(2, sequence_parallel=True), None, MIXTURE, {"recompute": True}),
+    "TP2 SP PP2, a shared expert": (4, Layout(2, 2, sequence_parallel=True), None, SHARED, {}),
     "TP2 PP2, JSD, recomputed": (4, Layout(2, 2), None, STUDENT, {"divergence": "jsd", "recompute": True}),
     "PP2 VPP2 DP2, tied, teacher without VPP": (
         4,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.families import EAGER, unfused
-from tests.importance.mixture import Expert, experts_of
+from tests.importance.mixture import Expert, experts_of, shared_expert
 
 SEQUENCE = {
     "mean": lambda x: np.abs(x).mean(axis=0),
@@ -53,7 +53,7 @@ def activations(model: Any, tokens: torch.Tensor) -> dict[str, list[np.ndarray]]
     `residuals` are the inputs of all norms, the final one's last. Mixtures have `mlps`, what their experts add, and no
     `ffn`.
     """
-    names = ("norms", "ffn", "heads", "inputs", "outputs", "residuals", "mlps")
+    names = ("norms", "ffn", "heads", "inputs", "outputs", "residuals", "mlps", "shared", "shared_columns")
     seen: dict[str, list[np.ndarray]] = {name: [] for name in names}
 
     def keep(name: str, tensor: torch.Tensor) -> None:
@@ -92,8 +92,14 @@ def mixtures_of(directory: Path, model: Any, seen: dict[str, list[np.ndarray]]) 
     tensors = unfused(load_file(directory / "model.safetensors"), 0, 0)
     layers = []
     for layer, added in enumerate(seen["mlps"]):
-        layers.append(experts_of(tensors, layer, seen["norms"][2 * layer + 1], model.config.num_experts_per_tok))
-        np.testing.assert_allclose(sum(expert.outputs for expert in layers[-1]), added, rtol=1e-5, atol=1e-6)
+        states, topk = seen["norms"][2 * layer + 1], model.config.num_experts_per_tok
+        layers.append(experts_of(tensors, layer, states, topk, getattr(model.config, "norm_topk_prob", True)))
+        shared = shared_expert(tensors, layer, states)
+        if shared is not None:
+            seen["shared"].append(shared.neurons)
+            seen["shared_columns"].append(shared.columns)
+        outputs = sum(expert.outputs for expert in layers[-1]) + (0 if shared is None else shared.outputs)
+        np.testing.assert_allclose(outputs, added, rtol=1e-5, atol=1e-6)
     return layers
 
 
@@ -122,7 +128,7 @@ def reference_scores(
     mixtures = mixtures_of(directory, model, seen)
     for sequence, over_tokens in SEQUENCE.items():
         for batch, over_sequences in BATCH.items():
-            for axis in ("norms", "heads") if mixtures else ("norms", "ffn", "heads"):
+            for axis in (axis for axis in ("norms", "ffn", "heads", "shared") if seen[axis]):
                 per_module = [
                     over_sequences(np.stack([over_tokens(x[row][mask]) for row, mask in zip(rows, kept, strict=True)]))
                     for x in seen[axis]
@@ -148,6 +154,7 @@ def reference_scores(
         scores["norm_squares"] = np.stack([(x[mask] ** 2).mean(0) for x in normed])
     if mixtures:
         scores["columns"] = np.array([[expert.columns for expert in layer] for layer in mixtures])
+        scores["shared_columns"] = np.array(seen["shared_columns"])
         scores["experts"] = np.array([[expert.score(mask) for expert in layer] for layer in mixtures])
     else:
         scores["columns"] = np.stack(

@@ -88,6 +88,8 @@ def assert_student_is_hugging_faces_slice(family: str, target: dict[str, Any], t
         target = target | {"num_moe_experts": 3}
         if "ffn_hidden_size" in target:
             target["moe_ffn_hidden_size"] = target.pop("ffn_hidden_size")
+    if family == "qwen2_moe":
+        target["moe_shared_expert_intermediate_size"] = 48
     plan = make_plan(scores, scores.architecture, PruneConfig(**target))
     run_distributed(2, prune_together, tmp_path / "teacher", plan, tmp_path / "student")
     sliced = AutoModelForCausalLM.from_pretrained(
