@@ -69,11 +69,14 @@ def test_several_sequences_in_a_microbatch_score_the_same(hugging_face: dict[str
 
 @pytest.mark.parametrize("layout", ["alone", "TP2 SP", "DP2"])
 def test_an_expert_to_which_no_token_is_routed_scores_zero_and_goes_first(tmp_path: Path, layout: str) -> None:
-    """Channel 0 is large and positive for every token, and of the router's rows expert 2's alone reads it, negated."""
+    """Channel 0 is the same positive number everywhere, and of the router's rows expert 2's alone reads it, negated."""
     hugging_face = write_tiny("mixtral", tmp_path / "mixtral")
     file = hugging_face / "model.safetensors"
     weights = load_file(file)
-    weights["model.embed_tokens.weight"][:, 0] = 5.0
+    weights["model.embed_tokens.weight"][:, 0] = 0.5
+    for name, weight in weights.items():
+        if name.endswith(("o_proj.weight", "w2.weight")):
+            weight[0] = 0  # no layer writes to channel 0
     for layer in range(4):
         router = weights[f"model.layers.{layer}.block_sparse_moe.gate.weight"]
         router[:, 0] = torch.tensor([0.0, 0.0, -100.0, 0.0])
