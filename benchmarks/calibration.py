@@ -1,10 +1,12 @@
 """What calibration costs beyond the bare forward pass, in time and in memory.
 
     python benchmarks/calibration.py [--layers 12] [--hidden-size 576] [--sequence-length 1024] [--precision fp32]
+                                     [--experts 8]
 
-A model of SmolLM2-135M's width with random weights; both passes go through the same Megatron calls and neither
-computes logits. Passes alternate in one process without other threads; the least CPU time of each counts. Memory is the
-peak of the process's resident set (Linux), from a fresh high-water mark before each pass. Measured on a CPU only.
+A model of SmolLM2-135M's width with random weights, or a mixture whose tokens see 2 of as many experts; both passes go
+through the same Megatron calls and neither computes logits. Passes alternate in one process without other threads; the
+least CPU time of each counts. Memory is the peak of the process's resident set (Linux), from a fresh high-water mark
+before each pass. Measured on a CPU only.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ def main() -> None:
     tokens = options.microbatches * options.micro_batch_size * options.sequence_length
     shape = model.architecture
     print(
-        f"{shape.num_layers} layers, hidden {shape.hidden_size}, ffn {shape.ffn_hidden_size}, {options.precision}, "
+        f"{shape.num_layers} layers, hidden {shape.hidden_size}, ffn {shape.ffn_hidden_size}"
+        f"{f' of {options.experts} experts' if options.experts else ''}, {options.precision}, "
         f"{options.microbatches} x {options.micro_batch_size} x {options.sequence_length} tokens"
     )
     print(f"{'':<14}{'CPU s':>8}{'tokens/s':>10}{'peak MiB':>10}")
@@ -78,6 +81,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden-size", type=int, default=576)
     parser.add_argument("--ffn-hidden-size", type=int, default=1536)
+    parser.add_argument("--experts", type=int)
     parser.add_argument("--sequence-length", type=int, default=1024)
     parser.add_argument("--micro-batch-size", type=int, default=1)
     parser.add_argument("--microbatches", type=int, default=2)
@@ -87,6 +91,13 @@ def parse() -> argparse.Namespace:
 
 
 def random_model(options: argparse.Namespace) -> Model:
+    mixture = {
+        "num_moe_experts": options.experts,
+        "moe_ffn_hidden_size": options.ffn_hidden_size,
+        "moe_router_topk": 2,
+        "family": "mixtral",
+        "model_type": "mixtral",
+    }
     shape = Architecture(
         num_layers=options.layers,
         hidden_size=options.hidden_size,
@@ -97,6 +108,7 @@ def random_model(options: argparse.Namespace) -> Model:
         vocab_size=49152,
         max_position_embeddings=8192,
         share_embeddings_and_output_weights=True,
+        **({} if options.experts is None else mixture),
     )
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     model = build_model(shape, Layout(), dtype=dtype)
