@@ -1,13 +1,13 @@
 """What calibration costs beyond the bare forward pass, in time and in memory.
 
     python benchmarks/calibration.py [--layers 12] [--hidden-size 576] [--sequence-length 1024] [--precision fp32]
-    torchrun --nproc-per-node 2 benchmarks/calibration.py --microbatches 16 [--pipeline 2]
+    torchrun --nproc-per-node 2 benchmarks/calibration.py --microbatches 16 [--pipeline 2] [--experts 8]
 
-A model of SmolLM2-135M's width with random weights; both passes go through the same Megatron calls and neither
-computes logits. Passes alternate without other threads. Ratios are of the least CPU time of each on rank 0; wall time,
-between two barriers, is what layouts differ in: the same microbatches, dealt out to data-parallel ranks or sent through
-the stages. Memory is the peak of the process's resident set (Linux), from a fresh high-water mark before each pass.
-Measured on a CPU only.
+A model of SmolLM2-135M's width with random weights, or a mixture whose tokens see 2 of as many experts; both passes go
+through the same Megatron calls and neither computes logits. Passes alternate without other threads. Ratios are of the
+least CPU time of each on rank 0; wall time, between two barriers, is what layouts differ in: the same microbatches,
+dealt out to data-parallel ranks or sent through the stages. Memory is the peak of the process's resident set (Linux),
+from a fresh high-water mark before each pass. Measured on a CPU only.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def report(
 ) -> None:
     tokens = options.microbatches * options.micro_batch_size * options.sequence_length
     print(
-        f"{shape.num_layers} layers, hidden {shape.hidden_size}, ffn {shape.ffn_hidden_size}, {options.precision}, "
+        f"{shape.num_layers} layers, hidden {shape.hidden_size}, ffn {shape.ffn_hidden_size}"
+        f"{f' of {options.experts} experts' if options.experts else ''}, {options.precision}, "
         f"{options.microbatches} x {options.micro_batch_size} x {options.sequence_length} tokens, "
         f"{launch.world_size()} processes, pp={options.pipeline}"
     )
@@ -98,6 +99,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden-size", type=int, default=576)
     parser.add_argument("--ffn-hidden-size", type=int, default=1536)
+    parser.add_argument("--experts", type=int)
     parser.add_argument("--sequence-length", type=int, default=1024)
     parser.add_argument("--micro-batch-size", type=int, default=1)
     parser.add_argument("--microbatches", type=int, default=2)
@@ -108,6 +110,13 @@ def parse() -> argparse.Namespace:
 
 
 def random_model(options: argparse.Namespace, layout: Layout) -> Model:
+    mixture = {
+        "num_moe_experts": options.experts,
+        "moe_ffn_hidden_size": options.ffn_hidden_size,
+        "moe_router_topk": 2,
+        "family": "mixtral",
+        "model_type": "mixtral",
+    }
     shape = Architecture(
         num_layers=options.layers,
         hidden_size=options.hidden_size,
@@ -118,6 +127,7 @@ def random_model(options: argparse.Namespace, layout: Layout) -> Model:
         vocab_size=49152,
         max_position_embeddings=8192,
         share_embeddings_and_output_weights=True,
+        **({} if options.experts is None else mixture),
     )
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     model = build_model(shape, layout, dtype=dtype)

@@ -90,6 +90,7 @@ class Communication(TorchDispatchMode):
             # Between two stages Megatron-core sends one way through the group of all ranks.
             torch.distributed.distributed_c10d._get_default_group().group_name: "pp",
             parallel_state.get_tensor_model_parallel_group().group_name: "tp",
+            parallel_state.get_expert_tensor_and_model_parallel_group().group_name: "tp",
             parallel_state.get_pipeline_model_parallel_group().group_name: "pp",
             parallel_state.get_data_parallel_group(with_context_parallel=True).group_name: "dp",
         }

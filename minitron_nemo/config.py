@@ -65,10 +65,11 @@ class DepthConfig:
 class RepairConfig:
     """What the student's weights do about what was cut; its architecture stays what it is without."""
 
-    # norm_scale and hidden: None is true for families with RMSNorm, and false for the others, which have neither.
+    # None is true where the family has the repair: norm_scale and hidden need RMSNorm, ffn and hidden an MLP that is
+    # not made of experts.
     norm_scale: bool | None = None  # hidden_size: norm gains times a constant: the RMS of fewer channels differs
     # Least squares on activations of the teacher, in forward passes of their own (`minitron repair`):
-    ffn: bool = True  # ffn_hidden_size: linear_fc2 makes up for the removed neurons
+    ffn: bool | None = None  # ffn_hidden_size: linear_fc2 makes up for the removed neurons
     hidden: bool | None = None  # hidden_size: every reader of the residual stream does so for the removed channels
     # num_attention_heads: queries of kept heads take in those of dropped ones (2407.14679 section 2.3)
     merge_heads: bool = False
@@ -83,6 +84,9 @@ class PruneConfig:
 
     hidden_size: int | None = None
     ffn_hidden_size: int | None = None
+    num_moe_experts: int | None = None  # of each layer, by the mean norm of what they add to the tokens they see
+    moe_ffn_hidden_size: int | None = None  # of each expert
+    moe_shared_expert_intermediate_size: int | None = None  # of the expert that sees every token
     num_attention_heads: int | None = None
     num_query_groups: int | None = None  # whole groups go, with their keys, values and heads
     num_layers: int | None = None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_nemo.arch import Architecture
-from minitron_nemo.arch.counts import forward_flops_per_token, non_embedding_parameters, parameters
+from minitron_nemo.arch.counts import active_parameters, forward_flops_per_token, non_embedding_parameters, parameters
 from minitron_nemo.arch.huggingface import hf_warnings
 from minitron_nemo.checkpoint.sink import FORMATS
 from minitron_nemo.checkpoint.source import open_source
@@ -432,14 +432,21 @@ def _model(architecture: Architecture) -> dict[str, Any]:
     return {
         "parameters": parameters(architecture),
         "non_embedding_parameters": non_embedding_parameters(architecture),
+        "active_parameters": active_parameters(architecture),
         "architecture": architecture.to_dict(),
     }
 
 
 def _shape(architecture: Architecture) -> str:
     heads = f"{architecture.num_attention_heads} heads of {architecture.kv_channels}"
+    active, mlps = "", f"ffn {architecture.ffn_hidden_size}"
+    if architecture.num_moe_experts:
+        active = f"{active_parameters(architecture):,} for each token, "
+        mlps = f"{architecture.moe_router_topk} of {architecture.num_moe_experts} experts of {mlps}"
+    if architecture.moe_shared_expert_intermediate_size:
+        mlps += f" and one of {architecture.moe_shared_expert_intermediate_size} for all tokens"
     return (
-        f"{parameters(architecture):,} parameters, {non_embedding_parameters(architecture):,} without embeddings: "
-        f"{architecture.num_layers} layers, hidden {architecture.hidden_size}, ffn {architecture.ffn_hidden_size}, "
+        f"{parameters(architecture):,} parameters, {active}{non_embedding_parameters(architecture):,} without "
+        f"embeddings: {architecture.num_layers} layers, hidden {architecture.hidden_size}, {mlps}, "
         f"{heads} in {architecture.num_query_groups} groups"
     )

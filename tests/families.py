@@ -18,6 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from minitron_nemo.arch import Plan
 from tests.tiny import write_byte_tokenizer, write_tiny_llama
 
+# How transformers shall compute in fp64: its other implementations of experts know no fp64.
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
+
 # What a family's tiny model has beside the sizes: heads that are not hidden_size / heads wide, windows that cut.
 EXTRA: dict[str, dict[str, Any]] = {
     "qwen2": {},
@@ -27,8 +30,13 @@ EXTRA: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
     },
     "phi3": {"sliding_window": 10, "pad_token_id": None},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 3, "head_dim": 16, "norm_topk_prob": True},
+    "qwen2_moe": {"num_experts": 5, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 80},
 }
 FAMILIES = tuple(EXTRA)  # beside Llama
+MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe")
+DENSE = tuple(family for family in FAMILIES if family not in MIXTURES)
 
 
 def write_tiny(
@@ -62,6 +70,7 @@ def write_tiny(
         bos_token_id=257,
         eos_token_id=256,
         tie_word_embeddings=tied,
+        **({"moe_intermediate_size": ffn_hidden_size} if family in ("qwen3_moe", "qwen2_moe") else {}),
         **{**EXTRA[family], **changed},
     )
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -80,11 +89,25 @@ def fill(model: torch.nn.Module, seed: int, around: float) -> None:
         parameter.copy_(values + around if name.endswith("norm.weight") else values)
 
 
+MIXTRAL = {"block_sparse_moe": "mlp", "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # and the other mixtures
+
+
 def unfused(tensors: dict[str, Tensor], heads: int, groups: int) -> dict[str, Tensor]:
-    """Phi-3's `qkv_proj` and `gate_up_proj` as the tensors that other families have in their place."""
+    """Phi-3's `qkv_proj` and `gate_up_proj` as the tensors that other families have in their place.
+
+    Mixtral's under the names that Qwen3-MoE's have; and what transformers makes of both in memory, as they are stored.
+    """
     result = {}
     for name, tensor in tensors.items():
-        if "qkv_proj" in name:
+        if "mlp.experts.gate_up_proj" in name or "mlp.experts.down_proj" in name:
+            layer, stack = name.split("experts.")
+            names = ("gate_proj", "up_proj") if stack == "gate_up_proj" else ("down_proj",)
+            for expert, whole in enumerate(tensor):
+                for part, half in zip(names, whole.chunk(len(names)), strict=True):
+                    result[f"{layer}experts.{expert}.{part}.weight"] = half
+        elif "block_sparse_moe" in name:
+            result[".".join(MIXTRAL.get(word, word) for word in name.split("."))] = tensor
+        elif "qkv_proj" in name:
             head = len(tensor) // (heads + 2 * groups)
             parts = tensor.split([heads * head, groups * head, groups * head])
             result |= {name.replace("qkv", letter): part for letter, part in zip("qkv", parts, strict=True)}
@@ -98,7 +121,10 @@ def unfused(tensors: dict[str, Tensor], heads: int, groups: int) -> dict[str, Te
 
 
 def fused_like(original: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `unfused`, where `original` has tensors of Phi-3."""
+    """The inverse of `unfused`, where `original` has tensors of Phi-3 or Mixtral."""
+    if any("block_sparse_moe" in name for name in original):
+        theirs = {ours: name for name, ours in MIXTRAL.items()}
+        return {".".join(theirs.get(word, word) for word in name.split(".")): part for name, part in tensors.items()}
     if not any("qkv_proj" in name for name in original):
         return tensors
     result = {}
@@ -127,13 +153,23 @@ def cut(tensors: dict[str, Tensor], plan: Plan) -> dict[str, Tensor]:
         ffn = plan.kept_ffn and plan.kept_ffn[new]
         heads = plan.kept_heads and rows_of(plan.kept_heads[new], plan.source.kv_channels)
         groups = plan.kept_groups and rows_of(plan.kept_groups[new], plan.source.kv_channels)
-        kept = {"hidden": plan.kept_hidden, "ffn": ffn, "heads": heads, "groups": groups, "all": None}
+        experts = plan.kept_experts and plan.kept_experts[new]
+        stay = list(experts or range(plan.source.num_moe_experts or 0))
+        kept: dict[str, Any] = {"hidden": plan.kept_hidden, "ffn": ffn, "heads": heads, "groups": groups, "all": None}
+        kept |= {"experts": experts, "shared": plan.kept_shared_ffn and plan.kept_shared_ffn[new]}
         pairs = plan.merged_heads[new] if plan.merged_heads else ()
         for name, tensor in split.items():
             if name.startswith(f"model.layers.{old}."):
                 module, _ = name.removeprefix(f"model.layers.{old}.").rsplit(".", 1)
                 whole = merged(tensor, pairs, plan.source.kv_channels) if module == "self_attn.q_proj" else tensor
-                result[name.replace(f".{old}.", f".{new}.", 1)] = _take(whole, [kept[axis] for axis in DIMS[module]])
+                student = name.replace(f".{old}.", f".{new}.", 1)
+                if module.startswith("mlp.experts."):
+                    if (expert := int(module.split(".")[2])) not in stay:
+                        continue
+                    module = module.replace(f"experts.{expert}.", "")
+                    student = student.replace(f"experts.{expert}.", f"experts.{stay.index(expert)}.")
+                    kept["ffn"] = plan.kept_moe_ffn and plan.kept_moe_ffn[new][stay.index(expert)]
+                result[student] = _take(whole, [kept[axis] for axis in DIMS[module]])
     for name, factor in plan.norm_scales.items():
         result[norm_name(name)] = result[norm_name(name)] * factor
     return fused_like(tensors, result)
@@ -165,6 +201,11 @@ DIMS = {  # rows, columns; a bias has the rows of its matrix
     "self_attn.k_norm": ("all",),
     "self_attn.o_proj": ("hidden", "heads"),
     "post_attention_layernorm": ("hidden",),
+    "mlp.gate": ("experts", "hidden"),
+    "mlp.shared_expert.gate_proj": ("shared", "hidden"),
+    "mlp.shared_expert.up_proj": ("shared", "hidden"),
+    "mlp.shared_expert.down_proj": ("hidden", "shared"),
+    "mlp.shared_expert_gate": ("all", "hidden"),
     "mlp.gate_proj": ("ffn", "hidden"),
     "mlp.up_proj": ("ffn", "hidden"),
     "mlp.down_proj": ("hidden", "ffn"),

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from minitron_nemo.arch import Architecture, Axis, Plan
 from minitron_nemo.arch.axes import AxisDim, Dim, GatedDim, HeadsDim, KVChannelsDim, QKVDim
-from minitron_nemo.arch.counts import forward_flops_per_token, non_embedding_parameters, parameters
+from minitron_nemo.arch.counts import active_parameters, forward_flops_per_token, non_embedding_parameters, parameters
 from minitron_nemo.arch.families import FAMILIES
 from minitron_nemo.arch.huggingface import architecture_from_hf, hf_config, hf_warnings
 from minitron_nemo.arch.nemo import architecture_from_nemo, nemo_config
@@ -29,6 +29,33 @@ NEMOTRON: dict[str, Any] = {"family": "nemotron", "model_type": "nemotron", "rot
 NEMOTRON4_15B = Architecture(32, 6144, 24576, 48, 8, 128, 256000, 4096, **NEMOTRON)
 QWEN25_7B = Architecture(28, 3584, 18944, 28, 4, 128, 152064, 131072, 1e-6, 1e6, family="qwen2", model_type="qwen2")
 QWEN3_8B = Architecture(36, 4096, 12288, 32, 8, 128, 151936, 40960, 1e-6, 1e6, family="qwen3", model_type="qwen3")
+MIXTRAL_8X7B = Architecture(
+    *(32, 4096, 14336, 32, 8, 128, 32000, 32768),
+    rotary_base=1e6,
+    num_moe_experts=8,
+    moe_ffn_hidden_size=14336,
+    moe_router_topk=2,
+    family="mixtral",
+    model_type="mixtral",
+)
+QWEN3_30B_A3B = Architecture(
+    *(48, 2048, 768, 32, 4, 128, 151936, 40960, 1e-6, 1e6),
+    num_moe_experts=128,
+    moe_ffn_hidden_size=768,
+    moe_router_topk=8,
+    family="qwen3_moe",
+    model_type="qwen3_moe",
+)
+QWEN15_MOE_A27B = Architecture(
+    *(24, 2048, 1408, 16, 16, 128, 151936, 8192, 1e-6, 1e6),
+    num_moe_experts=60,
+    moe_ffn_hidden_size=1408,
+    moe_router_topk=4,
+    moe_router_pre_softmax=True,
+    moe_shared_expert_intermediate_size=5632,
+    family="qwen2_moe",
+    model_type="qwen2_moe",
+)
 PHI3_MINI = Architecture(32, 3072, 8192, 32, 32, 96, 32064, 4096, window_size=2047, family="phi3", model_type="phi3")
 
 
@@ -52,7 +79,24 @@ def test_parameter_counts_are_the_published_ones(architecture: Architecture, tot
     assert f"{non_embedding_parameters(architecture) / 1e9:.3f}" == non_embedding
 
 
-@pytest.mark.parametrize("architecture", [NEMOTRON4_15B, QWEN25_7B, QWEN3_8B, PHI3_MINI], ids=lambda a: a.family)
+@pytest.mark.parametrize(
+    ("architecture", "total", "active"),
+    [(MIXTRAL_8X7B, "46.70", "12.88"), (QWEN3_30B_A3B, "30.53", "3.35"), (QWEN15_MOE_A27B, "14.32", "2.69")],
+)
+def test_parameter_counts_of_mixtures_are_the_published_ones(
+    architecture: Architecture, total: str, active: str
+) -> None:
+    assert f"{parameters(architecture) / 1e9:.2f}" == total
+    assert f"{active_parameters(architecture) / 1e9:.2f}" == active
+    fewer = architecture.resized({Axis.EXPERTS: architecture.moe_router_topk or 0})
+    assert active_parameters(fewer) == parameters(fewer) < active_parameters(architecture)  # fewer rows of the router
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [NEMOTRON4_15B, QWEN25_7B, QWEN3_8B, PHI3_MINI, MIXTRAL_8X7B, QWEN3_30B_A3B, QWEN15_MOE_A27B],
+    ids=lambda a: a.family,
+)
 def test_parameter_and_flop_counts_are_those_of_transformers_model(architecture: Architecture) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf_config(architecture, "bfloat16")))
@@ -62,6 +106,8 @@ def test_parameter_and_flop_counts_are_those_of_transformers_model(architecture:
     assert non_embedding_parameters(architecture) == sum(inside.values())
     matrices = sum(parameter.numel() for name, parameter in model.named_parameters() if parameter.dim() == 2)
     matrices -= sizes["model.embed_tokens.weight"]  # a table, not a product
+    stacks = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 3)  # of experts
+    matrices += stacks * (architecture.moe_router_topk or 0) // (architecture.num_moe_experts or 1)
     length = 4096
     window = architecture.window_size or length
     pairs = sum(min(token + 0.5, window - 0.5) for token in range(length))  # half of a token's view of itself
@@ -86,6 +132,10 @@ def test_parameter_counts_of_smollm2_are_exact() -> None:
         QWEN25_7B,
         QWEN3_8B,
         PHI3_MINI,
+        MIXTRAL_8X7B,
+        QWEN3_30B_A3B,
+        replace(QWEN3_30B_A3B, moe_router_pre_softmax=True),
+        QWEN15_MOE_A27B,
     ],
 )
 def test_configuration_survives_transformers(architecture: Architecture) -> None:
@@ -97,7 +147,7 @@ def test_configuration_survives_transformers(architecture: Architecture) -> None
     assert theirs.rope_parameters["rope_theta"] == architecture.rotary_base
     assert theirs.rope_parameters["rope_type"] == ("llama3" if architecture.rope_scaling else "default")
     assert theirs.rope_parameters.get("partial_rotary_factor", 1.0) == architecture.rotary_percent
-    assert getattr(theirs, "sliding_window", None) == architecture.window_size
+    assert (getattr(theirs, "sliding_window", None) or None) == architecture.window_size
     assert theirs.tie_word_embeddings == architecture.share_embeddings_and_output_weights
     # What transformers 5 writes has other keys than what we wrote.
     assert "rope_parameters" in theirs.to_dict()
@@ -126,6 +176,8 @@ def test_features_of_other_families_are_refused_by_name(change: dict, named: str
         (QWEN25_7B, {"use_sliding_window": True}, "use_sliding_window is True"),
         (QWEN3_8B, {"attention_bias": True}, "attention_bias is True"),
         (NEMOTRON4_15B, {"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'relu2' is supported"),
+        (QWEN3_30B_A3B, {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]; only \[\] is supported"),
+        (QWEN3_30B_A3B, {"decoder_sparse_step": 2}, "decoder_sparse_step is 2; only 1 is supported"),
     ],
 )
 def test_what_a_family_does_not_compute_is_refused_in_one_line(
@@ -137,10 +189,28 @@ def test_what_a_family_does_not_compute_is_refused_in_one_line(
 
 
 def test_an_unknown_family_and_a_model_type_of_another_are_refused() -> None:
-    with pytest.raises(UserError, match="family 'gemma' is not known; known: llama, nemotron, phi3, qwen2, qwen3"):
+    with pytest.raises(
+        UserError,
+        match="family 'gemma' is not known; known: llama, mixtral, nemotron, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe",
+    ):
         replace(SMALL, family="gemma")
     with pytest.raises(UserError, match="model_type 'llama' is not one of family 'qwen2': qwen2"):
         replace(SMALL, family="qwen2")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change", "named"),
+    [
+        (LLAMA_31_8B, {"num_moe_experts": 8}, "num_moe_experts is 8, and family 'llama' has no such experts"),
+        (MIXTRAL_8X7B, {"num_moe_experts": None}, "num_moe_experts is None, and family 'mixtral' needs a number"),
+        (MIXTRAL_8X7B, {"moe_router_topk": 1}, "moe_router_topk is 1 and moe_router_pre_softmax is false"),
+        (MIXTRAL_8X7B, {"num_moe_experts": 1}, "moe_router_topk 2 is not from 1 to num_moe_experts 1"),
+        (MIXTRAL_8X7B, {"moe_ffn_hidden_size": 7168}, "ffn_hidden_size 14336 is not moe_ffn_hidden_size 7168"),
+    ],
+)
+def test_experts_that_a_family_cannot_have_are_refused(architecture: Architecture, change: dict, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        replace(architecture, **change)
 
 
 def test_shapes_that_transformers_refuses_are_warned_of() -> None:
@@ -189,10 +259,20 @@ def test_selection_keeps_exactly_the_rows_of_kept_entries(dim: Dim) -> None:
 
 @pytest.mark.parametrize(
     ("family", "outside", "in_a_layer"),
-    [("llama", 3, 9), ("qwen2", 3, 12), ("qwen3", 3, 11), ("nemotron", 4, 10), ("phi3", 3, 6)],
+    [
+        *(("llama", 3, 9), ("qwen2", 3, 12), ("qwen3", 3, 11), ("nemotron", 4, 10), ("phi3", 3, 6)),
+        # router, 5 experts
+        *(("mixtral", 3, 7 + 3 * 5), ("qwen3_moe", 3, 9 + 3 * 5), ("qwen2_moe", 3, 10 + 3 * 5 + 4)),
+    ],
 )
 def test_every_huggingface_row_has_one_place(family: str, outside: int, in_a_layer: int) -> None:
-    small = replace(SMALL, family=family, model_type=next(iter(FAMILIES[family].hugging_face)))
+    experts = FAMILIES[family].mixture_of_experts and {
+        "num_moe_experts": 5,
+        "moe_ffn_hidden_size": SMALL.ffn_hidden_size,
+        "moe_router_topk": 2,
+        "moe_shared_expert_intermediate_size": 4 if FAMILIES[family].moe_shared_expert_gate else None,
+    }
+    small = replace(SMALL, family=family, model_type=next(iter(FAMILIES[family].hugging_face)), **(experts or {}))
     places: dict[str, list[int]] = {}
     for tensor in tensors(small):
         position = 0
@@ -244,6 +324,51 @@ def test_plans_that_do_not_fit_are_refused(change: dict, named: str) -> None:
     Plan(**fitting)
     with pytest.raises(UserError, match=named):
         Plan(**fitting | change)
+
+
+MIXTURE = replace(
+    SMALL,
+    num_moe_experts=4,
+    moe_ffn_hidden_size=6,
+    moe_router_topk=2,
+    family="mixtral",
+    model_type="mixtral",
+)
+FEWER_EXPERTS: dict[str, Any] = {
+    "source": MIXTURE,
+    "target": MIXTURE.resized({Axis.EXPERTS: 2, Axis.MOE_FFN: 3}),
+    "kept_layers": (0, 1),
+    "kept_experts": ((0, 3), (1, 2)),
+    "kept_moe_ffn": (((0, 1, 2), (3, 4, 5)), ((0, 2, 4), (1, 3, 5))),
+}
+
+
+def test_a_plan_for_experts_survives_its_file_and_numbers_them_anew(tmp_path) -> None:
+    plan = Plan(**FEWER_EXPERTS)
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    named = {tensor.name: tensor for tensor in tensors(plan.target)}
+    second = named["decoder.layers.1.mlp.experts.experts.1.linear_fc1.weight"]
+    assert plan.source_name(second) == "decoder.layers.1.mlp.experts.experts.2.linear_fc1.weight"
+    kept = {axis: entries.tolist() for axis, entries in plan.kept(1, 1).items()}
+    assert kept == {Axis.EXPERTS: [1, 2], Axis.MOE_FFN: [1, 3, 5]}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"kept_experts": None}, "num_moe_experts shrinks"),
+        ({"kept_experts": ((0, 4), (1, 2))}, r"kept_experts\[0\] must be ascending, unique and within"),
+        ({"kept_experts": ((0, 3),)}, "kept_experts has 1 layers"),
+        ({"kept_moe_ffn": None}, "moe_ffn_hidden_size shrinks"),
+        ({"kept_moe_ffn": (((0, 1, 2), (3, 4, 5)),)}, "kept_moe_ffn has 1 layers"),
+        ({"kept_moe_ffn": (((0, 1, 2),), ((0, 2, 4), (1, 3, 5)))}, r"kept_moe_ffn\[0\] has 1 experts, the target 2"),
+        ({"kept_moe_ffn": (((0, 1), (3, 4, 5)), ((0, 2, 4), (1, 3, 5)))}, r"kept_moe_ffn\[0\]\[0\] keeps 2 entries"),
+    ],
+)
+def test_plans_for_experts_that_do_not_fit_are_refused(change: dict, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        Plan(**FEWER_EXPERTS | change)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,14 @@ class Architecture:
     `high_freq_factor`, `original_max_position_embeddings`). `rotary_percent` is the share, from 0 to 1, of a head's
     channels that turn with the position; `window_size` is the number of tokens that attention reaches back to, the
     token itself included, None for all. `model_type` is the name Hugging Face gives the model (`llama`, `mistral`):
-    one family here may have several. Raises UserError for sizes that do not fit together and an unknown family.
+    one family here may have several.
+
+    A mixture of experts has `num_moe_experts` of `moe_ffn_hidden_size` neurons in every layer, `moe_router_topk` of
+    which see a token; `ffn_hidden_size` is the same as `moe_ffn_hidden_size` then. The router's weights of a token are
+    the softmax over the experts that see it, or under `moe_router_pre_softmax` over all experts. A shared expert, which
+    sees all tokens, has `moe_shared_expert_intermediate_size` neurons.
+
+    Raises UserError for sizes that do not fit together and an unknown family.
     """
 
     num_layers: int
@@ -42,13 +49,26 @@ class Architecture:
     rope_scaling: Mapping[str, Any] | None = None
     window_size: int | None = None
     share_embeddings_and_output_weights: bool = False
+    num_moe_experts: int | None = None
+    moe_ffn_hidden_size: int | None = None
+    moe_router_topk: int | None = None
+    moe_router_pre_softmax: bool = False
+    moe_shared_expert_intermediate_size: int | None = None
     family: str = "llama"
     model_type: str = "llama"
 
     def __post_init__(self) -> None:
+        experts, shared = family(self.family).mixture_of_experts, family(self.family).moe_shared_expert_gate
+        needed = dict.fromkeys(("num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk"), experts)
+        for name, has in (needed | {"moe_shared_expert_intermediate_size": shared}).items():
+            if (getattr(self, name) is not None) != has:
+                wanted = "needs a number" if has else "has no such experts"
+                raise UserError(f"architecture: {name} is {getattr(self, name)}, and family {self.family!r} {wanted}")
         for axis in Axis:
-            if self.size(axis) < 1:
+            if self.has(axis) and self.size(axis) < 1:
                 raise UserError(f"architecture: {axis} is {self.size(axis)}; it must be at least 1")
+        if experts:
+            self._check_experts()
         if self.num_attention_heads % self.num_query_groups:
             raise UserError(
                 f"architecture: num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -64,9 +84,34 @@ class Architecture:
                 f"architecture: model_type {self.model_type!r} is not one of family {self.family!r}: {', '.join(known)}"
             )
 
+    def _check_experts(self) -> None:
+        if not 1 <= (self.moe_router_topk or 0) <= self.size(Axis.EXPERTS):
+            raise UserError(
+                f"architecture: moe_router_topk {self.moe_router_topk} is not from 1 to num_moe_experts "
+                f"{self.num_moe_experts}"
+            )
+        if self.moe_router_topk == 1 and not self.moe_router_pre_softmax:
+            raise UserError(
+                "architecture: moe_router_topk is 1 and moe_router_pre_softmax is false: every router weight would be "
+                "1, which Megatron-core refuses"
+            )
+        if self.ffn_hidden_size != self.moe_ffn_hidden_size:
+            raise UserError(
+                f"architecture: ffn_hidden_size {self.ffn_hidden_size} is not moe_ffn_hidden_size "
+                f"{self.moe_ffn_hidden_size}; layers without experts are not supported"
+            )
+
+    def has(self, axis: Axis) -> bool:
+        """Whether tensors of the family have this axis: an MLP is either whole or made of experts."""
+        traits = family(self.family)
+        if axis == Axis.SHARED_FFN:
+            return traits.moe_shared_expert_gate
+        of_experts = {Axis.EXPERTS: True, Axis.MOE_FFN: True, Axis.FFN: False}
+        return of_experts.get(axis) in (None, traits.mixture_of_experts)
+
     def size(self, axis: Axis) -> int:
-        """Number of entries on an axis."""
-        return int(getattr(self, axis.value))
+        """Number of entries on an axis; 0 where the family has not this axis."""
+        return int(getattr(self, axis.value) or 0) if self.has(axis) else 0
 
     @property
     def heads_per_group(self) -> int:
@@ -75,6 +120,8 @@ class Architecture:
     def resized(self, sizes: Mapping[Axis, int]) -> Architecture:
         """The same architecture with other axis sizes."""
         changes: dict[str, Any] = {axis.value: size for axis, size in sizes.items()}
+        if Axis.MOE_FFN in sizes:
+            changes["ffn_hidden_size"] = sizes[Axis.MOE_FFN]
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 An **axis** is a dimension of the model (`hidden_size`, heads); a **dim** is a dimension of a tensor. A dim lays
 entries of an axis out in rows: one row an entry (`AxisDim`), one block of rows per projection (`GatedDim`),
 `kv_channels` rows a head (`HeadsDim`), or the interleaving of queries, keys and values by query group (`QKVDim`). The
-channels within a head are no axis: a dim of them (`KVChannelsDim`) is never cut.
+channels within a head are no axis: a dim of them (`KVChannelsDim`) is never cut, nor is a single row (`OneDim`).
 Given the entries of an axis that are kept, a dim says which of its rows are kept; that is all pruning needs to know.
 """
 
@@ -28,6 +28,9 @@ class Axis(str, Enum):
 
     HIDDEN = "hidden_size"
     FFN = "ffn_hidden_size"
+    EXPERTS = "num_moe_experts"
+    MOE_FFN = "moe_ffn_hidden_size"
+    SHARED_FFN = "moe_shared_expert_intermediate_size"
     HEADS = "num_attention_heads"
     GROUPS = "num_query_groups"
     LAYERS = "num_layers"
@@ -38,8 +41,11 @@ class Axis(str, Enum):
 
     @property
     def per_layer(self) -> bool:
-        """Whether each layer has its own entries of this axis (its FFN neurons) or all share them (hidden channels)."""
-        return self in (Axis.FFN, Axis.HEADS, Axis.GROUPS)
+        """Whether each layer has its own entries of this axis (its FFN neurons) or all share them (hidden channels).
+
+        Of `moe_ffn_hidden_size`, each expert of a layer has its own.
+        """
+        return self not in (Axis.HIDDEN, Axis.LAYERS, Axis.VOCAB)
 
 
 class Dim(Protocol):
@@ -120,6 +126,21 @@ class KVChannelsDim:
 
     def size(self, architecture: Architecture) -> int:
         return architecture.kv_channels
+
+    def select(self, architecture: Architecture, kept: Mapping[Axis, Indices]) -> Indices | None:
+        return None
+
+
+@dataclass(frozen=True)
+class OneDim:
+    """A single row."""
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        return ()
+
+    def size(self, architecture: Architecture) -> int:
+        return 1
 
     def select(self, architecture: Architecture, kept: Mapping[Axis, Indices]) -> Indices | None:
         return None

@@ -8,18 +8,24 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from minitron_nemo.arch.architecture import Architecture
-from minitron_nemo.arch.axes import Axis, AxisDim, Dim, GatedDim, HeadsDim, KVChannelsDim, QKVDim
+from minitron_nemo.arch.axes import Axis, AxisDim, Dim, GatedDim, HeadsDim, KVChannelsDim, OneDim, QKVDim
 from minitron_nemo.arch.tensors import Piece, TensorSpec
 
 HIDDEN = AxisDim(Axis.HIDDEN)
 FFN = AxisDim(Axis.FFN)
 GATE_AND_UP = GatedDim(Axis.FFN)
+EXPERTS = AxisDim(Axis.EXPERTS)
+MOE_FFN = AxisDim(Axis.MOE_FFN)
+MOE_GATE_AND_UP = GatedDim(Axis.MOE_FFN)
+SHARED_FFN = AxisDim(Axis.SHARED_FFN)
+SHARED_GATE_AND_UP = GatedDim(Axis.SHARED_FFN)
 VOCAB = AxisDim(Axis.VOCAB)
 QKV = QKVDim()
 
 LAYER = "decoder.layers.{layer}."
 INPUT_NORM = LAYER + "self_attention.linear_qkv.layer_norm_"
 PRE_MLP_NORM = LAYER + "mlp.linear_fc1.layer_norm_"
+PRE_EXPERTS_NORM = LAYER + "pre_mlp_layernorm."  # read by router and experts, so that no linear layer has it
 FINAL_NORM = "decoder.final_layernorm."
 HF_LAYER = "model.layers.{layer}."
 
@@ -112,6 +118,40 @@ def gate_and_up() -> TensorSpec:
 def mlp_output() -> TensorSpec:
     pieces = whole(HF_LAYER + "mlp.down_proj.weight", HIDDEN)
     return TensorSpec(LAYER + "mlp.linear_fc2.weight", (HIDDEN, FFN), 1, pieces, "mlp")
+
+
+def experts(hf_router: str, gate: str, up: str, down: str) -> tuple[TensorSpec, ...]:
+    """The router, then gate over up and the way down of every expert, from the Hugging Face tensors of these names.
+
+    What Megatron-core stores has `experts` twice: the module of the layer, and its experts, which it stacks.
+    """
+
+    def gate_over_up(architecture: Architecture) -> list[Piece]:
+        rows = MOE_FFN.size(architecture)
+        return [Piece(name, 0, i * rows, rows) for i, name in enumerate((gate, up))]
+
+    expert = LAYER + "mlp.experts.experts.{expert}."
+    return (
+        TensorSpec(LAYER + "mlp.router.weight", (EXPERTS, HIDDEN), None, whole(hf_router, EXPERTS), "router"),
+        TensorSpec(expert + "linear_fc1.weight", (MOE_GATE_AND_UP, HIDDEN), 0, gate_over_up, "experts"),
+        TensorSpec(expert + "linear_fc2.weight", (HIDDEN, MOE_FFN), 1, whole(down, HIDDEN), "experts"),
+    )
+
+
+def shared_expert() -> tuple[TensorSpec, ...]:
+    """An expert that sees every token, and the row whose product with a token's states is its gate's logit."""
+
+    def gate_over_up(architecture: Architecture) -> list[Piece]:
+        rows = SHARED_FFN.size(architecture)
+        return [Piece(f"{theirs}.{name}_proj.weight", 0, i * rows, rows) for i, name in enumerate(("gate", "up"))]
+
+    ours, theirs = LAYER + "mlp.shared_experts.", HF_LAYER + "mlp.shared_expert"
+    down, gate = whole(theirs + ".down_proj.weight", HIDDEN), whole(theirs + "_gate.weight", OneDim())
+    return (
+        TensorSpec(ours + "linear_fc1.weight", (SHARED_GATE_AND_UP, HIDDEN), 0, gate_over_up, "mlp"),
+        TensorSpec(ours + "linear_fc2.weight", (HIDDEN, SHARED_FFN), 1, down, "mlp"),
+        TensorSpec(ours + "gate_weight", (OneDim(), HIDDEN), None, gate, "router"),
+    )
 
 
 def output(architecture: Architecture) -> tuple[TensorSpec, ...]:

@@ -21,15 +21,17 @@ class HuggingFaceModel:
     """How one of Hugging Face's model types says that it is this family.
 
     `class_name` is the class that loads it. `keys` maps fields of Architecture to the key of `config.json` that holds
-    them and to what an absent key means; the fields that all types spell alike are known elsewhere. `fixed` are keys
-    for which the family computes one value alone; an absent key has it. `whole_heads` is whether transformers refuses
-    a hidden size that is not a multiple of the number of heads, whatever `head_dim` says.
+    them and to what an absent key means; the fields that all types spell alike are known elsewhere. `opposites` are the
+    same for fields that are true where their key is false. `fixed` are keys for which the family computes one value
+    alone; an absent key has it. `whole_heads` is whether transformers refuses a hidden size that is not a multiple of
+    the number of heads, whatever `head_dim` says.
     """
 
     class_name: str
     keys: Mapping[str, tuple[str, Any]]
     fixed: Mapping[str, Any]
     whole_heads: bool = False
+    opposites: Mapping[str, tuple[str, bool]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,9 @@ class Family:
     that is this family to its configuration. `normalization` is "RMSNorm" or "LayerNorm" (with a bias); gains are
     stored minus one under `layernorm_zero_centered_gamma`. `activation` is "silu" or "squared_relu", of the gate where
     `gated_linear_unit` and of the product itself otherwise. `nemo` and `bridge` map a `model_type` to its names there;
-    without one it is not written for NeMo, and written for Megatron-Bridge as a model that has no name.
+    without one it is not written for NeMo, and written for Megatron-Bridge as a model that has no name. In a
+    `mixture_of_experts` every layer's MLP is a router and experts; no layer has an MLP beside them. With
+    `moe_shared_expert_gate` there is one more expert, which sees every token; its output is multiplied by a sigmoid.
     """
 
     table: Callable[[Architecture], tuple[TensorSpec, ...]]
@@ -93,6 +97,8 @@ class Family:
     qk_layernorm: bool = False
     nemo: Mapping[str, NeMoModel] = field(default_factory=dict)
     bridge: Mapping[str, BridgeModel] = field(default_factory=dict)
+    mixture_of_experts: bool = False
+    moe_shared_expert_gate: bool = False
 
     @property
     def rescales_norms(self) -> bool:

@@ -28,6 +28,8 @@ def architecture_from_hf(config: Mapping[str, Any], origin: str = "config.json")
         raise UserError(f"{origin}: rope_type {rope_type!r} is not supported; known: llama3")
     # transformers 5 keeps with the rotary settings what transformers 4 has beside them.
     beside = dict(config) | {key: rope.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    if "num_local_experts" in config:
+        beside.setdefault("num_experts", config["num_local_experts"])  # transformers 5 has Mixtral's name for all
     try:
         heads = config["num_attention_heads"]
         fields: dict[str, Any] = {
@@ -46,6 +48,7 @@ def architecture_from_hf(config: Mapping[str, Any], origin: str = "config.json")
     except KeyError as error:
         raise UserError(f"{origin}: key {error} is missing") from None
     fields |= {field: beside.get(key, absent) for field, (key, absent) in spelling.keys.items()}
+    fields |= {field: not beside.get(key, absent) for field, (key, absent) in spelling.opposites.items()}
     if (fields.get("window_size") or 0) >= fields["max_position_embeddings"]:
         fields["window_size"] = None  # it reaches back over the whole length
     return Architecture(**fields, family=name, model_type=str(model_type))
@@ -71,9 +74,9 @@ def hf_config(architecture: Architecture, dtype: str) -> dict[str, Any]:
         "torch_dtype": dtype,
         "pad_token_id": None,  # the tokenizer says it; Phi3Config would make up one outside a small vocabulary
     }
-    return (
-        config | {key: getattr(architecture, field) for field, (key, _) in spelling.keys.items()} | dict(spelling.fixed)
-    )
+    config |= {key: getattr(architecture, field) for field, (key, _) in spelling.keys.items()}
+    config |= {key: not getattr(architecture, field) for field, (key, _) in spelling.opposites.items()}
+    return config | dict(spelling.fixed)
 
 
 def hf_warnings(architecture: Architecture) -> list[str]:

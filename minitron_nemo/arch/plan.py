@@ -8,7 +8,7 @@ The identity Plan is a conversion.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -49,7 +49,9 @@ class Plan:
     `kept_layers` are the source's layers that stay, ascending, 0-indexed. `kept_hidden` are the hidden channels that
     stay, or None for all. `kept_ffn[i]`, `kept_groups[i]` and `kept_heads[i]` belong to student layer i, which is
     source layer `kept_layers[i]`; None for all. Every kept group keeps equally many of its heads. `merged_heads[i]` are
-    pairs (kept head, dropped head): the query of the kept one becomes twice its own less that of the dropped one.
+    pairs (kept head, dropped head): the query of the kept one becomes twice its own less that of the dropped one. The
+    same of a mixture of experts: `kept_experts[i]`, and `kept_moe_ffn[i][j]` of the student's expert j, which is source
+    expert `kept_experts[i][j]`; `kept_shared_ffn[i]` are the neurons of the shared expert.
 
     `norm_scales` gives norms of the student, by name, a factor on their gains; the gains of `folded_norms` become 1,
     since the matrices of their readers contain them. `matrices` maps tensors of the student to what their columns are
@@ -68,6 +70,9 @@ class Plan:
     kept_groups: tuple[tuple[int, ...], ...] | None = None
     kept_heads: tuple[tuple[int, ...], ...] | None = None
     merged_heads: tuple[tuple[tuple[int, int], ...], ...] | None = None
+    kept_experts: tuple[tuple[int, ...], ...] | None = None
+    kept_moe_ffn: tuple[tuple[tuple[int, ...], ...], ...] | None = None
+    kept_shared_ffn: tuple[tuple[int, ...], ...] | None = None
     norm_scales: Mapping[str, float] = field(default_factory=dict)
     folded_norms: tuple[str, ...] = ()
     matrices: Mapping[str, Matrix] = field(default_factory=dict)
@@ -79,21 +84,15 @@ class Plan:
         self._check("kept_layers", self.kept_layers, Axis.LAYERS)
         if self.kept_hidden is not None:
             self._check("kept_hidden", self.kept_hidden, Axis.HIDDEN)
-        for name, per_layer, axis in (
-            ("kept_ffn", self.kept_ffn, Axis.FFN),
-            ("kept_groups", self.kept_groups, Axis.GROUPS),
-            ("kept_heads", self.kept_heads, Axis.HEADS),
-        ):
-            if per_layer is not None:
-                if len(per_layer) != len(self.kept_layers):
-                    raise UserError(f"plan: {name} has {len(per_layer)} layers, kept_layers {len(self.kept_layers)}")
-                for layer, kept in enumerate(per_layer):
-                    self._check(f"{name}[{layer}]", kept, axis)
+        self._check_kept_per_layer()
         for axis, cut in (
             (Axis.HIDDEN, self.kept_hidden),
             (Axis.FFN, self.kept_ffn),
             (Axis.GROUPS, self.kept_groups),
             (Axis.HEADS, self.kept_heads),
+            (Axis.EXPERTS, self.kept_experts),
+            (Axis.MOE_FFN, self.kept_moe_ffn),
+            (Axis.SHARED_FFN, self.kept_shared_ffn),
         ):
             if cut is None and self.source.size(axis) != self.target.size(axis):
                 raise UserError(f"plan: {axis} shrinks but the plan does not say which entries are kept")
@@ -104,6 +103,31 @@ class Plan:
         if self.merged_heads is not None:
             self._check_merges(self.merged_heads)
         self._check_repairs()
+
+    def _check_kept_per_layer(self) -> None:
+        for name, per_layer, axis in (
+            ("kept_ffn", self.kept_ffn, Axis.FFN),
+            ("kept_groups", self.kept_groups, Axis.GROUPS),
+            ("kept_heads", self.kept_heads, Axis.HEADS),
+            ("kept_experts", self.kept_experts, Axis.EXPERTS),
+            ("kept_shared_ffn", self.kept_shared_ffn, Axis.SHARED_FFN),
+        ):
+            if per_layer is not None:
+                self._check_layers(name, per_layer)
+                for layer, kept in enumerate(per_layer):
+                    self._check(f"{name}[{layer}]", kept, axis)
+        self._check_layers("kept_moe_ffn", self.kept_moe_ffn or self.kept_layers)
+        for layer, experts in enumerate(self.kept_moe_ffn or ()):
+            if len(experts) != self.target.size(Axis.EXPERTS):
+                raise UserError(
+                    f"plan: kept_moe_ffn[{layer}] has {len(experts)} experts, the target {self.target.num_moe_experts}"
+                )
+            for expert, kept in enumerate(experts):
+                self._check(f"kept_moe_ffn[{layer}][{expert}]", kept, Axis.MOE_FFN)
+
+    def _check_layers(self, name: str, per_layer: Sequence[object]) -> None:
+        if len(per_layer) != len(self.kept_layers):
+            raise UserError(f"plan: {name} has {len(per_layer)} layers, kept_layers {len(self.kept_layers)}")
 
     def _check_heads(self, layer: int, kept: tuple[int, ...]) -> None:
         per_group = self.target.heads_per_group
@@ -167,18 +191,35 @@ class Plan:
         """The Plan that keeps everything."""
         return Plan(architecture, architecture, tuple(range(architecture.num_layers)))
 
-    def kept(self, layer: int | None) -> dict[Axis, Indices]:
-        """Kept source entries per cut axis, for tensors of student layer `layer` (None: outside the layers)."""
+    def kept(self, layer: int | None, expert: int | None = None) -> dict[Axis, Indices]:
+        """Kept source entries per cut axis, for tensors of student layer `layer` (None: outside the layers).
+
+        `expert` is the student's; its neurons are left out for None.
+        """
         entries: dict[Axis, Indices] = {}
         if self.kept_hidden is not None:
             entries[Axis.HIDDEN] = np.array(self.kept_hidden, dtype=np.int64)
-        if layer is not None and self.kept_ffn is not None:
-            entries[Axis.FFN] = np.array(self.kept_ffn[layer], dtype=np.int64)
-        if layer is not None and self.kept_heads is not None:
-            entries[Axis.HEADS] = np.array(self.kept_heads[layer], dtype=np.int64)
-        if layer is not None and self.kept_groups is not None:
-            entries[Axis.GROUPS] = np.array(self.kept_groups[layer], dtype=np.int64)
+        for axis, per_layer in (
+            (Axis.FFN, self.kept_ffn),
+            (Axis.HEADS, self.kept_heads),
+            (Axis.GROUPS, self.kept_groups),
+            (Axis.EXPERTS, self.kept_experts),
+            (Axis.SHARED_FFN, self.kept_shared_ffn),
+        ):
+            if layer is not None and per_layer is not None:
+                entries[axis] = np.array(per_layer[layer], dtype=np.int64)
+        if layer is not None and expert is not None and self.kept_moe_ffn is not None:
+            entries[Axis.MOE_FFN] = np.array(self.kept_moe_ffn[layer][expert], dtype=np.int64)
         return entries
+
+    def source_name(self, tensor: NamedTensor) -> str:
+        """Name in the source of a tensor of the student, whose layers and experts are numbered anew."""
+        if tensor.layer is None:
+            return tensor.name
+        expert = tensor.expert
+        if expert is not None and self.kept_experts is not None:
+            expert = self.kept_experts[tensor.layer][expert]
+        return tensor.spec.name.format(layer=self.kept_layers[tensor.layer], expert=expert)
 
     def merged_rows(self, tensor: NamedTensor) -> dict[int, int]:
         """Rows of a tensor of the student that become twice themselves less a row of the source: {row: source row}."""
@@ -204,6 +245,9 @@ class Plan:
             "kept_groups": self.kept_groups,
             "kept_heads": self.kept_heads,
             "merged_heads": self.merged_heads,
+            "kept_experts": self.kept_experts,
+            "kept_moe_ffn": self.kept_moe_ffn,
+            "kept_shared_ffn": self.kept_shared_ffn,
             "norm_scales": dict(self.norm_scales),
             "folded_norms": self.folded_norms,
             "matrices": {name: asdict(matrix) for name, matrix in self.matrices.items()},
@@ -231,6 +275,9 @@ class Plan:
                 kept_groups=_tuples(data["kept_groups"]),
                 kept_heads=_tuples(data["kept_heads"]),
                 merged_heads=_pairs(data["merged_heads"]),
+                kept_experts=_tuples(data.get("kept_experts")),
+                kept_moe_ffn=_per_expert(data.get("kept_moe_ffn")),
+                kept_shared_ffn=_tuples(data.get("kept_shared_ffn")),
                 norm_scales={name: float(factor) for name, factor in data["norm_scales"].items()},
                 folded_norms=tuple(data["folded_norms"]),
                 matrices={
@@ -255,6 +302,10 @@ def _tuple(values: list[int] | None) -> tuple[int, ...] | None:
 
 def _tuples(values: list[list[int]] | None) -> tuple[tuple[int, ...], ...] | None:
     return None if values is None else tuple(tuple(row) for row in values)
+
+
+def _per_expert(values: list[list[list[int]]] | None) -> tuple[tuple[tuple[int, ...], ...], ...] | None:
+    return None if values is None else tuple(tuple(tuple(row) for row in layer) for layer in values)
 
 
 def _pairs(values: list[list[list[int]]] | None) -> tuple[tuple[tuple[int, int], ...], ...] | None:

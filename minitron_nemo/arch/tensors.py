@@ -1,8 +1,8 @@
 """The table that describes every weight tensor of a family, and what is read off it.
 
 Canonical names are the ones Megatron-core stores: norms under their TransformerEngine names, one entry per layer
-(`decoder.layers.3.mlp.linear_fc1.weight`), no prefix. A checkpoint may stack the layers of a tensor or prefix its
-name; that is the reader's business.
+(`decoder.layers.3.mlp.linear_fc1.weight`) and expert (`decoder.layers.3.mlp.experts.experts.7.linear_fc1.weight`), no
+prefix. A checkpoint may stack the layers and experts of a tensor or prefix its name; that is the reader's business.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from minitron_nemo.arch.architecture import Architecture
-from minitron_nemo.arch.axes import Dim
+from minitron_nemo.arch.axes import Axis, AxisDim, Dim
 from minitron_nemo.arch.family import family
 
 
@@ -29,9 +29,10 @@ class Piece(NamedTuple):
 class TensorSpec:
     """One line of a family's table.
 
-    `name` and the Hugging Face names contain `{layer}` where the tensor exists per layer. `tp_dim` is the dim that
-    Megatron-core splits over tensor-parallel ranks, None where every rank holds the whole tensor. `hf_pieces` lists,
-    for given architecture, which rows of which Hugging Face tensors make up this one, in ascending order of `start`.
+    `name` and the Hugging Face names contain `{layer}` where the tensor exists per layer, `{expert}` as well where it
+    exists per expert. `tp_dim` is the dim that Megatron-core splits over tensor-parallel ranks, None where every rank
+    holds the whole tensor. `hf_pieces` lists, for given architecture, which rows of which Hugging Face tensors make up
+    this one, in ascending order of `start`.
     """
 
     name: str
@@ -44,21 +45,42 @@ class TensorSpec:
     def per_layer(self) -> bool:
         return "{layer}" in self.name
 
+    @property
+    def per_expert(self) -> bool:
+        return "{expert}" in self.name
+
+    @property
+    def stacked_name(self) -> str:
+        """The name under which Megatron-core stacks the tensors of all layers and experts."""
+        return self.name.replace("{layer}.", "").replace("{expert}.", "")
+
+    def stacked_shape(self, architecture: Architecture) -> tuple[int, ...]:
+        """Shape of the stack: of all layers, of each its experts."""
+        layers = (architecture.num_layers,) if self.per_layer else ()
+        experts = (architecture.size(Axis.EXPERTS),) if self.per_expert else ()
+        return (*layers, *experts, *self.shape(architecture))
+
     def shape(self, architecture: Architecture) -> tuple[int, ...]:
         return tuple(dim.size(architecture) for dim in self.dims)
 
 
 class NamedTensor(NamedTuple):
-    """A tensor of one concrete model: its canonical name, its line in the table, its layer or None."""
+    """A tensor of one concrete model: its canonical name, its line in the table, its layer and expert or None."""
 
     name: str
     spec: TensorSpec
     layer: int | None
+    expert: int | None = None
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """Where it is in the stack of all layers and experts."""
+        return tuple(index for index in (self.layer, self.expert) if index is not None)
 
     def hf_pieces(self, architecture: Architecture) -> list[Piece]:
-        """`spec.hf_pieces` with the layer filled in."""
+        """`spec.hf_pieces` with layer and expert filled in."""
         return [
-            piece._replace(hf_name=piece.hf_name.format(layer=self.layer))
+            piece._replace(hf_name=piece.hf_name.format(layer=self.layer, expert=self.expert))
             for piece in self.spec.hf_pieces(architecture)
         ]
 
@@ -66,6 +88,12 @@ class NamedTensor(NamedTuple):
 def table(architecture: Architecture) -> tuple[TensorSpec, ...]:
     """The table of the architecture's family; the output layer is absent where it is tied to the embedding."""
     return family(architecture.family).table(architecture)
+
+
+def residual_norms(architecture: Architecture) -> list[str]:
+    """Names of the gains of the norms of the residual stream, in their order; a layer's contain `{layer}`."""
+    stream = AxisDim(Axis.HIDDEN)
+    return [spec.name for spec in table(architecture) if spec.dims == (stream,) and spec.name.endswith("weight")]
 
 
 def tensors(architecture: Architecture) -> Iterator[NamedTensor]:
@@ -77,7 +105,8 @@ def tensors(architecture: Architecture) -> Iterator[NamedTensor]:
         yield NamedTensor(spec.name, spec, None)
     for layer in range(architecture.num_layers):
         for spec in per_layer:
-            yield NamedTensor(spec.name.format(layer=layer), spec, layer)
+            for expert in range(architecture.size(Axis.EXPERTS)) if spec.per_expert else (None,):
+                yield NamedTensor(spec.name.format(layer=layer, expert=expert), spec, layer, expert)
     for spec in specs[first_layer:]:
         if not spec.per_layer:
             yield NamedTensor(spec.name, spec, None)

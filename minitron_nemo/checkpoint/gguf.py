@@ -72,6 +72,8 @@ class GGUFSource:
         family = self._field("general.architecture")
         if family != "llama":
             raise UserError(f"{self.path}: general.architecture {family!r} is not supported; known: llama")
+        if self._field("llama.expert_count", 0):
+            raise UserError(f"{self.path}: experts are not read from GGUF; give the Hugging Face original")
         if "rope_freqs.weight" in self._stored or self._field("llama.rope.scaling.type", "none") != "none":
             raise UserError(
                 f"{self.path}: scaled rotary frequencies cannot be read back; give the Hugging Face original"

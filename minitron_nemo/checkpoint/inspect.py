@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from minitron_nemo.arch.counts import non_embedding_parameters, parameters
+from minitron_nemo.arch.counts import active_parameters, non_embedding_parameters, parameters
 from minitron_nemo.arch.tensors import tensors
 from minitron_nemo.checkpoint.source import Source, open_source, shapes
 from minitron_nemo.errors import UserError
@@ -29,6 +29,7 @@ def describe(path: Path, tensor: str | None = None) -> dict[str, Any]:
         "tensors": sum(1 for _ in tensors(architecture)),
         "parameters": parameters(architecture),
         "non_embedding_parameters": non_embedding_parameters(architecture),
+        "active_parameters": active_parameters(architecture),
         "tokenizer_size": source.tokenizer_size(),
         "architecture": asdict(architecture),
     }

@@ -1,15 +1,16 @@
 """Megatron-core torch_dist directories, written at any layout, read by rows: also those of NeMo and Megatron-Bridge.
 
-A key of `.metadata` is a global tensor cut into chunks. A canonical tensor is found, in this order, under its own
-per-layer name, as the two halves `_w` (gate) and `_v` (up) that `singleton_local_shards` makes of a gated matrix,
-or as one layer of a key that stacks them; each with or without the prefix `module.`. Rows beyond `vocab_size` are
-padding and are not read; optimizer and random states are passed over.
+A key of `.metadata` is a global tensor cut into chunks. A canonical tensor is found as the two halves `_w` (gate) and
+`_v` (up) that `singleton_local_shards` makes of a gated matrix, under its own name, or as one entry of a key that
+stacks experts, layers, or the experts of layers; each with or without the prefix `module.`. Rows beyond `vocab_size`
+are padding and are not read; optimizer and random states are passed over.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,10 +30,10 @@ MODEL_PARTS = ("embedding.", "decoder.", "output_layer.")
 
 
 class Segment(NamedTuple):
-    """A canonical tensor's rows from `start` are rows of `key`, of its layer `layer` where it stacks them."""
+    """A canonical tensor's rows from `start` are rows of `key`, of the tensor at `place` where it stacks several."""
 
     key: str
-    layer: int | None
+    place: tuple[int, ...]
     start: int
     length: int
 
@@ -65,19 +66,29 @@ class TorchDistSource:
         shape = tensor.spec.shape(self.architecture)
         for prefix in PREFIXES:
             name = prefix + tensor.name
-            stacked = prefix + tensor.spec.name.replace("{layer}.", "")
-            if name in self._keys:
-                self._check_shape(name, shape, tensor)
-                return [Segment(name, None, 0, shape[0])]
             if name + "_w" in self._keys and name + "_v" in self._keys:
                 half = shape[0] // 2
                 for part in ("_w", "_v"):
                     self._check_shape(name + part, (half, *shape[1:]), tensor)
-                return [Segment(name + "_w", None, 0, half), Segment(name + "_v", None, half, half)]
-            if tensor.layer is not None and stacked in self._keys:
-                self._check_shape(stacked, (self.architecture.num_layers, *shape), tensor)
-                return [Segment(stacked, tensor.layer, 0, shape[0])]
+                return [Segment(name + "_w", (), 0, half), Segment(name + "_v", (), half, half)]
+            for key, place, sizes in self._stacks(tensor):
+                if prefix + key in self._keys:
+                    self._check_shape(prefix + key, (*sizes, *shape), tensor)
+                    return [Segment(prefix + key, place, 0, shape[0])]
         raise UserError(f"{self.path}: tensor {tensor.name} is missing")
+
+    def _stacks(self, tensor: NamedTensor) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+        """Keys that may hold a tensor, its own first; its place in each and the sizes of the dims that stack."""
+        counts = {"layer": self.architecture.num_layers, "expert": self.architecture.size(Axis.EXPERTS)}
+        indices = {"layer": tensor.layer, "expert": tensor.expert}
+        present = [name for name, index in indices.items() if index is not None]
+        for stacked in ((), ("expert",), ("layer",), ("layer", "expert")):
+            if set(stacked) <= set(present):
+                key = tensor.spec.name
+                for name in stacked:
+                    key = key.replace(f"{{{name}}}.", "")
+                place = tuple(index for name in stacked if (index := indices[name]) is not None)
+                yield key.format(**indices), place, tuple(counts[name] for name in stacked)
 
     def _check_shape(self, key: str, wanted: tuple[int, ...], tensor: NamedTensor) -> None:
         found = self._keys[key].shape
@@ -96,7 +107,7 @@ class TorchDistSource:
             first, last = max(start, segment.start), min(stop, segment.start + segment.length)
             if first < last:
                 rows = out[first - start : last - start]
-                self._keys[segment.key].read_into(rows, segment.layer, first - segment.start)
+                self._keys[segment.key].read_into(rows, segment.place, first - segment.start)
         return out
 
     def weight_files(self) -> list[Path]:
@@ -109,7 +120,7 @@ class TorchDistSource:
         writers: dict[int, set[int]] = defaultdict(set)
         for tensor in self._tensors.values():
             for segment in self._segments[tensor.name]:
-                chunks = self._keys[segment.key].of_layer(segment.layer)
+                chunks = self._keys[segment.key].of_place(segment.place)
                 if tensor.spec.tp_dim == 1:
                     widths.append(len({chunk.origin[-1] for chunk in chunks}))
                 if tensor.layer is not None:
@@ -117,7 +128,8 @@ class TorchDistSource:
         stages = {frozenset(ranks) for ranks in writers.values()}
         disjoint = sum(map(len, stages)) == len(frozenset().union(*stages))
         pipeline = f"{len(stages)}" if disjoint else "not to be told from the files"
-        stacking = "stacked" if any(s.layer is not None for ss in self._segments.values() for s in ss) else "per layer"
+        of_layers = [self._segments[name] for name, tensor in self._tensors.items() if tensor.expert is None]
+        stacking = "stacked" if any(segment.place for segments in of_layers for segment in segments) else "per layer"
         return (
             f"tensor_model_parallel_size {max(widths)}, pipeline_model_parallel_size {pipeline}, "
             f"layers {stacking}, {len(self.weight_files())} file(s)"

@@ -11,6 +11,7 @@ import json
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -46,7 +47,7 @@ FORMAT = {
 
 
 class MegatronSink:
-    """Keys stack the layers; chunks are rows of one layer, all columns.
+    """Keys stack layers and experts; chunks are rows of one of them, all columns.
 
     What NeMo and Megatron-Bridge do otherwise: the prefix of the keys, the subdirectory that the weights are in, and
     what else is in the checkpoint.
@@ -61,7 +62,7 @@ class MegatronSink:
         self.architecture = architecture
         self.dtypes = dtypes
         for tensor in tensors(architecture):
-            if dtypes[tensor.name] != dtypes[tensor.spec.name.format(layer=0)]:
+            if dtypes[tensor.name] != dtypes[_first(tensor.spec)]:
                 raise UserError(f"{path}: {tensor.name} has another data type than layer 0; give one dtype for all")
 
     @property
@@ -86,22 +87,22 @@ class MegatronSink:
         return [str(file.relative_to(partial_path(self.path)))], places
 
     def _key(self, spec: TensorSpec) -> str:
-        return self.prefix + spec.name.replace("{layer}.", "")
+        return self.prefix + spec.stacked_name
 
     def _position(self, chunk: Chunk) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Origin and sizes of a chunk in its stacked key."""
         columns = chunk.tensor.spec.shape(self.architecture)[1:]
-        origin = (chunk.start, *(0 for _ in columns))
-        sizes = (chunk.stop - chunk.start, *columns)
-        return (origin, sizes) if chunk.tensor.layer is None else ((chunk.tensor.layer, *origin), (1, *sizes))
+        place = chunk.tensor.place
+        return (*place, chunk.start, *(0 for _ in columns)), (*(1 for _ in place), chunk.stop - chunk.start, *columns)
 
     def _extra_states(self) -> Iterator[str]:
-        """The `_extra_state` objects without which Megatron-core does not load: one per linear module and layer."""
-        layers = self.architecture.num_layers
+        """The `_extra_state` objects without which Megatron-core does not load: one per linear module of the layers."""
         for spec in table(self.architecture):
-            if spec.per_layer and len(spec.dims) > 1:
+            if spec.per_layer and len(spec.dims) > 1 and spec.part != "router":
                 module = self._key(spec).removesuffix(".weight")
-                yield from (f"{module}._extra_state/shard_{layer}_{layers}" for layer in range(layers))
+                stack = spec.stacked_shape(self.architecture)[: -len(spec.dims)]
+                for place in product(*map(range, stack)):
+                    yield f"{module}._extra_state/shard_{'.'.join(map(str, place))}_{'.'.join(map(str, stack))}"
 
     def finish(self, source: Source, places: list[Any]) -> None:
         specs = {self._key(spec): spec for spec in table(self.architecture)}
@@ -116,10 +117,8 @@ class MegatronSink:
             else:
                 tensors[key].append(ChunkStorageMetadata(torch.Size(origin), torch.Size(sizes)))
         for key, spec in specs.items():
-            shape = spec.shape(self.architecture)
-            stacked = (self.architecture.num_layers, *shape) if spec.per_layer else shape
-            dtype = self.dtypes[spec.name.format(layer=0)]
-            metadata[key] = TensorStorageMetadata(TensorProperties(dtype), torch.Size(stacked), tensors[key])
+            shape = torch.Size(spec.stacked_shape(self.architecture))
+            metadata[key] = TensorStorageMetadata(TensorProperties(self.dtypes[_first(spec)]), shape, tensors[key])
         complete = Metadata(metadata, None, storage, StorageMeta(), CURRENT_DCP_VERSION)
         torch.save(dict(self.common), self._weights / "common.pt")
         (self._weights / "metadata.json").write_text(json.dumps(FORMAT))
@@ -130,6 +129,11 @@ class MegatronSink:
         """Write what the weights do not tell into the directory of the checkpoint."""
         self.architecture.save(partial)
         source.copy_tokenizer(partial / tokenizer.DIRECTORY)
+
+
+def _first(spec: TensorSpec) -> str:
+    """The canonical name of the first tensor of a stack."""
+    return spec.name.format(layer=0, expert=0)
 
 
 def _write_tensor(stream: AppendingFile, tensor: torch.Tensor) -> None:

@@ -48,13 +48,13 @@ class Slicer:
         return block.to(self.dtypes[name])
 
     def _select(self, tensor: NamedTensor) -> list[Indices | None]:
-        kept = self.plan.kept(tensor.layer)
+        kept = self.plan.kept(tensor.layer, tensor.expert)
         return [dim.select(self.plan.source, kept) for dim in tensor.spec.dims]
 
     def _block(self, chunk: Chunk, rows: Indices | None, columns: Indices | None) -> torch.Tensor:
         """The chunk's rows of the plain cut; those with a partner twice less the partner, the whole in fp32 then."""
         if rows is None:
-            name = source_name(self.plan, chunk.tensor)
+            name = self.plan.source_name(chunk.tensor)
             return _take(self.source.read(name, chunk.start, chunk.stop), columns, 1)
         block = self._gather(chunk.tensor, rows[chunk.start : chunk.stop], columns)
         partners = self._partners(chunk.tensor).items()
@@ -69,7 +69,7 @@ class Slicer:
 
     def _gather(self, tensor: NamedTensor, wanted: Indices, columns: Indices | None) -> torch.Tensor:
         """The `wanted` rows (ascending) of a tensor of the source, their `columns` alone where given."""
-        name, width = source_name(self.plan, tensor), tensor.spec.shape(self.plan.source)[1:]
+        name, width = self.plan.source_name(tensor), tensor.spec.shape(self.plan.source)[1:]
         dtype = self.source.dtype(name)
         window = max(1, blocks.BLOCK_BYTES // (prod(width) * dtype.itemsize))
         block = torch.empty((len(wanted), *(width if columns is None else (len(columns),))), dtype=dtype)
@@ -107,8 +107,3 @@ def _take(block: torch.Tensor, indices: Indices | None, dim: int, out: torch.Ten
 
 
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def source_name(plan: Plan, tensor: NamedTensor) -> str:
-    """Name in the source of a tensor of the result, whose layers are numbered anew."""
-    return tensor.name if tensor.layer is None else tensor.spec.name.format(layer=plan.kept_layers[tensor.layer])

@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from math import prod
 from pathlib import Path
 
@@ -42,17 +43,21 @@ class StoredKey:
     chunks: tuple[StoredChunk, ...]
 
     @cached_property
-    def _by_layer(self) -> dict[int, list[StoredChunk]]:
-        """Chunks per entry of dim 0."""
-        layers: dict[int, list[StoredChunk]] = {}
-        for chunk in self.chunks:
-            for layer in range(chunk.origin[0], chunk.origin[0] + chunk.sizes[0]):
-                layers.setdefault(layer, []).append(chunk)
-        return layers
+    def _by_place(self) -> dict[int, dict[tuple[int, ...], list[StoredChunk]]]:
+        """Chunks per entry of the first dims, for each number of those that was asked for so far."""
+        return {}
 
-    def of_layer(self, layer: int | None) -> list[StoredChunk]:
-        """Chunks that hold some of a stacked layer; all for None."""
-        return list(self.chunks) if layer is None else self._by_layer[layer]
+    def of_place(self, place: tuple[int, ...]) -> list[StoredChunk]:
+        """Chunks that hold some of a tensor of the stack, at `place` in its first dims; all for ()."""
+        depth = len(place)
+        if depth not in self._by_place:
+            found: dict[tuple[int, ...], list[StoredChunk]] = {}
+            for chunk in self.chunks:
+                spans = zip(chunk.origin[:depth], chunk.sizes[:depth], strict=True)
+                for entry in product(*(range(first, first + size) for first, size in spans)):
+                    found.setdefault(entry, []).append(chunk)
+            self._by_place[depth] = found
+        return self._by_place[depth][place]
 
     @cached_property
     def _payloads(self) -> dict[StoredChunk, int]:
@@ -73,17 +78,20 @@ class StoredKey:
             if chunk.offset + chunk.length > size:
                 raise UserError(f"{chunk.path}: truncated: {key} ends at {chunk.offset + chunk.length} of {size} bytes")
 
-    def read_into(self, out: torch.Tensor, layer: int | None, start: int) -> None:
-        """Fill `out` ([rows, columns] or [rows]) with rows from `start` of a stacked layer or of the tensor."""
-        lead = 0 if layer is None else 1
+    def read_into(self, out: torch.Tensor, place: tuple[int, ...], start: int) -> None:
+        """Fill `out` ([rows, columns] or [rows]) with rows from `start` of the tensor at `place` of the stack."""
+        depth = len(place)
         stop = start + out.shape[0]
-        for chunk in self.of_layer(layer):
-            origin, sizes = chunk.origin[lead:], chunk.sizes[lead:]
+        for chunk in self.of_place(place):
+            origin, sizes = chunk.origin[depth:], chunk.sizes[depth:]
             first, last = max(start, origin[0]), min(stop, origin[0] + sizes[0])
             if first >= last:
                 continue
             row_bytes = prod(sizes[1:]) * self.dtype.itemsize
-            skipped = first - origin[0] if layer is None else first - origin[0] + (layer - chunk.origin[0]) * sizes[0]
+            before = 0  # tensors of the stack that the chunk has before this one
+            for index, begin, size in zip(place, chunk.origin[:depth], chunk.sizes[:depth], strict=True):
+                before = before * size + index - begin
+            skipped = first - origin[0] + before * sizes[0]
             if chunk not in self._payloads:
                 self._payloads[chunk] = payload_offset(chunk, self.dtype)
             offset = self._payloads[chunk] + skipped * row_bytes

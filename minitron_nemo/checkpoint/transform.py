@@ -30,7 +30,7 @@ from minitron_nemo.checkpoint.files import commit_partial, partial_path
 from minitron_nemo.checkpoint.fingerprint import block_hash, record_fingerprints
 from minitron_nemo.checkpoint.journal import Finished, Journal
 from minitron_nemo.checkpoint.sink import Sink, open_sink
-from minitron_nemo.checkpoint.slicer import BLOCKS_AHEAD, Slicer, source_name
+from minitron_nemo.checkpoint.slicer import BLOCKS_AHEAD, Slicer
 from minitron_nemo.checkpoint.source import Source, open_source
 from minitron_nemo.errors import UserError
 
@@ -64,7 +64,7 @@ def convert(
     check_plan(opened, plan)
     if dtype is None and opened.format == "gguf":
         dtype = torch.bfloat16
-    dtypes = {tensor.name: dtype or opened.dtype(source_name(plan, tensor)) for tensor in tensors(plan.target)}
+    dtypes = {tensor.name: dtype or opened.dtype(plan.source_name(tensor)) for tensor in tensors(plan.target)}
     sink = open_sink(destination, to, plan.target, dtypes)
     transform(opened, plan, sink, rank=rank, world_size=world_size, barrier=barrier, progress=progress)
 

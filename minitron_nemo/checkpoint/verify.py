@@ -97,7 +97,7 @@ class Again:
     def rows(self, chunk: Chunk) -> Tensor:
         """A block of the student, before it is rounded to the type that is stored."""
         tensor, plan = chunk.tensor, self.plan
-        kept = plan.kept(tensor.layer)
+        kept = plan.kept(tensor.layer, tensor.expert)
         selections = [dim.select(plan.source, kept) for dim in tensor.spec.dims]
         all_rows = np.arange(tensor.spec.shape(plan.source)[0]) if selections[0] is None else selections[0]
         block = self._read(tensor, all_rows[chunk.start : chunk.stop])
@@ -120,8 +120,12 @@ class Again:
 
     def _read(self, tensor: NamedTensor, wanted: Indices) -> Tensor:
         """Whole rows of a tensor of the source, `wanted` ascending, by reading all rows between them in spans."""
-        layer = None if tensor.layer is None else self.plan.kept_layers[tensor.layer]
-        name = tensor.spec.name.format(layer=layer)
+        name = tensor.name
+        if tensor.layer is not None:
+            expert = tensor.expert
+            if expert is not None and self.plan.kept_experts is not None:
+                expert = self.plan.kept_experts[tensor.layer][expert]
+            name = tensor.spec.name.format(layer=self.plan.kept_layers[tensor.layer], expert=expert)
         row_bytes = prod(tensor.spec.shape(self.plan.source)[1:]) * self.source.dtype(name).itemsize
         span = max(1, blocks.BLOCK_BYTES // row_bytes)
         found = []

@@ -4,7 +4,7 @@
     student     the same of the student's forward and backward
     loss        states gathered for it, statistics of the vocabulary's shards, the hidden states' gradient
     pairs       of the intermediate losses: the teacher's states to the stages that need them, the map's gradient
-    gradients   of the student: summed over the data-parallel ranks, norms over the sequence shards, tied embeddings
+    gradients   of the student: over the data-parallel ranks, norms and routers over sequence shards, tied embeddings
     parameters  gathered from the data-parallel ranks after the update
 
 As Megatron-core's own layers and schedules communicate; `benchmarks/communication.py` counts the same while an update
@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from minitron_nemo.arch import Architecture
+from minitron_nemo.arch import Architecture, Axis
 from minitron_nemo.config import Recipe
 from minitron_nemo.distillation.intermediate import Pair, resolve_pairs
 from minitron_nemo.distillation.optimizer import params_dtype
@@ -31,6 +31,7 @@ from minitron_nemo.parallel.layout import Layout
 
 STATISTIC_BYTES = 8  # fp64
 GRADIENT_BYTES = 4  # fp32, of hidden states and of weights
+ROUTER_BYTES = 4  # fp32: weights of tokens, and sums of what experts give for them
 
 
 @dataclass(frozen=True)
@@ -182,25 +183,18 @@ def _teacher_pass(update: Update, rank: int) -> Iterator[Message]:
     count = update.microbatches
     if layout.virtual_pipeline_model_parallel_size:
         count = -(-count // update.pp) * update.pp  # an interleaved pass is filled up
-    layers = layers_of(update.teacher, layout, rank)
-    whole = update.states(update.teacher, sharded=False)
-    yield from _forward(update, "teacher", count * layers * whole)
+    yield from _forward(update, "teacher", update.teacher, count * layers_of(update.teacher, layout, rank))
     if rank == 0:
-        yield from _embedding(update, "teacher", count * whole)
+        yield from _embedding(update, "teacher", count * update.states(update.teacher, sharded=False))
     yield from _pipeline(update, "teacher", update.teacher, layout, rank, count, backward=False)
 
 
 def _student_pass(update: Update, rank: int) -> Iterator[Message]:
-    layers = layers_of(update.student, update.layout, rank)
+    passes = update.microbatches * layers_of(update.student, update.layout, rank)
     whole = update.microbatches * update.states(update.student, sharded=False)
     for _ in range(2 if update.recompute else 1):
-        yield from _forward(update, "student", layers * whole)
-    if update.layout.sequence_parallel:
-        # Two gathers undo the forward's scatters, two gather the products' inputs again for the weights' gradients.
-        yield "student", "tp", "all_gather", 4 * layers * whole
-        yield "student", "tp", "reduce_scatter", 2 * layers * whole
-    else:
-        yield "student", "tp", "all_reduce", 2 * layers * whole
+        yield from _forward(update, "student", update.student, passes)
+    yield from _backward(update, "student", update.student, passes)
     if rank == 0:
         yield from _embedding(update, "student", whole)
         if update.layout.sequence_parallel:
@@ -208,13 +202,44 @@ def _student_pass(update: Update, rank: int) -> Iterator[Message]:
     yield from _pipeline(update, "student", update.student, update.layout, rank, update.microbatches, backward=True)
 
 
-def _forward(update: Update, part: str, states: int) -> Iterator[Message]:
-    """Attention and MLP each split their input's product by columns and their output's by rows."""
-    if update.layout.sequence_parallel:
-        yield part, "tp", "all_gather", 2 * states
-        yield part, "tp", "reduce_scatter", 2 * states
-    else:
+def _forward(update: Update, part: str, model: Architecture, passes: int) -> Iterator[Message]:
+    """Of `passes` microbatches through a layer, whose attention and MLP split products by columns, then by rows."""
+    states = passes * update.states(model, sharded=False)
+    if not update.layout.sequence_parallel:
         yield part, "tp", "all_reduce", 2 * states
+        return
+    yield part, "tp", "all_gather", 2 * states
+    if model.num_moe_experts is None:
+        yield part, "tp", "reduce_scatter", 2 * states
+        return
+    # Every rank has its rows of every expert: it needs to know of all tokens where they go, and with what weight.
+    routes = passes * update.tokens * model.num_moe_experts
+    yield part, "tp", "all_gather", routes * (1 + ROUTER_BYTES)
+    yield part, "tp", "reduce_scatter", states
+    yield part, "tp", "reduce_scatter", passes * update.tokens * model.hidden_size * ROUTER_BYTES
+    if model.has(Axis.SHARED_FFN):
+        yield part, "tp", "all_gather", states
+        yield part, "tp", "reduce_scatter", states
+
+
+def _backward(update: Update, part: str, model: Architecture, passes: int) -> Iterator[Message]:
+    states = passes * update.states(model, sharded=False)
+    if not update.layout.sequence_parallel:
+        yield part, "tp", "all_reduce", 2 * states
+        return
+    yield part, "tp", "reduce_scatter", 2 * states
+    # For attention, and for an MLP again: one gather undoes the forward's scatter, one is of the product's input, for
+    # the weights' gradients.
+    yield part, "tp", "all_gather", 2 * states
+    if model.num_moe_experts is None:
+        yield part, "tp", "all_gather", 2 * states
+        return
+    # Experts keep their tokens.
+    yield part, "tp", "all_gather", passes * update.tokens * model.hidden_size * ROUTER_BYTES
+    yield part, "tp", "reduce_scatter", passes * update.tokens * model.num_moe_experts * ROUTER_BYTES
+    if model.has(Axis.SHARED_FFN):
+        yield part, "tp", "all_gather", 2 * states
+        yield part, "tp", "reduce_scatter", states
 
 
 def _embedding(update: Update, part: str, states: int) -> Iterator[Message]:
@@ -288,13 +313,13 @@ def _pairs(update: Update, rank: int) -> Iterator[Message]:
 
 def _gradients(update: Update, rank: int) -> Iterator[Message]:
     layout, model = update.layout, update.student
-    norms = 0
+    sharded = 0  # whole on every rank, and applied to its part of the sequence
     for stage in range(rank, layout.stages, update.pp):
         held = held_elements(model, layout, stage)
         yield from _data_parallel(update, "gradients", [elements for _, elements in held])
-        norms += sum(elements for part, elements in held if part == "norm")
+        sharded += sum(elements for part, elements in held if part in ("norm", "router"))
     if layout.sequence_parallel:
-        yield "gradients", "tp", "all_reduce", norms * GRADIENT_BYTES
+        yield "gradients", "tp", "all_reduce", sharded * GRADIENT_BYTES
     if model.share_embeddings_and_output_weights and rank in (0, update.pp - 1):
         rows = padded_vocab_size(model, layout) // update.tp
         yield "gradients", "embedding", "all_reduce", rows * model.hidden_size * GRADIENT_BYTES

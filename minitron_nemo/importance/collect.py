@@ -2,7 +2,7 @@
 
     layer input --+-- input norm --> attention --> (linear_proj's input: heads)
                   |
-                  +-- + --> pre-MLP norm --> linear_fc1 --> (linear_fc2's input: ffn)
+                  +-- + --> pre-MLP norm --> linear_fc1 --> (linear_fc2's input: ffn), or experts: see `experts`
     layer input and output: block influence;  the two norms' outputs: hidden;  the final norm's: its scale
 
 TransformerEngine fuses a norm into the linear layer that follows, where no hook sees its output. So norms are measured
@@ -26,9 +26,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
-from minitron_nemo.arch import Architecture
+from minitron_nemo.arch import Architecture, Axis
 from minitron_nemo.arch.family import family
 from minitron_nemo.importance.counted import Counted, Current, Norm, final_norm, layer_norms, transformer_layers
+from minitron_nemo.importance.experts import ExpertHooks, down_projections, experts_of
 from minitron_nemo.importance.reduce import Reducer, head_sums, sequence_moments, token_norms
 from minitron_nemo.importance.scores import AGGREGATIONS, Scores
 
@@ -39,14 +40,18 @@ class ChunkSums:
     `totals` has moments over the sequences so far: `norms` [2, 3, 2 x layers, h], input and pre-MLP norm in turn; `ffn`
     [2, 3, layers, ffn/tp] and `heads` [2, 3, layers, heads/tp], this tensor-parallel rank's slices; `norm_squares`
     [2 x layers, h] the squares of RMSNorms' outputs before their gains, summed over the tokens; and over this rank's
-    tokens `cosines` [layers] and, where the chunk ends with a final RMSNorm, its `final_squares` [h]. `current` lists
-    the same of the microbatch that is in the chunk, layer by layer, before any aggregation: sums [2, b, n] of each
-    sequence, those of RMSNorms without their gains. `norms` are all norms of the chunk in their order.
+    tokens `cosines` [layers] and, where the chunk ends with a final RMSNorm, its `final_squares` [h]. In a mixture of
+    experts `ffn` is [2, 3, layers x experts, moe_ffn/tp], and `experts` and `routed` [layers x experts] sum the norms
+    of the experts' outputs and count the tokens that they saw; `shared` is to a shared expert what `ffn` is to an MLP.
+    `current` lists the same of the microbatch that is in the chunk, layer by layer, before any aggregation: sums
+    [2, b, n] of each sequence, those of RMSNorms without their gains. `norms` are all norms of the chunk in their
+    order.
     """
 
     def __init__(self, norms: Sequence[Norm]) -> None:
         self.totals: dict[str, Tensor] = {}
-        self.current: dict[str, list[Tensor]] = {"norms": [], "ffn": [], "heads": [], "cosines": []}
+        names = ("norms", "ffn", "heads", "cosines", "shared", "routed", "experts")
+        self.current: dict[str, list[Tensor]] = {name: [] for name in names}
         self.factors: Tensor | None = None  # [2 x layers, 2, 1, h], on the sums of RMSNorms
         if all(norm.bias is None for norm in norms):
             sizes = torch.stack([norm.gain for norm in norms]).double().abs()
@@ -54,15 +59,21 @@ class ChunkSums:
 
     def finish_microbatch(self, tokens: Tensor, shards: distributed.ProcessGroup | None) -> None:
         """Move `current` to `totals`; `tokens` [b] counts. Sums of norms are completed over the group `shards`."""
-        sums = {name: torch.stack(by_layer) for name, by_layer in self.current.items()}
+        sums = {name: torch.stack(by_layer) for name, by_layer in self.current.items() if by_layer}
         if shards is not None:
             distributed.all_reduce(sums["norms"], group=shards)
         if self.factors is not None:
             self.add("norm_squares", sums["norms"][:, 1].sum(dim=1))
             sums["norms"].mul_(self.factors)
+        if (routed := sums.pop("routed", None)) is not None:  # [layers x experts, b]
+            self.add("routed", routed.sum(dim=1))
         for name, measured in sums.items():
-            self.add(name, measured if name == "cosines" else sequence_moments(measured, tokens))
-            self.current[name].clear()
+            if name not in ("cosines", "experts"):
+                counts = tokens if name != "ffn" or routed is None else routed
+                measured = sequence_moments(measured, counts)
+            self.add(name, measured)
+        for by_layer in self.current.values():
+            by_layer.clear()
 
     def add(self, name: str, measured: Tensor) -> None:
         self.totals[name] = self.totals[name].add_(measured) if name in self.totals else measured
@@ -130,27 +141,40 @@ class Collector:
     def scores(self, *, model_fingerprint: str, data_fingerprint: str, settings: Mapping[str, Any]) -> Scores:
         """Everything that all ranks measured. Collective over the whole job; every rank gets the same Scores."""
         shape, moments = self.architecture, (2, len(AGGREGATIONS))
-        layers = shape.num_layers
+        layers, neurons = shape.num_layers, shape.ffn_hidden_size
+        experts = () if shape.num_moe_experts is None else (shape.num_moe_experts,)
         norms = self._zeros(*moments, layers, 2, shape.hidden_size)
-        ffn = self._zeros(*moments, layers, shape.ffn_hidden_size)
+        ffn = self._zeros(*moments, layers, *experts, neurons)
         # Where groups of zeros fill up the last ranks, theirs come after the model's own and are left out below.
         padded_heads = self.sums[0].totals["heads"].shape[-1] * self.tp_size
         heads = self._zeros(*moments, layers, padded_heads)
         cosines = self._zeros(layers)
         norm_squares = self._zeros(layers, 2, shape.hidden_size)
         final_squares = self._zeros(shape.hidden_size)
-        column_norms = self._zeros(layers, shape.ffn_hidden_size)
+        column_norms = self._zeros(layers, *experts, neurons)
+        shared_neurons = shape.size(Axis.SHARED_FFN)
+        shared, shared_norms = self._zeros(*moments, layers, shared_neurons), self._zeros(layers, shared_neurons)
+        outputs = self._zeros(2, layers, *(experts or (0,)))  # sums of norms, tokens
         counts = self._zeros(2)  # sequences, tokens
         for chunk, sums in zip(self.chunks, self.sums, strict=True):
             mine = [layer.layer_number - 1 for layer in chunk]
-            ffn[:, :, mine, self._slice(shape.ffn_hidden_size)] = sums.totals["ffn"]
+            of_layers = (len(mine), *experts)
+            ffn[:, :, mine, ..., self._slice(neurons)] = sums.totals["ffn"].unflatten(2, of_layers)
             heads[:, :, mine, self._slice(padded_heads)] = sums.totals["heads"]
+            if shared_neurons:
+                shared[:, :, mine, self._slice(shared_neurons)] = sums.totals["shared"]
             if parallel_state.get_data_parallel_rank() == 0:
-                columns = [layer.mlp.linear_fc2.weight.detach().double().norm(dim=0) for layer in chunk]
-                column_norms[mine, self._slice(shape.ffn_hidden_size)] = torch.stack(columns)
+                columns = _column_norms([linear for layer in chunk for linear in down_projections(layer)])
+                column_norms[mine, ..., self._slice(neurons)] = columns.unflatten(0, of_layers)
+                if shared_neurons:
+                    columns = _column_norms([layer.mlp.shared_experts.linear_fc2 for layer in chunk])
+                    shared_norms[mine, self._slice(shared_neurons)] = columns
             # What all tensor-parallel ranks hold alike is given by the first; cosines of other tokens by each.
             if self.tp_rank == 0:
                 norms[:, :, mine] = sums.totals["norms"].unflatten(2, (len(mine), 2))
+                if experts:
+                    both = torch.stack([sums.totals["experts"], sums.totals["routed"]])
+                    outputs[:, mine] = both.unflatten(1, of_layers)
                 if self.rms_norms:
                     norm_squares[mine] = sums.totals["norm_squares"].unflatten(0, (len(mine), 2))
             if self.tp_rank == 0 or self.sequence_parallel:
@@ -160,7 +184,8 @@ class Collector:
             for microbatch in self.microbatches:
                 tokens = (microbatch["token_weights"] != 0).sum(dim=1)
                 counts += torch.stack([(tokens > 0).sum(), tokens.sum()])
-        for array in (norms, ffn, heads, cosines, norm_squares, final_squares, column_norms, counts):
+        of_mlps = (ffn, column_norms, outputs, shared, shared_norms)
+        for array in (norms, heads, cosines, norm_squares, final_squares, counts, *of_mlps):
             distributed.all_reduce(array)  # over all ranks: each entry has one contributor per data-parallel replica
         sequences, tokens = counts.tolist()
         squares = torch.cat([norm_squares.flatten(0, 1), final_squares[None]]) / tokens
@@ -172,6 +197,10 @@ class Collector:
             block_influence=(1 - cosines / tokens).cpu().numpy(),
             norm_squares=(squares if self.rms_norms else squares[:0]).cpu().numpy(),
             ffn_column_norms=column_norms.cpu().numpy(),
+            shared_expert=shared.cpu().numpy(),
+            shared_expert_column_norms=shared_norms.cpu().numpy(),
+            experts=(outputs[0] / outputs[1].clamp(min=1)).cpu().numpy(),
+            routed=outputs[1].cpu().numpy(),
             sequences=int(sequences),
             tokens=int(tokens),
             model_fingerprint=model_fingerprint,
@@ -224,9 +253,12 @@ class Collector:
         self.handles += [
             layer.self_attention.linear_proj.register_forward_pre_hook(on_heads),
             layer.pre_mlp_layernorm.register_forward_pre_hook(on_pre_mlp),
-            layer.mlp.linear_fc2.register_forward_pre_hook(on_ffn),
             layer.register_forward_hook(on_output, with_kwargs=True),
         ]
+        if experts_of(layer):
+            self.handles += ExpertHooks(layer, current, self.reducer, sums.current).handles
+        else:
+            self.handles.append(layer.mlp.linear_fc2.register_forward_pre_hook(on_ffn))
 
     def _norm_sums(self, states: Tensor, lengths: Tensor, norm: Norm, counted: Counted) -> Tensor:
         """`absolute_sums` of the normed states over this rank's tokens: [2, b, h]; of RMSNorms without their gains.
@@ -252,3 +284,8 @@ class Collector:
     def _slice(self, size: int) -> slice:
         """This tensor-parallel rank's share of an axis: ranks hold contiguous, equal parts."""
         return slice(self.tp_rank * size // self.tp_size, (self.tp_rank + 1) * size // self.tp_size)
+
+
+def _column_norms(linears: Sequence[Any]) -> Tensor:
+    """L2 norm of every column of each: fp64 [linears, n]."""
+    return torch.stack([linear.weight.detach().double().norm(dim=0) for linear in linears])

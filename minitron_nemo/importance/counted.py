@@ -95,4 +95,5 @@ def norm_of(norm: nn.Module, fused: nn.Module | None, traits: Family) -> Norm:
 def layer_norms(layer: TransformerLayer, traits: Family) -> tuple[Norm, Norm]:
     """The input norm and the pre-MLP norm."""
     attention = norm_of(layer.input_layernorm, layer.self_attention.linear_qkv, traits)
-    return attention, norm_of(layer.pre_mlp_layernorm, layer.mlp.linear_fc1, traits)
+    # A mixture of experts has no linear layer that the norm could be fused into.
+    return attention, norm_of(layer.pre_mlp_layernorm, getattr(layer.mlp, "linear_fc1", None), traits)

@@ -8,6 +8,7 @@ and an RMSNorm is one more factor per token and one per channel, so that its out
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import prod
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ class Reducer:
 
 
 def token_norms(rows: Tensor) -> Tensor:
-    """L2 norm of the last dim in fp32: [s, b, ..., n] -> [s, b, ...]."""
+    """L2 norm of the last dim in fp32: [s, ..., n] -> [s, ...]."""
     parts = [torch.linalg.vector_norm(rows[span], dim=-1, dtype=torch.float32) for span in _spans(rows)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -75,11 +76,11 @@ def head_sums(rows: Tensor, weights: Tensor, kv_channels: int) -> Tensor:
 def sequence_moments(sums: Tensor, tokens: Tensor) -> Tensor:
     """Moments over sequences of every sequence aggregation, fp64 [2, 3, m, n] in the order of `Scores`.
 
-    `sums` [m, 2, b, n] are those of whole sequences in m places, `tokens` fp64 [b] counts their tokens; a sequence
-    without tokens adds nothing.
+    `sums` [m, 2, b, n] are those of whole sequences in m places, `tokens` fp64 [b] counts their tokens, [m, b] those
+    that each place sees; a sequence without tokens adds nothing.
     """
     total, squares = sums.unbind(dim=1)  # [m, b, n]
-    count = tokens.clamp(min=1)[:, None]
+    count = tokens.clamp(min=1)[..., None]
     mean = total / count
     values = {"mean": mean, "l2": squares.sqrt(), "var": (squares / count - mean**2).clamp_(min=0)}
     stacked = torch.stack([values[name] for name in AGGREGATIONS])  # [3, m, b, n]
@@ -87,7 +88,7 @@ def sequence_moments(sums: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _spans(rows: Tensor) -> Iterator[slice]:
-    """Consecutive tokens that have at most SCRATCH_ELEMENTS values, one token at least."""
-    length = max(1, SCRATCH_ELEMENTS // rows[0].numel())
-    for start in range(0, len(rows), length):
+    """Consecutive tokens that have at most SCRATCH_ELEMENTS values, one at least; an empty span where there is none."""
+    length = max(1, SCRATCH_ELEMENTS // prod(rows.shape[1:]))
+    for start in range(0, max(1, len(rows)), length):
         yield slice(start, start + length)

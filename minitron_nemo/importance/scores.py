@@ -25,10 +25,13 @@ from minitron_nemo.checkpoint.files import write_atomic
 from minitron_nemo.errors import UserError
 
 AGGREGATIONS = ("mean", "l2", "var")
-ARRAYS = ("hidden", "ffn", "heads", "block_influence", "norm_squares", "ffn_column_norms")
+ARRAYS = (
+    *("hidden", "ffn", "heads", "block_influence", "norm_squares", "ffn_column_norms"),
+    *("experts", "routed", "shared_expert", "shared_expert_column_norms"),
+)
 SCHEMA_VERSION = 3
 
-# The norms that are measured, in their order in a layer, and the one behind the last layer.
+# The norms that are measured, in their order in a layer that has an MLP, and the one behind the last layer.
 LAYER_NORMS = (
     "decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight",
     "decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight",
@@ -52,6 +55,15 @@ class Scores:
     its gain, the final norm's last; of families with LayerNorm it has no rows. `ffn_column_norms` [num_layers,
     ffn_hidden_size] is the L2 norm of the column of linear_fc2 that reads a neuron.
 
+    In a mixture of experts `ffn` is [2, 3, num_layers, num_moe_experts, moe_ffn_hidden_size] and `ffn_column_norms`
+    [num_layers, num_moe_experts, moe_ffn_hidden_size]: of each expert, on the tokens that were routed to it, the
+    activation times the router's weight; a sequence none of whose tokens were counts as zeros. `experts` [num_layers,
+    num_moe_experts] is the mean over those tokens of the router's weight times the L2 norm of the expert's output
+    (REAP, arXiv 2510.13999), 0 where there was none, and `routed` their number; without experts both are
+    [num_layers, 0]. `shared_expert` [2, 3,
+    num_layers, n] and `shared_expert_column_norms` [num_layers, n] are of the n neurons, 0 without one, of the expert
+    that sees every token, before its gate.
+
     `sequences` and `tokens` count what was measured: tokens of weight 0, and sequences without any other, are not.
     `data_fingerprint` stands for the sequences that were read; `sample_ids` are the hashes of their tokens, each once,
     where they are known. Raises UserError for a wrong shape or a value that is not finite.
@@ -64,6 +76,10 @@ class Scores:
     block_influence: Array
     norm_squares: Array
     ffn_column_norms: Array
+    experts: Array
+    routed: Array
+    shared_expert: Array
+    shared_expert_column_norms: Array
     sequences: int
     tokens: int
     model_fingerprint: str
@@ -81,20 +97,25 @@ class Scores:
                 raise UserError(f"scores: {name} is not finite everywhere; does the model give finite logits?")
 
     def get(self, axis: Axis, sequence: str = "mean", batch: str = "l2") -> Array:
-        """One score per entry: [n] for hidden channels and layers, [num_layers, n] for FFN neurons and heads.
+        """One score per entry: [n] for hidden channels and layers, [num_layers, n] for FFN neurons, heads and experts.
 
-        Scores of hidden channels are summed over the norms of all layers, each aggregated on its own. The aggregations
-        have no bearing on layers, which are scored by Block Influence.
+        [num_layers, num_moe_experts, n] for the neurons of experts but the shared one. Scores of hidden channels are
+        summed over the norms of all layers, each aggregated on its own. The aggregations have no bearing on layers,
+        which are scored by Block Influence, and on experts.
         """
         if axis == Axis.LAYERS:
             return self.block_influence
+        if axis == Axis.EXPERTS:
+            return self.experts
         for key, value in (("sequence_aggregation", sequence), ("batch_aggregation", batch)):
             if value not in AGGREGATIONS:
                 raise UserError(f"prune.calibration.{key}: {value!r} is not one of {', '.join(AGGREGATIONS)}")
         if axis == Axis.HIDDEN:
             return self.hidden_by_norm(sequence, batch).sum(axis=0)
-        if axis == Axis.FFN:
+        if axis in (Axis.FFN, Axis.MOE_FFN):
             return self._over_sequences(self.ffn, sequence, batch)
+        if axis == Axis.SHARED_FFN:
+            return self._over_sequences(self.shared_expert, sequence, batch)
         if axis == Axis.HEADS:
             return self._over_sequences(self.heads, sequence, batch)
         raise ValueError(f"no scores are measured for axis {axis}")
@@ -103,13 +124,17 @@ class Scores:
         """The terms of the sum that scores a hidden channel: [2 x num_layers, hidden_size]."""
         return self._over_sequences(self.hidden, sequence, batch)
 
-    def ffn_outputs(self) -> Array:
-        """What each FFN neuron adds to the residual stream: rms(activation) x column norm, [num_layers, n].
+    def ffn_outputs(self, axis: Axis = Axis.FFN) -> Array:
+        """What each FFN neuron adds to the residual stream: rms(activation) x column norm, in the shape of `get(axis)`.
 
         The L2 norm of the difference that removing the neuron alone makes, per token in root mean square.
         """
-        squares = self.ffn[1, AGGREGATIONS.index("l2")] / self.tokens
-        return np.sqrt(squares) * self.ffn_column_norms
+        shared = axis == Axis.SHARED_FFN
+        moments, norms = (
+            (self.shared_expert, self.shared_expert_column_norms) if shared else (self.ffn, self.ffn_column_norms)
+        )
+        squares = moments[1, AGGREGATIONS.index("l2")] / self.tokens
+        return np.sqrt(squares) * norms
 
     def hidden_energy(self) -> Array:
         """Mean square of each hidden channel after the RMSNorms of all layers, before their gains, summed: [n]."""
@@ -147,11 +172,15 @@ class Scores:
                 raise UserError(f"{name}: {len(shared)} of its samples are in the passes before it, too; leave it out")
             samples |= set(scores.sample_ids)
         tokens = [scores.tokens for scores in passes]
+        routed = np.sum([scores.routed for scores in passes], axis=0)
         return replace(
             first,
             hidden=np.sum([scores.hidden for scores in passes], axis=0),
             ffn=np.sum([scores.ffn for scores in passes], axis=0),
             heads=np.sum([scores.heads for scores in passes], axis=0),
+            shared_expert=np.sum([scores.shared_expert for scores in passes], axis=0),
+            experts=np.sum([scores.experts * scores.routed for scores in passes], axis=0) / np.maximum(routed, 1),
+            routed=routed,
             block_influence=np.average([scores.block_influence for scores in passes], axis=0, weights=tokens),
             norm_squares=np.average([scores.norm_squares for scores in passes], axis=0, weights=tokens),
             sequences=sum(scores.sequences for scores in passes),
@@ -225,11 +254,17 @@ def data_fingerprint(sample_ids: Iterable[str]) -> str:
 def _shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     layers, per_sequence = architecture.num_layers, (2, len(AGGREGATIONS))
     norms = 2 * layers + 1 if family(architecture.family).normalization == "RMSNorm" else 0
+    experts = architecture.size(Axis.EXPERTS)
+    neurons = (experts, architecture.size(Axis.MOE_FFN)) if experts else (architecture.ffn_hidden_size,)
     return {
         "hidden": (*per_sequence, 2 * layers, architecture.hidden_size),
-        "ffn": (*per_sequence, layers, architecture.ffn_hidden_size),
+        "ffn": (*per_sequence, layers, *neurons),
         "heads": (*per_sequence, layers, architecture.num_attention_heads),
         "block_influence": (layers,),
         "norm_squares": (norms, architecture.hidden_size),
-        "ffn_column_norms": (layers, architecture.ffn_hidden_size),
+        "ffn_column_norms": (layers, *neurons),
+        "experts": (layers, experts),
+        "routed": (layers, experts),
+        "shared_expert": (*per_sequence, layers, architecture.size(Axis.SHARED_FFN)),
+        "shared_expert_column_norms": (layers, architecture.size(Axis.SHARED_FFN)),
     }

@@ -6,6 +6,7 @@ Weights are not initialised: whoever builds a model loads it (`models.checkpoint
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -18,8 +19,9 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
-from minitron_nemo.arch import Architecture
+from minitron_nemo.arch import Architecture, Axis
 from minitron_nemo.arch.family import family
+from minitron_nemo.errors import UserError
 from minitron_nemo.models.activation import ACTIVATIONS
 from minitron_nemo.models.norm import Norm
 from minitron_nemo.models.output_layer import OutputLayer, install_output_layer
@@ -159,7 +161,29 @@ def _transformer_config(
         recompute_granularity="full" if recompute else None,
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
+        **_experts(architecture),
     )
+
+
+def _experts(architecture: Architecture) -> dict[str, Any]:
+    """The fields of a mixture of experts. Nothing balances the load of the experts, and no token is dropped."""
+    if architecture.num_moe_experts is None:
+        return {}
+    fields: dict[str, Any] = {
+        "num_moe_experts": architecture.num_moe_experts,
+        "moe_ffn_hidden_size": architecture.moe_ffn_hidden_size,
+        "moe_router_topk": architecture.moe_router_topk,
+        "moe_router_pre_softmax": architecture.moe_router_pre_softmax,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "allgather",
+    }
+    if not architecture.has(Axis.SHARED_FFN):
+        return fields
+    if "moe_shared_expert_gate" not in TransformerConfig.__dataclass_fields__:
+        raise UserError(f"family {architecture.family}: this megatron-core has no gate of shared experts; use 0.16.1")
+    shared = architecture.moe_shared_expert_intermediate_size
+    return fields | {"moe_shared_expert_intermediate_size": shared, "moe_shared_expert_gate": True}
 
 
 def _window(architecture: Architecture) -> tuple[int, int] | None:
@@ -204,6 +228,7 @@ def _build_chunk(
         rotary_base=architecture.rotary_base,
         vp_stage=vp_stage,
     )
+    model.to(device.current_device())  # Megatron-core makes routers and gates of shared experts on the CPU
     if architecture.rope_scaling is not None:
         rotary = model.rotary_pos_emb
         rotary.inv_freq = scaled_frequencies(rotary.inv_freq, architecture.rope_scaling)
@@ -215,12 +240,16 @@ def _block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerB
     if device.has_transformer_engine():
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer, norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm), TENorm
+        layer = get_gpt_layer_with_transformer_engine_spec(config.num_moe_experts, qk_layernorm=config.qk_layernorm)
+        norm = TENorm
     else:
-        layer, norm = get_gpt_layer_local_spec(normalization=config.normalization), Norm
+        layer, norm = get_gpt_layer_local_spec(config.num_moe_experts, normalization=config.normalization), Norm
         layer.submodules.input_layernorm = norm
         layer.submodules.pre_mlp_layernorm = norm
         if config.qk_layernorm:
             attention = layer.submodules.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = norm
+        if config.num_moe_experts is not None:
+            # TransformerEngine has no linear layer to fuse this norm into, and stores it under its own name.
+            del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=norm)

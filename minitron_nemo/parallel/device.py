@@ -3,8 +3,9 @@
 Without CUDA, Megatron-core needs three things, all installed by `install`: answers to the `torch.cuda` functions it
 calls unconditionally, CPU generators behind its random-state helpers, and CPU names in the functions that spell out
 `"cuda"` or a CUDA tensor type. The last are changed where they are, constant by constant, so that no other code in
-the process sees another torch. The line numbers are those of 0.16.1; 0.15.3, which NeMo 2.7 needs, has the same
-functions. Versions this was not tested with are refused.
+the process sees another torch. Without TransformerEngine, on either device, its routers need a name that is missing.
+The line numbers are those of 0.16.1; 0.15.3, which NeMo 2.7 needs, has the same functions. Versions this was not tested
+with are refused.
 """
 
 from __future__ import annotations
@@ -160,11 +161,13 @@ def choose(local_rank: int) -> None:
 
 
 def install() -> None:
-    """Make Megatron-core run on the CPU; does nothing where CUDA is available or it is done already.
+    """Make Megatron-core run on the CPU where CUDA is not available, and its routers without TransformerEngine.
 
     Raises UserError for a megatron-core version that this was not tested with.
     """
     global _installed
+    # moe_utils.py:1192 and 1234 ask whether this is None, and only the import of TransformerEngine defines it.
+    vars(import_module("megatron.core.transformer.moe.moe_utils")).setdefault("te_general_gemm", None)
     if torch.cuda.is_available() or _installed:
         return
     found = version("megatron-core")

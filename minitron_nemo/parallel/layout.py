@@ -78,13 +78,19 @@ class Layout:
     def check(self, architecture: Architecture, world_size: int, section: str = "parallel") -> None:
         """Raise UserError, naming the key of the recipe's `section`, unless `architecture` runs on this layout."""
         self.check_processes(world_size, section)
-        tp, size = self.tensor_model_parallel_size, architecture.ffn_hidden_size
-        if size % tp:
-            fitting = [n for n in range(1, min(size, world_size) + 1) if size % n == 0]
+        tp = self.tensor_model_parallel_size
+        if tp > 1 and architecture.num_moe_experts and not self.sequence_parallel:
             raise UserError(
-                f"{section}.tensor_model_parallel_size: {tp} does not divide the model's ffn_hidden_size {size}; "
-                f"use one of {fitting}, or pipeline stages instead"
+                f"{section}.sequence_parallel: Megatron-core trains a mixture of experts on {tp} tensor-parallel ranks "
+                "with it alone; set it to true"
             )
+        for axis in (Axis.FFN, Axis.MOE_FFN, Axis.SHARED_FFN):
+            if (size := architecture.size(axis)) % tp:
+                fitting = [n for n in range(1, min(size, world_size) + 1) if _fits(architecture, n)]
+                raise UserError(
+                    f"{section}.tensor_model_parallel_size: {tp} does not divide the model's {axis} {size}; "
+                    f"use one of {fitting}, or pipeline stages instead"
+                )
         if architecture.num_layers < self.stages:
             virtual = self.virtual_pipeline_model_parallel_size
             key = "virtual_pipeline_model_parallel_size" if virtual else "pipeline_model_parallel_size"
@@ -163,3 +169,7 @@ class Layout:
                 f"{section}: {self} needs a multiple of {self.model_parallel_size} processes, and this job has "
                 f"{world_size}; change the sizes or cluster.nodes and cluster.processes_per_node"
             )
+
+
+def _fits(architecture: Architecture, tp: int) -> bool:
+    return all(architecture.size(axis) % tp == 0 for axis in (Axis.FFN, Axis.MOE_FFN, Axis.SHARED_FFN))

@@ -16,9 +16,10 @@ import numpy as np
 
 from minitron_nemo.arch import Architecture, Axis, Plan
 from minitron_nemo.arch.family import family
+from minitron_nemo.arch.tensors import residual_norms
 from minitron_nemo.config import PruneConfig, RepairConfig
 from minitron_nemo.errors import UserError
-from minitron_nemo.importance.scores import FINAL_NORM, LAYER_NORMS, Array, Scores
+from minitron_nemo.importance.scores import Array, Scores
 from minitron_nemo.pruning import depth
 from minitron_nemo.pruning.depth_scores import DepthScores
 
@@ -29,13 +30,21 @@ DEPTH_METHODS = (*BY_INFLUENCE, *depth.METHODS)
 def target_architecture(source: Architecture, config: PruneConfig) -> Architecture:
     """The student's architecture. Raises UserError, naming the key, for a size or score that the source cannot have."""
     sizes: dict[Axis, int] = {}
-    for axis in (Axis.HIDDEN, Axis.FFN, Axis.HEADS, Axis.GROUPS, Axis.LAYERS):
+    for axis in (axis for axis in Axis if axis != Axis.VOCAB):
         size: int | None = getattr(config, axis.value)
         if size is None:
             continue
+        if not source.has(axis):
+            instead = "use prune.moe_ffn_hidden_size" if axis == Axis.FFN else "leave it out"
+            raise UserError(f"prune.{axis}: the layers of {source.family} have none; {instead}")
         if not 1 <= size <= source.size(axis):
             raise UserError(f"prune.{axis}: {size} is not a size to prune to; the source has {source.size(axis)}")
         sizes[axis] = size
+    if sizes.get(Axis.EXPERTS, source.size(Axis.EXPERTS)) < (topk := source.moe_router_topk or 0):
+        raise UserError(
+            f"prune.num_moe_experts: {sizes[Axis.EXPERTS]} are too few, a token is routed to {topk}; "
+            f"keep {topk} or more"
+        )
     groups = sizes.get(Axis.GROUPS, source.num_query_groups)
     heads = sizes.setdefault(Axis.HEADS, groups * source.heads_per_group)
     if heads % groups or heads > groups * source.heads_per_group:
@@ -65,16 +74,20 @@ def target_architecture(source: Architecture, config: PruneConfig) -> Architectu
 
 def repairs_of(source: Architecture, config: RepairConfig) -> RepairConfig:
     """`config` with what it leaves to the family decided. Raises UserError for a repair that the family has not."""
-    able = family(source.family).rescales_norms
+    traits = family(source.family)
+    lacking: dict[str, list[str]] = {"norm_scale": [], "hidden": [], "ffn": []}
+    if not traits.rescales_norms:
+        for key in ("norm_scale", "hidden"):
+            lacking[key].append(f"needs RMSNorm with gains stored as they are, which {source.family} has not")
+    if traits.mixture_of_experts:
+        for key in ("hidden", "ffn"):
+            lacking[key].append("there are no least squares for experts yet")
     decided = {}
-    for key in ("norm_scale", "hidden"):
+    for key, reasons in lacking.items():
         asked: bool | None = getattr(config, key)
-        if asked and not able:
-            raise UserError(
-                f"prune.repair.{key}: needs RMSNorm with gains stored as they are, which {source.family} has not; "
-                f"leave it out"
-            )
-        decided[key] = able if asked is None else asked
+        if asked and reasons:
+            raise UserError(f"prune.repair.{key}: {reasons[0]}; leave it out")
+        decided[key] = not reasons if asked is None else asked
     return replace(config, **decided)
 
 
@@ -83,12 +96,13 @@ def make_plan(
 ) -> Plan:
     """The Plan that keeps the entries with the highest scores; ties go to the lower index.
 
-    FFN neurons are ranked per layer; query groups per layer, by the sum of their heads' scores; heads per layer and
-    group, every group keeping equally many and, with `repair.merge_heads`, merging dropped ones; hidden channels over
-    the whole model, where `repair.norm_scale` gives the gain of every norm a factor. `gaps` has one number per decision
-    that Scores took, named by axis and, where layers decide on their own, the source's layer: (worst kept - best
-    dropped) / worst kept, the smallest of the groups' for heads, and for `contiguous` the same of the dropped block's
-    summed influence and the runner-up's. `depth_scores` are for depth methods that decide by them: see `depth.choose`.
+    FFN neurons are ranked per layer, experts as well, and the neurons of an expert within it; query groups per layer,
+    by the sum of their heads' scores; heads per layer and group, every group keeping equally many and, with
+    `repair.merge_heads`, merging dropped ones; hidden channels over the whole model, where `repair.norm_scale` gives
+    the gain of every norm a factor. `gaps` has one number per decision that Scores took, named by axis and, where
+    layers decide on their own, the source's layer: (worst kept - best dropped) / worst kept, the smallest of the
+    groups' for heads and of the experts' for their neurons, and for `contiguous` the same of the dropped block's summed
+    influence and the runner-up's. `depth_scores` are for depth methods that decide by them: see `depth.choose`.
 
     Raises UserError for Scores of another architecture and for what `target_architecture` and `repairs_of` refuse.
     """
@@ -105,13 +119,15 @@ def make_plan(
         channels = entry_scores(scores, Axis.HIDDEN, chosen)
         kept_hidden, gaps[Axis.HIDDEN.value] = _best(channels, target.hidden_size)
         if repairs.norm_scale:
-            norm_scales = _norm_scales(scores, kept_layers, kept_hidden)
+            norm_scales = _norm_scales(scores, source, kept_layers, kept_hidden)
     kept_ffn: list[tuple[int, ...]] = []
-    if target.ffn_hidden_size < source.ffn_hidden_size:
-        neurons = entry_scores(scores, Axis.FFN, chosen)
-        for layer in kept_layers:
-            kept, gaps[f"{Axis.FFN}/{layer}"] = _best(neurons[layer], target.ffn_hidden_size)
-            kept_ffn.append(kept)
+    kept_shared_ffn: list[tuple[int, ...]] = []
+    for axis, found in ((Axis.FFN, kept_ffn), (Axis.SHARED_FFN, kept_shared_ffn)):
+        if target.size(axis) < source.size(axis):
+            neurons = entry_scores(scores, axis, chosen)
+            for layer in kept_layers:
+                kept, gaps[f"{axis}/{layer}"] = _best(neurons[layer], target.size(axis))
+                found.append(kept)
     heads: dict[str, Any] = {}
     if target.num_attention_heads < source.num_attention_heads:
         of_heads = entry_scores(scores, Axis.HEADS, chosen)
@@ -122,7 +138,9 @@ def make_plan(
         kept_layers=kept_layers,
         kept_hidden=kept_hidden,
         kept_ffn=tuple(kept_ffn) or None,
+        kept_shared_ffn=tuple(kept_shared_ffn) or None,
         **heads,
+        **_experts(scores.experts, entry_scores(scores, Axis.MOE_FFN, chosen), kept_layers, source, target, gaps),
         norm_scales=norm_scales,
         gaps=gaps,
         provenance=chosen,
@@ -140,8 +158,8 @@ def entry_scores(scores: Scores, axis: Axis, chosen: Mapping[str, Any]) -> Array
     """What ranks the entries of an axis; `chosen` is a Plan's `provenance`. Shapes as of `Scores.get`."""
     if axis == Axis.HIDDEN and chosen["hidden_score"] == "energy":
         return scores.hidden_energy()
-    if axis == Axis.FFN and chosen["ffn_score"] == "output":
-        return scores.ffn_outputs()
+    if axis in (Axis.FFN, Axis.MOE_FFN, Axis.SHARED_FFN) and chosen["ffn_score"] == "output":
+        return scores.ffn_outputs(axis)
     return scores.get(axis, chosen["sequence_aggregation"], chosen["batch_aggregation"])
 
 
@@ -190,13 +208,16 @@ def _kept_layers(
     return (0, *between, last)
 
 
-def _norm_scales(scores: Scores, kept_layers: tuple[int, ...], kept_hidden: tuple[int, ...]) -> dict[str, float]:
+def _norm_scales(
+    scores: Scores, source: Architecture, kept_layers: tuple[int, ...], kept_hidden: tuple[int, ...]
+) -> dict[str, float]:
     """Factors on the gains of all norms of the student, by name."""
     *of_layers, final = scores.norm_scales(kept_hidden).tolist()
-    named = {FINAL_NORM: final}
-    for layer, source in enumerate(kept_layers):
-        for position, norm in enumerate(LAYER_NORMS):
-            named[norm.format(layer=layer)] = of_layers[2 * source + position]
+    *layer_norms, final_norm = residual_norms(source)
+    named = {final_norm: final}
+    for layer, number in enumerate(kept_layers):
+        for position, norm in enumerate(layer_norms):
+            named[norm.format(layer=layer)] = of_layers[2 * number + position]
     return named
 
 
@@ -236,6 +257,32 @@ def _heads(
         "kept_groups": tuple(kept_groups) if cut_groups else None,
         "merged_heads": tuple(merged_heads) if merge and cut_inside else None,
     }
+
+
+def _experts(
+    scores: Array,
+    neurons: Array,
+    kept_layers: tuple[int, ...],
+    source: Architecture,
+    target: Architecture,
+    gaps: dict[str, float],
+) -> dict[str, Any]:
+    """The Plan's `kept_experts` and `kept_moe_ffn`, where these are cut.
+
+    `scores` [num_layers, num_moe_experts] rank the experts, `neurons` [num_layers, num_moe_experts, n] those of each.
+    """
+    cut_experts, cut_neurons = (target.size(axis) < source.size(axis) for axis in (Axis.EXPERTS, Axis.MOE_FFN))
+    kept_experts, kept_moe_ffn = [], []
+    for layer in kept_layers if cut_experts or cut_neurons else ():
+        experts = tuple(range(source.size(Axis.EXPERTS)))
+        if cut_experts:
+            experts, gaps[f"{Axis.EXPERTS}/{layer}"] = _best(scores[layer], target.size(Axis.EXPERTS))
+            kept_experts.append(experts)
+        if cut_neurons:
+            best = [_best(neurons[layer, expert], target.size(Axis.MOE_FFN)) for expert in experts]
+            kept_moe_ffn.append(tuple(kept for kept, _ in best))
+            gaps[f"{Axis.MOE_FFN}/{layer}"] = min(gap for _, gap in best)
+    return {"kept_experts": tuple(kept_experts) or None, "kept_moe_ffn": tuple(kept_moe_ffn) or None}
 
 
 def _best_per_group(scores: Array, groups: Sequence[int], count: int) -> tuple[tuple[int, ...], float]:

@@ -73,7 +73,7 @@ def repair(teacher: Path, prepared: Path, recipe: Recipe, layout: Layout, plan: 
 def repair_plan(model: Model, batches: Sequence[Microbatch], plan: Plan, config: RepairConfig, directory: Path) -> None:
     """`repair` with a loaded teacher, on this data-parallel rank's microbatches, all of one shape [b, s]."""
     config = repairs_of(plan.source, config)
-    wanted = places(plan, ffn=config.ffn, hidden=bool(config.hidden))
+    wanted = places(plan, ffn=bool(config.ffn), hidden=bool(config.hidden))
     if launch.rank() == 0:
         make_partial(directory)
     launch.barrier()

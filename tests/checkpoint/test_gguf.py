@@ -40,9 +40,13 @@ NAMES = {
 }
 
 
-def write_tiny_gguf(path: Path, tensors: dict[str, torch.Tensor], kind: gguf.GGMLQuantizationType) -> Path:
+def write_tiny_gguf(
+    path: Path, tensors: dict[str, torch.Tensor], kind: gguf.GGMLQuantizationType, experts: int | None = None
+) -> Path:
     """What llama.cpp makes of the tiny Llama (4 layers, hidden 64, 8 heads, 4 groups), matrices stored as `kind`."""
     writer = gguf.GGUFWriter(path, "llama")
+    if experts is not None:  # llama.cpp's name for Mixtral is llama
+        writer.add_expert_count(experts)
     writer.add_context_length(512)
     writer.add_embedding_length(64)
     writer.add_block_count(4)
@@ -121,6 +125,12 @@ def test_scaled_rotary_frequencies_are_refused(tmp_path: Path) -> None:
     NAMES["rope_freqs.weight"] = "rope_freqs.weight"
     write_tiny_gguf(path, tensors | {"rope_freqs.weight": torch.ones(4)}, gguf.GGMLQuantizationType.F32)
     with pytest.raises(UserError, match="rotary"):
+        open_source(path)
+
+
+def test_experts_are_refused(tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", {}, gguf.GGMLQuantizationType.F32, experts=8)
+    with pytest.raises(UserError, match="experts are not read from GGUF"):
         open_source(path)
 
 

@@ -40,6 +40,7 @@ def test_facts_are_those_of_the_checkpoint(tmp_path: Path) -> None:
         assert facts["format"] == kind
         assert facts["parameters"] == count
         assert facts["non_embedding_parameters"] == count - 2 * 259 * 64
+        assert facts["active_parameters"] == count
         assert facts["dtype"] == "bfloat16"
         assert facts["tokenizer_size"] == 259
         assert facts["architecture"]["hidden_size"] == 64

@@ -20,7 +20,7 @@ from minitron_nemo.models.checkpoint import load_model
 from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
 from tests.checkpoint.weights import architecture_of, random_plan, same_weights, weights
-from tests.families import cut
+from tests.families import MIXTURES, cut, write_tiny
 from tests.pool import run_distributed
 from tests.tiny import write_tiny_llama
 
@@ -67,10 +67,16 @@ def _shard(hf: dict[str, torch.Tensor], model: Model, groups: int, head_dim: int
     return expected
 
 
-def _loaded(directory: Path, layout: tuple[int, int]) -> Model:
-    sizes = Layout(tensor_model_parallel_size=layout[0], pipeline_model_parallel_size=layout[1])
+def _built(directory: Path, layout: tuple[int, int]) -> Model:
+    architecture = open_source(directory).architecture
+    sequence_parallel = layout[0] > 1 and architecture.num_moe_experts is not None
+    sizes = Layout(*layout, sequence_parallel=sequence_parallel)
     launch.initialize(sizes, seed=1)
-    model = build_model(open_source(directory).architecture, sizes, dtype=torch.float32)
+    return build_model(architecture, sizes, dtype=torch.float32)
+
+
+def _loaded(directory: Path, layout: tuple[int, int]) -> Model:
+    model = _built(directory, layout)
     load_model(model, directory)
     return model
 
@@ -102,15 +108,18 @@ def test_pruned_loads_in_megatron_core_bit_equal(tmp_path: Path, monkeypatch: py
     assert results == [[]] * 2
 
 
-def _strict_load_mismatches(directory: Path, layout: tuple[int, int], hf: dict[str, torch.Tensor]) -> list[str]:
-    """Megatron's own load, extra states included, as Megatron-LM does it; vocabularies are left to the tests above."""
-    sizes = Layout(tensor_model_parallel_size=layout[0], pipeline_model_parallel_size=layout[1])
-    launch.initialize(sizes, seed=1)
-    model = build_model(open_source(directory).architecture, sizes, dtype=torch.float32)
+def _load_strictly(model: Model, directory: Path) -> torch.nn.Module:
     module = model.modules[0]
     state = module.sharded_state_dict()
     assert any("_extra_state" in key for key in state)
     module.load_state_dict(dist_checkpointing.load(state, str(directory)), strict=True)
+    return module
+
+
+def _strict_load_mismatches(directory: Path, layout: tuple[int, int], hf: dict[str, torch.Tensor]) -> list[str]:
+    """Megatron's own load, extra states included, as Megatron-LM does it; vocabularies are left to the tests above."""
+    model = _built(directory, layout)
+    module = _load_strictly(model, directory)
     expected = _shard(hf, model, 4, head_dim=8)
     found = dict(module.named_parameters())
     return [name for name in found if "decoder" in name and not torch.equal(found[name], expected[name])]
@@ -160,6 +169,47 @@ def test_megatron_cores_checkpoints_read_bit_equal(
     assert any(key.startswith("optimizer.") for key in keys)
     assert any(key.endswith("linear_fc1.weight_w") for key in keys) == ("singleton_local_shards" in naming)
     assert keys[prefix + "embedding.word_embeddings.weight"].size[0] > 259  # padded
+    convert(theirs, tmp_path / "back", "hf", progress=False)
+    assert same_weights(original, tmp_path / "back")
+    assert fingerprint(theirs) == fingerprint(original)
+    said = open_source(theirs).layout()
+    assert f"tensor_model_parallel_size {layout[0]}, pipeline_model_parallel_size {layout[1]}," in said
+    assert ("per layer" in said) == bool(naming)
+
+
+def _load_strictly_and_save(source: Path, destination: Path, layout: tuple[int, int]) -> None:
+    module = _load_strictly(_built(source, layout), source)
+    if launch.rank() == 0:
+        destination.mkdir()
+    launch.barrier()
+    dist_checkpointing.save(module.sharded_state_dict(), str(destination), async_sharded_save=False)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_mixtures_have_the_keys_and_shapes_that_megatron_core_saves(tmp_path: Path, family: str) -> None:
+    convert(write_tiny(family, tmp_path / "hf"), tmp_path / "ours", "megatron", progress=False)
+    run_distributed(2, _load_strictly_and_save, tmp_path / "ours", tmp_path / "theirs", (2, 1))
+    found: list[dict[str, Any]] = []
+    for name in ("ours", "theirs"):
+        with open(tmp_path / name / ".metadata", "rb") as file:
+            metadata = pickle.load(file).state_dict_metadata
+        found.append({key: getattr(entry, "size", None) for key, entry in metadata.items()})
+        for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            found[-1][key] = found[-1][key][1:]  # theirs have padded vocabularies
+    assert found[0] == found[1]
+    experts = architecture_of(tmp_path / "hf").num_moe_experts
+    assert found[0]["decoder.layers.mlp.experts.experts.linear_fc1.weight"] == (4, experts, 192, 64)
+
+
+@pytest.mark.parametrize(
+    ("naming", "layout"),
+    [({}, (1, 2)), ({"singleton_local_shards": True}, (2, 1)), ({"non_homogeneous_layers": True}, (2, 1))],
+)
+def test_mixtures_of_megatron_core_read_bit_equal(tmp_path: Path, naming: dict, layout: tuple[int, int]) -> None:
+    original = write_tiny("qwen2_moe", tmp_path / "hf")
+    convert(original, tmp_path / "ours", "megatron", progress=False)
+    theirs = tmp_path / "theirs"
+    run_distributed(2, _save_with_megatron, tmp_path / "ours", theirs, layout, "module.", naming)
     convert(theirs, tmp_path / "back", "hf", progress=False)
     assert same_weights(original, tmp_path / "back")
     assert fingerprint(theirs) == fingerprint(original)

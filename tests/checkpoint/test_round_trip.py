@@ -175,6 +175,16 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     assert peak("nemo", "bridge", "bridge", str(tmp_path / "plan.json")) < 200
 
 
+@pytest.mark.slow
+def test_memory_does_not_grow_with_a_mixture(tmp_path: Path) -> None:
+    write_tiny("mixtral", tmp_path / "hf", hidden_size=1024, ffn_hidden_size=2048)  # 0.4 GB in fp32
+    random_plan(architecture_of(tmp_path / "hf")).save(tmp_path / "plan.json")
+    assert peak_memory(tmp_path / "hf", tmp_path / "megatron", "megatron") < 200
+    plan = str(tmp_path / "plan.json")
+    assert peak_memory(tmp_path / "megatron", tmp_path / "student", "megatron", plan) < 200
+    assert peak_memory(tmp_path / "student", tmp_path / "exported", "hf") < 200
+
+
 def test_fingerprint_sees_weights_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 2000)  # several blocks a tensor
     original = write_tiny_llama(tmp_path / "hf")

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -36,7 +37,7 @@ def architecture_of(directory: Path) -> Architecture:
 def random_plan(source: Architecture, seed: int = 0, groups: int | None = None) -> Plan:
     """Cuts every axis: 3 of 4 layers, half of the heads of each group, 3/4 of hidden channels, 2/3 of the neurons.
 
-    With `groups` so many query groups of each layer are kept, None: all.
+    With `groups` so many query groups of each layer are kept, None: all. Of a mixture, one expert of each layer goes.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -54,17 +55,33 @@ def random_plan(source: Architecture, seed: int = 0, groups: int | None = None) 
         tuple(group * per_group + head for group in of_layer for head in choose(per_group, per_group // 2))
         for of_layer in kept_groups
     )
-    sizes = {Axis.LAYERS: len(layers), Axis.HIDDEN: hidden, Axis.FFN: ffn, Axis.HEADS: len(heads[0])}
+    sizes = {Axis.LAYERS: len(layers), Axis.HIDDEN: hidden, Axis.HEADS: len(heads[0])}
     if groups is not None:
         sizes[Axis.GROUPS] = groups
+    kept_hidden = choose(source.hidden_size, hidden)
+    neurons: dict[str, Any]
+    if source.num_moe_experts is None:
+        sizes[Axis.FFN] = ffn
+        neurons = {"kept_ffn": tuple(choose(source.ffn_hidden_size, ffn) for _ in layers)}
+    else:
+        experts = source.num_moe_experts - 1
+        sizes |= {Axis.EXPERTS: experts, Axis.MOE_FFN: ffn}
+        shared = source.moe_shared_expert_intermediate_size
+        neurons = {
+            "kept_experts": tuple(choose(source.num_moe_experts, experts) for _ in layers),
+            "kept_moe_ffn": tuple(tuple(choose(source.ffn_hidden_size, ffn) for _ in range(experts)) for _ in layers),
+        }
+        if shared is not None:
+            sizes[Axis.SHARED_FFN] = shared // 2
+            neurons["kept_shared_ffn"] = tuple(choose(shared, shared // 2) for _ in layers)
     return Plan(
         source=source,
         target=source.resized(sizes),
         kept_layers=layers,
-        kept_hidden=choose(source.hidden_size, hidden),
-        kept_ffn=tuple(choose(source.ffn_hidden_size, ffn) for _ in layers),
+        kept_hidden=kept_hidden,
         kept_heads=heads,
         kept_groups=None if groups is None else tuple(tuple(of_layer) for of_layer in kept_groups),
+        **neurons,
     )
 
 

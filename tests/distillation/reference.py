@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tests.families import unfused
+from tests.families import EAGER, unfused
 
 VOCAB = 259
 
@@ -64,10 +64,8 @@ def expected_step(
     jsd_beta: float = 0.5,
 ) -> Expected:
     """`L = sum_k w_k (ce_weight * CE_k + logits_weight * T^2 * D(p_t, p_s)_k)`; its gradient over #{w_k != 0}."""
-    student = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float64, attn_implementation="eager")
-    teacher = teacher_dir and AutoModelForCausalLM.from_pretrained(
-        teacher_dir, dtype=torch.float64, attn_implementation="eager"
-    )
+    student = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float64, **EAGER)
+    teacher = teacher_dir and AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float64, **EAGER)
     divergence_sum = torch.zeros([], dtype=torch.float64)
     ce = torch.zeros([], dtype=torch.float64)
     for batch in microbatches:
@@ -134,11 +132,18 @@ def rank_slice(gradients: dict[str, Tensor], name: str, layer: int, tp: int, tp_
         kind = name.rsplit(".", 1)[1]
         parts = [gradients[f"{hf}self_attn.{part}_proj.{kind}"].unflatten(0, (groups, -1)) for part in "qkv"]
         return rows(torch.cat(parts, 1).flatten(0, 1))
+    if name.endswith(("router.weight", "gate_weight")):
+        return gradients[f"{hf}mlp.gate.weight" if "router" in name else f"{hf}mlp.shared_expert_gate.weight"]
+    mlp = f"{hf}mlp."
+    if "shared_experts." in name:
+        mlp += "shared_expert."
+    if "local_experts." in name:
+        mlp += f"experts.{int(name.split('.')[-3])}."
     if name.endswith("linear_fc1.weight"):
-        names = [f"{hf}mlp.{part}_proj.weight" for part in ("gate", "up")]
+        names = [f"{mlp}{part}_proj.weight" for part in ("gate", "up")]
         return torch.cat([rows(gradients[part]) for part in names if part in gradients])
     if name.endswith("linear_fc2.weight"):
-        return gradients[f"{hf}mlp.down_proj.weight"].chunk(tp, 1)[tp_rank]
+        return gradients[f"{mlp}down_proj.weight"].chunk(tp, 1)[tp_rank]
     if name.endswith("linear_proj.weight"):
         return gradients[f"{hf}self_attn.o_proj.weight"].chunk(tp, 1)[tp_rank]
     tied = "lm_head.weight" not in gradients

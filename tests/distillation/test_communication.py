@@ -32,11 +32,22 @@ TEACHER = architecture(num_layers=6)
 STUDENT = replace(architecture(), hidden_size=48, ffn_hidden_size=64)
 TIED = replace(STUDENT, share_embeddings_and_output_weights=True)
 THREE_GROUPS = replace(STUDENT, num_attention_heads=6, num_query_groups=3)
+MIXTURE = replace(
+    STUDENT,
+    num_moe_experts=6,
+    moe_ffn_hidden_size=64,
+    moe_router_topk=2,
+    family="mixtral",
+    model_type="mixtral",
+)
+SHARED = replace(MIXTURE, moe_shared_expert_intermediate_size=32, family="qwen2_moe", model_type="qwen2_moe")
 PAIRS = [Pair(-1, -1), Pair(5, 0), Pair(3, 2), Pair(0, 3)]
 
 # Processes, layouts of student and teacher (None: the same), the student, the rest.
 CASES: dict[str, tuple[int, Layout, Layout | None, Architecture, dict[str, Any]]] = {
     "TP2 SP DP2, recomputed": (4, Layout(2, sequence_parallel=True), None, STUDENT, {"recompute": True}),
+    "TP2 SP DP2, experts, recomputed": (4, Layout(2, sequence_parallel=True), None, MIXTURE, {"recompute": True}),
+    "TP2 SP PP2, a shared expert": (4, Layout(2, 2, sequence_parallel=True), None, SHARED, {}),
     "TP2 PP2, JSD, recomputed": (4, Layout(2, 2), None, STUDENT, {"divergence": "jsd", "recompute": True}),
     "PP2 VPP2 DP2, tied, teacher without VPP": (
         4,

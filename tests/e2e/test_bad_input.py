@@ -347,6 +347,42 @@ def test_the_shipped_stages_have_the_published_parameter_counts(capsys: pytest.C
     assert stages["minitron_4b"]["teacher"] == stages["minitron_8b"]["teacher"]
 
 
+def test_plan_of_a_mixture_says_what_a_token_meets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]
+) -> None:
+    recipe = yaml.safe_load((Path(__file__).parents[2] / "recipes" / "llama31_8b_to_4b_width.yaml").read_text())
+    recipe["model"]["architecture"] = {
+        "num_layers": 48,
+        "hidden_size": 2048,
+        "ffn_hidden_size": 768,
+        "moe_ffn_hidden_size": 768,
+        "num_moe_experts": 128,
+        "moe_router_topk": 8,
+        "num_attention_heads": 32,
+        "num_query_groups": 4,
+        "kv_channels": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "family": "qwen3_moe",
+        "model_type": "qwen3_moe",
+    }
+    recipe["prune"] = {"num_moe_experts": 96}
+    recipe["parallel"] = {"pipeline_model_parallel_size": 4}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    assert main(["plan", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "8 of 128 experts of ffn 768" in shown and "8 of 96 experts of ffn 768" in shown
+    assert main(["plan", str(path), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["teacher"]["active_parameters"] == pytest.approx(3.353e9, rel=2e-4)
+    gone = 48 * 32 * (3 * 2048 * 768 + 2048)  # experts, and rows of routers
+    assert plan["teacher"]["parameters"] - plan["student"]["parameters"] == gone
+    tensor_parallel = ("parallel.pipeline_model_parallel_size=1", "parallel.tensor_model_parallel_size=4")
+    assert "parallel.sequence_parallel" in refused("plan", str(path), *tensor_parallel)
+    assert "expert_model_parallel_size" in refused("plan", str(path), "parallel.expert_model_parallel_size=2")
+
+
 @pytest.mark.parametrize(
     "override", ["prune.repair.norm_scale=true", "prune.repair.hidden=true", "prune.hidden_score=energy"]
 )

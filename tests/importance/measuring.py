@@ -80,5 +80,7 @@ def fuse_norms(model: Model) -> None:
         for layer in module.decoder.layers:
             attention, mlp = layer.self_attention, layer.mlp
             attention.linear_qkv = NormedLinear(layer.input_layernorm, attention.linear_qkv)
-            mlp.linear_fc1 = NormedLinear(layer.pre_mlp_layernorm, mlp.linear_fc1)
-            layer.input_layernorm, layer.pre_mlp_layernorm = IdentityOp(), IdentityOp()
+            layer.input_layernorm = IdentityOp()
+            if hasattr(mlp, "linear_fc1"):  # experts have no norm in theirs
+                mlp.linear_fc1 = NormedLinear(layer.pre_mlp_layernorm, mlp.linear_fc1)
+                layer.pre_mlp_layernorm = IdentityOp()

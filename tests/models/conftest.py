@@ -13,8 +13,8 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TinyModel
 
 @pytest.fixture(scope="session")
 def family_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TinyModel]:
-    """One of each family, two of them tied."""
+    """One of each family, some of them tied."""
     return {
-        family: TinyModel(tmp_path_factory.mktemp(family), family, tied=family in ("qwen2", "phi3"))
+        family: TinyModel(tmp_path_factory.mktemp(family), family, tied=family in ("qwen2", "phi3", "qwen3_moe"))
         for family in FAMILIES
     }

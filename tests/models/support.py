@@ -18,7 +18,7 @@ from minitron_nemo.arch import Architecture
 from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
-from tests.families import unfused, write_tiny
+from tests.families import EAGER, unfused, write_tiny
 from tests.tiny import LLAMA3_ROPE, write_tiny_llama
 
 SEQUENCE = 32
@@ -84,7 +84,7 @@ def tokens() -> Tensor:
 def huggingface_model(directory: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **EAGER)
 
 
 def megatron_order(named: dict[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,8 @@ def assert_logits_equal_hugging_face(tiny: TinyModel, layout: str) -> None:
     with torch.no_grad():
         expected = huggingface_model(tiny.huggingface, torch.float32)(tokens()[:, :-1]).logits
     world_size, sizes = LAYOUTS[layout]
+    if tiny.architecture.num_moe_experts and sizes.tensor_model_parallel_size > 1:
+        sizes = replace(sizes, sequence_parallel=True)
     by_rank = run_distributed(world_size, _logits, tiny, sizes, 4)
     last_stage = [torch.cat(results) for results in by_rank if results]
     assert len(last_stage) == sizes.tensor_model_parallel_size

@@ -132,7 +132,16 @@ def test_loss_and_gradients_equal_hugging_face_in_fp64(
 @pytest.mark.parametrize("shape", ["tied", "untied"])
 @pytest.mark.parametrize("layout", [*LAYOUTS, "dp2"])
 def test_clipping_sees_the_norm_of_the_whole_model(tiny_models: dict[str, TinyModel], shape: str, layout: str) -> None:
-    tiny = tiny_models[shape]
+    assert_norm_is_of_the_whole_model(tiny_models[shape], layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["tp2-sp", "dp2"])
+def test_clipping_sees_all_experts_and_routers_once(family_models: dict[str, TinyModel], layout: str) -> None:
+    assert_norm_is_of_the_whole_model(family_models["qwen2_moe"], layout)
+
+
+def assert_norm_is_of_the_whole_model(tiny: TinyModel, layout: str) -> None:
     model = huggingface_model(tiny.huggingface, torch.float64)
     batch = tokens()
     (summed_nll(model(batch[:, :-1]).logits, batch[:, 1:]) / batch[:, 1:].numel()).backward()
@@ -175,6 +184,27 @@ def test_a_data_parallel_optimizer_resumes_bit_for_bit(tiny_models: dict[str, Ti
     straight = run_distributed(2, _train, tiny, Layout(), 6, None, None)[0]
     run_distributed(2, _train, tiny, Layout(), 2, tmp_path, None)
     assert run_distributed(2, _train, tiny, Layout(), 4, None, tmp_path)[0] == straight[2:]
+
+
+@pytest.mark.slow
+def test_an_optimizer_of_experts_resumes_bit_for_bit_and_on_another_layout(
+    family_models: dict[str, TinyModel], tmp_path: Path
+) -> None:
+    tiny, sharded = family_models["qwen2_moe"], Layout(tensor_model_parallel_size=2, sequence_parallel=True)
+    straight = run_distributed(4, _train, tiny, sharded, 5, None, None)[0]
+    run_distributed(4, _train, tiny, sharded, 2, tmp_path, None)
+    assert len(set(straight)) == 5
+    assert run_distributed(4, _train, tiny, sharded, 3, None, tmp_path)[0] == straight[2:]
+    elsewhere = run_distributed(2, _train, tiny, Layout(pipeline_model_parallel_size=2), 3, None, tmp_path)[-1]
+    assert elsewhere == pytest.approx(straight[2:], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_experts_train_in_bf16(family_models: dict[str, TinyModel]) -> None:
+    tiny, (world_size, sizes) = family_models["mixtral"], LAYOUTS["tp2-sp"]
+    expected = run_distributed(1, _train, tiny, Layout(), 4, None, None)[0]
+    assert expected[3] < expected[0] - 1
+    assert run_distributed(world_size, _train_bf16, tiny, sizes)[-1] == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.pruning.plan import make_plan
 from minitron_nemo.pruning.prune import prune
-from tests.families import FAMILIES, write_tiny
+from tests.families import FAMILIES, MIXTURES, write_tiny
 from tests.importance.measuring import measured
 from tests.importance.test_collect import batch
 from tests.pool import run_distributed
@@ -84,6 +84,12 @@ def test_students_of_every_family_have_the_logits_of_hugging_faces_model_sliced_
 def assert_student_is_hugging_faces_slice(family: str, target: dict[str, Any], tied: bool, tmp_path: Path) -> None:
     hugging_face = write_tiny(family, tmp_path / "hf", num_layers=6, tied=tied)
     scores = scores_of(hugging_face, tmp_path / "teacher")
+    if family in MIXTURES:
+        target = target | {"num_moe_experts": 3}
+        if "ffn_hidden_size" in target:
+            target["moe_ffn_hidden_size"] = target.pop("ffn_hidden_size")
+    if family == "qwen2_moe":
+        target["moe_shared_expert_intermediate_size"] = 48
     plan = make_plan(scores, scores.architecture, PruneConfig(**target))
     run_distributed(2, prune_together, tmp_path / "teacher", plan, tmp_path / "student")
     sliced = AutoModelForCausalLM.from_pretrained(

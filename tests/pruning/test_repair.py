@@ -24,7 +24,7 @@ from minitron_nemo.errors import UserError
 from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.pruning.prune import prune
 from minitron_nemo.pruning.repair import repair_plan, repair_warnings
-from tests.families import FAMILIES, fused_like, norm_name, unfused, write_tiny
+from tests.families import DENSE, fused_like, norm_name, unfused, write_tiny
 from tests.importance.measuring import dealt_out, loaded
 from tests.importance.test_collect import LAYOUTS, batch
 from tests.importance.test_second_moments import LAYERS, a_plan, assert_solves, neurons, reads
@@ -126,9 +126,7 @@ def whole(name: str, case: Repaired) -> np.ndarray:
     return full
 
 
-@pytest.mark.parametrize(
-    ("family", "ridge"), [("llama", 1e-3), ("llama", 1e-2), *((family, 1e-2) for family in FAMILIES)]
-)
+@pytest.mark.parametrize(("family", "ridge"), [("llama", 1e-3), ("llama", 1e-2), *((family, 1e-2) for family in DENSE)])
 def test_maps_are_the_least_squares_solutions_on_hugging_faces_activations(
     family: str, ridge: float, tmp_path: Path
 ) -> None:
@@ -204,7 +202,7 @@ def test_a_repaired_student_has_the_logits_of_hugging_faces_model_by_the_formula
     assert_student_is_the_formulas(request.getfixturevalue(output), tmp_path)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 def test_repaired_students_of_every_family_have_the_logits_of_hugging_faces_model_by_the_formula(
     family: str, tmp_path: Path
 ) -> None:
