@@ -72,7 +72,7 @@ def plant(directory: Path, planted: Sequence[int], num_layers: int, seed: int = 
     weights["lm_head.weight"] *= 8
     for name, tensor in weights.items():
         if name.endswith("norm.weight"):
-            tensor *= 3 * unit
+            tensor *= unit
             tensor[list(channels)] = 0.0
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             tensor[list(channels)] = 0.0
