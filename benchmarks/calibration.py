@@ -1,10 +1,13 @@
 """What calibration costs beyond the bare forward pass, in time and in memory.
 
     python benchmarks/calibration.py [--layers 12] [--hidden-size 576] [--sequence-length 1024] [--precision fp32]
+    torchrun --nproc-per-node 2 benchmarks/calibration.py --microbatches 16 [--pipeline 2]
 
 A model of SmolLM2-135M's width with random weights; both passes go through the same Megatron calls and neither
-computes logits. Passes alternate in one process without other threads; the least CPU time of each counts. Memory is the
-peak of the process's resident set (Linux), from a fresh high-water mark before each pass. Measured on a CPU only.
+computes logits. Passes alternate without other threads. Ratios are of the least CPU time of each on rank 0; wall time,
+between two barriers, is what layouts differ in: the same microbatches, dealt out to data-parallel ranks or sent through
+the stages. Memory is the peak of the process's resident set (Linux), from a fresh high-water mark before each pass.
+Measured on a CPU only.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 
 from minitron_nemo.arch import Architecture
 from minitron_nemo.importance.collect import Collector
@@ -31,9 +35,11 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(1)
     launch.join_job()
-    launch.initialize(Layout(), seed=1)
-    model = random_model(options)
-    batches = random_batches(options)
+    layout = Layout(pipeline_model_parallel_size=options.pipeline)
+    launch.initialize(layout, seed=1)
+    dp_rank, dp_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    batches = random_batches(options)[dp_rank::dp_size]
+    model = random_model(options, layout)
 
     def bare() -> None:
         shape = options.sequence_length, options.micro_batch_size
@@ -49,28 +55,42 @@ def main() -> None:
 
     passes = {"bare forward": bare, "calibration": calibration}
     seconds: dict[str, list[float]] = {name: [] for name in passes}
+    walls: dict[str, list[float]] = {name: [] for name in passes}
     peaks: dict[str, list[int]] = {name: [] for name in passes}
     for run in passes.values():
         run()
     for _ in range(options.repeat):
         for name, run in passes.items():
-            peak, taken = measured(run)
+            peak, taken, wall = measured(run)
             seconds[name].append(taken)
+            walls[name].append(wall)
             peaks[name].append(peak)
+    if launch.rank() == 0:
+        report(options, model.architecture, seconds, walls, peaks)
+    launch.shutdown()
+
+
+def report(
+    options: argparse.Namespace,
+    shape: Architecture,
+    seconds: dict[str, list[float]],
+    walls: dict[str, list[float]],
+    peaks: dict[str, list[int]],
+) -> None:
     tokens = options.microbatches * options.micro_batch_size * options.sequence_length
-    shape = model.architecture
     print(
         f"{shape.num_layers} layers, hidden {shape.hidden_size}, ffn {shape.ffn_hidden_size}, {options.precision}, "
-        f"{options.microbatches} x {options.micro_batch_size} x {options.sequence_length} tokens"
+        f"{options.microbatches} x {options.micro_batch_size} x {options.sequence_length} tokens, "
+        f"{launch.world_size()} processes, pp={options.pipeline}"
     )
-    print(f"{'':<14}{'CPU s':>8}{'tokens/s':>10}{'peak MiB':>10}")
-    for name in passes:
-        taken, peak = min(seconds[name]), min(peaks[name])
-        print(f"{name:<14}{taken:>8.2f}{tokens / taken:>10.0f}{peak / 2**20:>10.0f}")
+    print(f"{'':<14}{'CPU s':>8}{'wall s':>8}{'tokens/s':>10}{'peak MiB':>10}")
+    for name, times in seconds.items():
+        taken, wall, peak = min(times), sorted(walls[name])[options.repeat // 2], min(peaks[name])
+        print(f"{name:<14}{taken:>8.2f}{wall:>8.2f}{tokens / wall:>10.0f}{peak / 2**20:>10.0f}")
     time_ratio = min(seconds["calibration"]) / min(seconds["bare forward"])
     memory_ratio = min(peaks["calibration"]) / min(peaks["bare forward"])
-    print(f"{'ratio':<14}{time_ratio:>8.3f}{'':>10}{memory_ratio:>10.3f}")
-    print(f"{'target':<14}{TIME_TARGET:>8.3f}{'':>10}{MEMORY_TARGET:>10.3f}")
+    print(f"{'ratio':<14}{time_ratio:>8.3f}{'':>18}{memory_ratio:>10.3f}")
+    print(f"{'target':<14}{TIME_TARGET:>8.3f}{'':>18}{MEMORY_TARGET:>10.3f}")
 
 
 def parse() -> argparse.Namespace:
@@ -82,11 +102,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--micro-batch-size", type=int, default=1)
     parser.add_argument("--microbatches", type=int, default=2)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--pipeline", type=int, default=1, help="stages; what processes are left are data-parallel")
     parser.add_argument("--repeat", type=int, default=5)
     return parser.parse_args()
 
 
-def random_model(options: argparse.Namespace) -> Model:
+def random_model(options: argparse.Namespace, layout: Layout) -> Model:
     shape = Architecture(
         num_layers=options.layers,
         hidden_size=options.hidden_size,
@@ -99,12 +120,12 @@ def random_model(options: argparse.Namespace) -> Model:
         share_embeddings_and_output_weights=True,
     )
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-    model = build_model(shape, Layout(), dtype=dtype)
+    model = build_model(shape, layout, dtype=dtype)
     with torch.no_grad():
         for parameter in model.chunks[0].parameters():
             parameter.normal_(std=0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
-    assert model.output_layer is not None
-    model.output_layer.mode = "hidden"
+    if model.output_layer is not None:
+        model.output_layer.mode = "hidden"
     return model
 
 
@@ -120,14 +141,17 @@ def random_batches(options: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-def measured(run: Callable[[], None]) -> tuple[int, float]:
-    """Peak resident bytes of the process and CPU seconds during `run`."""
+def measured(run: Callable[[], None]) -> tuple[int, float, float]:
+    """Peak resident bytes of the process, its CPU seconds and wall seconds of all processes during `run`."""
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    start = time.process_time()
+    launch.barrier()
+    wall, cpu = time.perf_counter(), time.process_time()
     run()
-    taken = time.process_time() - start
+    cpu = time.process_time() - cpu
+    launch.barrier()
+    wall = time.perf_counter() - wall
     status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024, taken
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024, cpu, wall
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """`minitron`: the command line. No logic beyond reading arguments and turning outcomes into exit codes.
 
-Exit codes: 0 done; 2 the input is wrong; 75 stopped early with state saved; 1 anything else.
+Exit codes: 0 done; 2 the input is wrong; 75 stopped early with state saved; 1 anything else, and what `verify` finds.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from types import FrameType
 from minitron_nemo.config import Recipe, load_recipe
 from minitron_nemo.errors import SaidByRankZero, UserError
 
+EXIT_DIFFERS = 1
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
 LOCAL = "MINITRON_LOCAL"  # set in the processes that cluster.launcher=local starts
@@ -88,6 +89,17 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=("bfloat16", "float16", "float32"), help="data type to write; default: as stored"
     )
     convert.set_defaults(function=_convert)
+    verify = verbs.add_parser("verify", help="read a checkpoint again: is it what it was made?", description=VERIFY)
+    verify.add_argument(
+        "source", metavar="DIR | SRC | RECIPE", help="what to verify; what DST was made of; or a recipe"
+    )
+    verify.add_argument("rest", nargs="*", metavar="DST | key=value", help="what to verify; overrides after a recipe")
+    verify.add_argument("--plan", type=Path, help="plan.json that made DST of SRC; default: the one in DST, if any")
+    verify.set_defaults(function=_verify)
+    merge = verbs.add_parser("merge-scores", help="add passes of calibration up", description=MERGE)
+    merge.add_argument("passes", type=Path, nargs="+", metavar="SCORES", help="scores.npz of a pass")
+    merge.add_argument("--out", type=Path, required=True, help="file to write; prune.scores of a recipe takes it")
+    merge.set_defaults(function=_merge_scores)
     inspect = verbs.add_parser(
         "inspect", help="what a checkpoint is: family, shape, parameters, format, layout, tensors"
     )
@@ -100,6 +112,14 @@ def _parser() -> argparse.ArgumentParser:
 CONVERT = """Convert SRC DST --to FORMAT: one read and one write, slice by slice, in bounded memory. Reads Hugging Face
 safetensors, Megatron torch_dist, NeMo 2, Megatron-Bridge, legacy Megatron-LM and GGUF; writes Hugging Face (hf),
 Megatron torch_dist (megatron), NeMo 2 (nemo) and Megatron-Bridge (bridge)."""
+
+VERIFY = """Read weights again, slice by slice, in bounded memory. DIR: compare with the hashes that were taken when it
+was written (fingerprints.json). SRC DST: compare, bit for bit, with what the Plan makes of SRC, or with SRC itself.
+RECIPE: the same for what its run directory has of converted teacher, pruned student and exports. Exit code 0: all is
+as it should be; 1: it is not, and a line names the first tensor and row; 2: something cannot be read."""
+
+MERGE = """Add passes of calibration up: the Scores of one pass over all their samples. The passes are of one model, in
+one precision, at one sequence length, and have no sample in common (prune.calibration.first_sample)."""
 
 
 def _recipe_verb(verbs: argparse._SubParsersAction, name: str, description: str) -> argparse.ArgumentParser:
@@ -159,6 +179,34 @@ def _convert(options: argparse.Namespace) -> int:
     return 0
 
 
+def _verify(options: argparse.Namespace) -> int:
+    if options.source.endswith((".yaml", ".yml")):
+        options.recipe, options.overrides, options.until = Path(options.source), options.rest, None
+        return _steps(options)
+    if len(options.rest) > 1 or (options.plan is not None and not options.rest):
+        raise UserError("verify: give DIR, SRC DST [--plan PLAN], or a recipe")
+    from minitron_nemo.arch import Plan
+    from minitron_nemo.checkpoint.verify import verify, verify_record
+
+    if not options.rest:
+        found, right = verify_record(Path(options.source)), "as its fingerprints.json says"
+    else:
+        plan = None if options.plan is None else Plan.load(options.plan)
+        found, right = verify(Path(options.source), Path(options.rest[0]), plan), f"what is made of {options.source}"
+    name = options.rest[0] if options.rest else options.source
+    print(f"[verify] {name}: every bit is {right}" if found is None else f"[verify] {name}: DIFFERS: {found.text}")
+    return 0 if found is None else EXIT_DIFFERS
+
+
+def _merge_scores(options: argparse.Namespace) -> int:
+    from minitron_nemo.importance.scores import Scores
+
+    scores = Scores.merge([Scores.load(path) for path in options.passes], list(map(str, options.passes)))
+    scores.save(options.out)
+    print(f"[merge-scores] {options.out}: {scores.sequences} sequences, {scores.tokens:,} tokens")
+    return 0
+
+
 def _steps(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     if recipe.cluster.launcher == "local" and "RANK" not in os.environ and "SLURM_PROCID" not in os.environ:
@@ -171,7 +219,12 @@ def _steps(options: argparse.Namespace) -> int:
     launch.outlive_a_full_disk()
     launch.join_job()  # before what imports Megatron-core, whose warnings it silences
     from minitron_nemo.run import Stopped, run_chain
+    from minitron_nemo.verification import verify_run
 
+    if options.verb == "verify":
+        right = verify_run(recipe)
+        launch.shutdown()
+        return 0 if right else EXIT_DIFFERS
     try:
         run_chain(recipe, None if options.verb == "run" else options.verb, options.until)
     except Stopped:

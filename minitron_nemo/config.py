@@ -38,6 +38,8 @@ class CalibrationConfig:
     """The forward-only pass that scores every axis at once."""
 
     samples: int = 1024  # sequences of data.sequence_length
+    first_sample: int = 0  # in the order that data.seed gives: another pass, over others, for `minitron merge-scores`
+    save_interval: int = 128  # microbatches of each data-parallel rank between saves of an unfinished pass
     micro_batch_size: int = 1
     precision: str = "fp32"  # fp32 | bf16
     # How |activation| becomes one number (2407.14679 section 2.2): over the tokens of a sequence, then over sequences.
@@ -76,6 +78,7 @@ class PruneConfig:
     ffn_score: str = "output"  # output: rms of the activation x norm of the column of linear_fc2 that reads it
     hidden_score: str = "activation"  # energy: mean square after the norms, without their gains, over all norms
     repair: RepairConfig = field(default_factory=RepairConfig)
+    scores: str | None = None  # Scores of this teacher, e.g. of another run or merged ones, instead of a pass
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
 

@@ -52,6 +52,7 @@ POSITIVE = (
     "data.sequence_length",
     "prune.calibration.samples",
     "prune.calibration.micro_batch_size",
+    "prune.calibration.save_interval",
     "prune.repair.ridge",
     "prune.repair.samples",
     "prune.repair.statistics_bytes",
@@ -169,6 +170,8 @@ def preflight(recipe: Recipe, world_size: int | None = None, distils: bool = Tru
     _check_values(recipe)
     if world_size is None:
         world_size = recipe.cluster.nodes * recipe.cluster.processes_per_node
+    if recipe.prune.scores is not None and not Path(recipe.prune.scores).is_file():
+        raise UserError(f"prune.scores: {recipe.prune.scores}: no such file; leave it out to calibrate")
     teacher = teacher_architecture(recipe)
     student = target_architecture(teacher, recipe.prune)
     layout = Layout.from_config(recipe.parallel)

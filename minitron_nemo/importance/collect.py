@@ -71,9 +71,9 @@ class ChunkSums:
 class Collector:
     """Measures while it is entered: attaches hooks to the layers of this rank's model chunks, and removes them.
 
-    `microbatches` are this data-parallel rank's, in the order in which Megatron's schedule runs them; of each, only
-    `token_weights` [b, s] is read. Microbatches that the schedule runs beyond them do not count. `on_microbatch` is
-    called whenever one enters the rank's first layer.
+    `microbatches` are this data-parallel rank's, in the order in which Megatron's schedule runs them, all in one run
+    unless `next_run` says otherwise; of each, only `token_weights` [b, s] is read. Microbatches that the schedule runs
+    beyond them do not count. `on_microbatch` is called whenever one enters the rank's first layer.
     """
 
     def __init__(
@@ -102,6 +102,7 @@ class Collector:
         self.device = next(chunks[0].parameters()).device
         self.reducer = Reducer(self.device)
         self.handles: list[Any] = []
+        self.currents: list[Current] = []
 
     def __enter__(self) -> Collector:
         for layers, sums, last in zip(self.chunks, self.sums, self.final_norms, strict=True):
@@ -111,6 +112,20 @@ class Collector:
     def __exit__(self, *_: object) -> None:
         for handle in self.handles:
             handle.remove()
+
+    def next_run(self, start: int, stop: int) -> None:
+        """The next run of the schedule is of microbatches [start, stop)."""
+        for current in self.currents:
+            current.span = start, stop
+
+    def state(self) -> list[dict[str, Tensor]]:
+        """What this rank has measured so far: the `totals` of each model chunk."""
+        return [sums.totals for sums in self.sums]
+
+    def load_state(self, state: list[dict[str, Tensor]]) -> None:
+        """Go on from what the same rank of the same job measured."""
+        for sums, totals in zip(self.sums, state, strict=True):
+            sums.totals = {name: total.to(self.device) for name, total in totals.items()}
 
     def scores(self, *, model_fingerprint: str, data_fingerprint: str, settings: Mapping[str, Any]) -> Scores:
         """Everything that all ranks measured. Collective over the whole job; every rank gets the same Scores."""
@@ -177,6 +192,7 @@ class Collector:
             squares = self._rms_norm_sums(args[0], token_norms(args[0]), current.counted)[1]
             sums.add("final_squares", squares.sum(dim=0))
 
+        self.currents.append(current)
         self.handles.append(current.handle)
         for layer in layers:
             self._attach(layer, sums, current)

@@ -28,11 +28,12 @@ class Current:
     """The tokens that count in the microbatch that is in a model chunk: set whenever one enters the first of `layers`.
 
     `microbatches` are this data-parallel rank's, in the order in which Megatron's schedule runs them; of each, only
-    `token_weights` [b, s] is read. Microbatches that the schedule runs beyond them do not count. `on_microbatch` is
-    called for each of the others.
+    `token_weights` [b, s] is read. A run of the schedule is of those in `span`, by default of all; microbatches that it
+    runs beyond them do not count. `on_microbatch` is called for each of the others.
     """
 
     counted: Counted
+    span: tuple[int, int] | None = None
 
     def __init__(
         self,
@@ -49,9 +50,10 @@ class Current:
         self.handle = self.first.register_forward_pre_hook(self._enter)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        # Megatron's schedules number the microbatches on the layers, chunk by chunk.
-        microbatch = self.first.current_microbatch
-        fills = microbatch >= len(self.microbatches)
+        # Megatron's schedules number the microbatches on the layers, chunk by chunk, from 0 in every run.
+        start, stop = self.span or (0, len(self.microbatches))
+        microbatch = start + self.first.current_microbatch
+        fills = microbatch >= stop
         weights = self.microbatches[-1 if fills else microbatch]["token_weights"]  # [b, s]
         mask = torch.zeros_like(weights) if fills else (weights != 0).float()
         local = mask

@@ -7,11 +7,12 @@ all nine combinations, and any target shape, follow from these without another f
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from minitron_nemo.errors import UserError
 
 AGGREGATIONS = ("mean", "l2", "var")
 ARRAYS = ("hidden", "ffn", "heads", "block_influence", "norm_squares", "ffn_column_norms")
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 # The norms that are measured, in their order in a layer, and the one behind the last layer.
 LAYER_NORMS = (
@@ -52,8 +53,8 @@ class Scores:
     ffn_hidden_size] is the L2 norm of the column of linear_fc2 that reads a neuron.
 
     `sequences` and `tokens` count what was measured: tokens of weight 0, and sequences without any other, are not.
-    `data_fingerprint` stands for the sequences that were read. Raises UserError for a wrong shape or a value that is
-    not finite.
+    `data_fingerprint` stands for the sequences that were read; `sample_ids` are the hashes of their tokens, each once,
+    where they are known. Raises UserError for a wrong shape or a value that is not finite.
     """
 
     architecture: Architecture
@@ -68,6 +69,7 @@ class Scores:
     model_fingerprint: str
     data_fingerprint: str
     settings: Mapping[str, Any]
+    sample_ids: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         shapes = _shapes(self.architecture)
@@ -126,6 +128,46 @@ class Scores:
             return np.sqrt(squares)
         return np.maximum(squares / self.sequences - (total / self.sequences) ** 2, 0.0)
 
+    @staticmethod
+    def merge(passes: Sequence[Scores], names: Sequence[str] = ()) -> Scores:
+        """What one pass over the samples of all `passes`, one at least, measures; `names` are theirs in errors.
+
+        Moments are sums, and means over tokens are weighted with the tokens. Raises UserError for another model,
+        other settings, samples in common, and for Scores that do not say which samples they are of.
+        """
+        names = names or [f"pass {number}" for number in range(1, len(passes) + 1)]
+        first, samples = passes[0], set[str]()
+        for scores, name in zip(passes, names, strict=True):
+            scores._check_merges(first, name, names[0])
+            if shared := samples & set(scores.sample_ids):
+                raise UserError(f"{name}: {len(shared)} of its samples are in the passes before it, too; leave it out")
+            samples |= set(scores.sample_ids)
+        tokens = [scores.tokens for scores in passes]
+        return replace(
+            first,
+            hidden=np.sum([scores.hidden for scores in passes], axis=0),
+            ffn=np.sum([scores.ffn for scores in passes], axis=0),
+            heads=np.sum([scores.heads for scores in passes], axis=0),
+            block_influence=np.average([scores.block_influence for scores in passes], axis=0, weights=tokens),
+            norm_squares=np.average([scores.norm_squares for scores in passes], axis=0, weights=tokens),
+            sequences=sum(scores.sequences for scores in passes),
+            tokens=sum(tokens),
+            data_fingerprint=data_fingerprint(samples),
+            settings={**first.settings, "samples": sum(scores.settings["samples"] for scores in passes)},
+            sample_ids=tuple(sorted(samples)),
+        )
+
+    def _check_merges(self, first: Scores, name: str, first_name: str) -> None:
+        """Raise UserError unless the two are of one model, measured in one way, and say of which samples."""
+        if not self.sample_ids:
+            raise UserError(f"{name}: does not say which samples it is of, so they might count twice; calibrate again")
+        if self.model_fingerprint != first.model_fingerprint or self.architecture != first.architecture:
+            raise UserError(f"{name}: measured on another model than {first_name}; merge passes of one model")
+        for key in sorted({*self.settings, *first.settings} - {"samples"}):
+            found, wanted = self.settings.get(key), first.settings.get(key)
+            if found != wanted:
+                raise UserError(f"{name}: {key} is {found}, that of {first_name} {wanted}; merge passes of one kind")
+
     def save(self, path: Path) -> None:
         """Write one .npz file, atomically: the arrays, and `metadata`, which is JSON."""
         metadata = {
@@ -136,6 +178,7 @@ class Scores:
             "model_fingerprint": self.model_fingerprint,
             "data_fingerprint": self.data_fingerprint,
             "settings": dict(self.settings),
+            "sample_ids": self.sample_ids,
         }
         file = io.BytesIO()
         np.savez(file, metadata=np.array(json.dumps(metadata)), **{name: getattr(self, name) for name in ARRAYS})
@@ -158,6 +201,7 @@ class Scores:
                     model_fingerprint=str(metadata["model_fingerprint"]),
                     data_fingerprint=str(metadata["data_fingerprint"]),
                     settings=dict(metadata["settings"]),
+                    sample_ids=tuple(metadata["sample_ids"]),
                     **{name: file[name].astype(np.float64) for name in ARRAYS},
                 )
         except FileNotFoundError:
@@ -167,6 +211,11 @@ class Scores:
         # numpy reports a file that is no .npz as any of these.
         except (zipfile.BadZipFile, EOFError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{path}: not a scores file ({' '.join(str(error).split())}); calibrate again") from None
+
+
+def data_fingerprint(sample_ids: Iterable[str]) -> str:
+    """Of a set of samples, whatever their order."""
+    return hashlib.sha256(" ".join(sorted(sample_ids)).encode()).hexdigest()
 
 
 def _shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:

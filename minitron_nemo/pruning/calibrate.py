@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from megatron.core import parallel_state
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import distributed
 
 from minitron_nemo.arch import Architecture
 from minitron_nemo.checkpoint.fingerprint import fingerprint
@@ -20,37 +21,73 @@ from minitron_nemo.data.dataset import Blend, open_train
 from minitron_nemo.data.sampler import Microbatch, Sampler, microbatches
 from minitron_nemo.errors import UserError
 from minitron_nemo.importance.collect import Collector
-from minitron_nemo.importance.scores import Scores
+from minitron_nemo.importance.scores import Scores, data_fingerprint
 from minitron_nemo.models.build import Model, build_model
 from minitron_nemo.models.checkpoint import load_model
 from minitron_nemo.models.forward import forward_only
 from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
+from minitron_nemo.pruning.calibration_state import CalibrationState
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def calibrate(teacher: Path, prepared: Path, recipe: Recipe, layout: Layout) -> Scores:
+def calibrate(teacher: Path, prepared: Path, recipe: Recipe, layout: Layout, directory: Path) -> Scores:
     """Score every axis of the model in `teacher` on `prune.calibration.samples` sequences of the training data.
 
-    The samples are the first ones in the order that `data.seed` gives, whatever the layout. Collective over the job;
-    every rank gets the same Scores. Raises UserError for what does not fit together.
+    The samples are the ones from `prune.calibration.first_sample` on in the order that `data.seed` gives, whatever the
+    layout. An interrupted pass leaves its state in `directory`, and one on the same layout goes on from there; the
+    caller removes it when the Scores are kept. Collective over the job; every rank gets the same Scores. Raises
+    UserError for what does not fit together.
     """
-    samples, precision = recipe.prune.calibration.samples, recipe.prune.calibration.precision
-    model, batches, blend = open_calibration(teacher, prepared, recipe, layout, samples)
-    return measure(
+    config = recipe.prune.calibration
+    model, batches, blend = open_calibration(
+        teacher, prepared, recipe, layout, config.samples, first_sample=config.first_sample
+    )
+    model_fingerprint = launch.from_rank_0(lambda: fingerprint(teacher))
+    sample_ids = _counted_ids(batches)
+    content = data_fingerprint(sample_ids)
+    settings = {
+        "samples": config.samples,
+        "precision": config.precision,
+        "sequence_length": blend.sequence_length,
+    }
+    identity = {
+        "model": model_fingerprint,
+        "data": content,
+        "order": [recipe.data.seed, config.first_sample],
+        "settings": settings,
+        "micro_batch_size": config.micro_batch_size,
+        "layout": asdict(layout),
+    }
+    scores = measure(
         model,
         batches,
-        model_fingerprint=launch.from_rank_0(lambda: fingerprint(teacher)),
-        data_fingerprint=hashlib.sha256(f"{blend.fingerprint} {recipe.data.seed} {samples}".encode()).hexdigest(),
-        settings={"samples": samples, "precision": precision, "sequence_length": blend.sequence_length},
+        model_fingerprint=model_fingerprint,
+        data_fingerprint=content,
+        settings=settings,
+        state=CalibrationState(directory, config.save_interval, identity),
     )
+    return replace(scores, sample_ids=sample_ids)
+
+
+def _counted_ids(batches: Sequence[Microbatch]) -> tuple[str, ...]:
+    """The ids of all ranks' samples that have a token of weight other than 0, each once, in order. Collective."""
+    mine = {
+        sample_id
+        for batch in batches
+        for sample_id, weights in zip(batch["sample_ids"], batch["token_weights"], strict=True)
+        if bool((weights != 0).any())
+    }
+    everyones: list[Any] = [None] * launch.world_size()
+    distributed.all_gather_object(everyones, mine)
+    return tuple(sorted(set.union(*everyones)))
 
 
 def open_calibration(
-    teacher: Path, prepared: Path, recipe: Recipe, layout: Layout, samples: int
+    teacher: Path, prepared: Path, recipe: Recipe, layout: Layout, samples: int, first_sample: int = 0
 ) -> tuple[Model, list[Microbatch], Blend]:
-    """The loaded teacher, and this data-parallel rank's microbatches of the first `samples` sequences. Collective.
+    """The loaded teacher, and this data-parallel rank's microbatches of `samples` sequences. Collective.
 
     Ranks have equally many full microbatches; copies of the last sample fill them up, with weights of 0.
     """
@@ -64,7 +101,7 @@ def open_calibration(
     model = build_model(Architecture.load(teacher), layout, dtype=DTYPES[config.precision])
     load_model(model, teacher)
     blend = open_train(recipe.data, prepared)
-    indices = Sampler(blend, recipe.data.seed).global_batch(0, samples)
+    indices = Sampler(blend, recipe.data.seed).global_batch(first_sample, samples)
     dp_rank, dp_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     together = config.micro_batch_size * dp_size
     filled = [*indices, *indices[-1:] * (-len(indices) % together)]
@@ -82,10 +119,12 @@ def measure(
     model_fingerprint: str,
     data_fingerprint: str,
     settings: Mapping[str, Any],
+    state: CalibrationState | None = None,
 ) -> Scores:
     """Score every axis of a loaded model on this data-parallel rank's microbatches, all of one shape [b, s].
 
-    Sequences without any token of weight other than 0 are not counted. Collective; every rank gets the same Scores.
+    Sequences without any token of weight other than 0 are not counted. With `state` the pass is one run of the schedule
+    after another, goes on from what is saved, and saves between them. Collective; every rank gets the same Scores.
     """
     micro_batch_size, sequence_length = batches[0]["tokens"].shape
     with progress("calibrate", len(batches)) as advance, without_logits(model):
@@ -97,7 +136,17 @@ def measure(
             on_microbatch=advance,
         )
         with collector:
-            forward_only(model, batches, len(batches), sequence_length, micro_batch_size, lambda output, batch: None)
+            done = 0 if state is None else state.resume(collector)
+            for _ in range(done):
+                advance()
+            while done < len(batches):
+                stop = len(batches) if state is None else min(done + state.interval, len(batches))
+                collector.next_run(done, stop)
+                run = batches[done:stop]
+                forward_only(model, run, len(run), sequence_length, micro_batch_size, lambda output, batch: None)
+                done = stop
+                if state is not None and done < len(batches):
+                    state.save(collector, done)
     return collector.scores(model_fingerprint=model_fingerprint, data_fingerprint=data_fingerprint, settings=settings)
 
 

@@ -30,7 +30,7 @@ def write_recipe(directory: Path, **sections: dict) -> Path:
         "prune": {
             "ffn_hidden_size": 64,
             "num_layers": 2,
-            "calibration": {"samples": 8},
+            "calibration": {"samples": 8, "save_interval": 3},
             "repair": {"samples": 16},
         },
         "teacher": {"correction": {"steps": 4, "lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 1}},

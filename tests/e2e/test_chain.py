@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -63,6 +64,38 @@ def test_the_export_loads_in_transformers_and_generates(finished: Path) -> None:
     assert model.dtype == torch.bfloat16
 
 
+def test_verify_finds_every_bit_of_the_run_right_and_a_wrong_one(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished / "run", run)  # with the times that the fingerprints are taken at
+    arguments = ("verify", str(finished / "tiny.yaml"), f"run_dir={run}")
+    command = Command(tmp_path / "log1", *arguments)
+    assert command.wait() == 0, command.output
+    lines = [line for line in command.output.splitlines() if line.startswith("[verify] ")]
+    assert [line.split(": every bit is what is made of ") for line in lines] == [
+        [f"[verify] {run / 'teacher'}", str(finished / "model")],
+        [f"[verify] {run / 'pruned'}", str(run / "corrected")],
+        [f"[verify] {run / 'export' / 'hf'}", str(run / "distilled")],
+    ]
+    file = run / "export" / "hf" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    command = Command(tmp_path / "log2", *arguments)
+    assert command.wait() == 1, command.output
+    assert f"{run / 'export' / 'hf'}: DIFFERS: decoder.final_layernorm.weight: row 63 holds" in command.output
+
+
+def test_scores_of_another_run_serve_other_targets(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished / "run", run, ignore=shutil.ignore_patterns("scores.npz", "manifest.json"))
+    scores = finished / "run" / "scores.npz"
+    recipe = (str(finished / "tiny.yaml"), f"run_dir={run}", f"prune.scores={scores}")
+    command = Command(tmp_path / "log1", "calibrate", *recipe)
+    assert command.wait() == 0, command.output
+    assert (run / "scores.npz").read_bytes() == scores.read_bytes()
+    command = Command(tmp_path / "log2", "calibrate", *recipe, "teacher.correction.steps=0")
+    assert command.wait() == 2
+    assert f"prune.scores: {scores} is of another model than {run / 'teacher'}" in command.output
+
+
 def test_a_rerun_does_nothing(finished: Path) -> None:
     run = finished / "run"
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != "status.json"}
@@ -95,7 +128,7 @@ def test_a_run_killed_in_every_step_ends_with_the_same_weights(finished: Path, t
     assert last.wait() == 0, last.output
     for model in ("teacher", "corrected", "pruned", "distilled"):
         assert fingerprint(run / model) == fingerprint(finished / "run" / model), model
-    assert not list(run.rglob("*.partial"))
+    assert not list(run.rglob("*.partial")) and not (run / "calibration").exists()
 
 
 def test_sigterm_saves_stops_with_75_and_a_rerun_ends_with_the_same_weights(finished: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from minitron_nemo.arch import Axis
 from minitron_nemo.errors import UserError
-from minitron_nemo.importance.scores import ARRAYS, Scores
+from minitron_nemo.importance.scores import ARRAYS, Scores, data_fingerprint
 from tests.importance.synthetic import architecture, random_values, scores_from
 
 BATCH = {
@@ -86,7 +86,7 @@ def test_anything_else_is_refused_in_one_line_that_names_the_file(tmp_path: Path
             "empty": b"",
             "text": b"scores: none\n",
             "truncated": whole[: len(whole) // 2],
-            "schema": _rewritten(path, schema_version=1),
+            "schema": _rewritten(path, schema_version=2),
             "shape": _rewritten(path, architecture=replace(scores.architecture, num_layers=5).to_dict()),
             "not finite": whole.replace(scores.ffn[0, 0, 0].tobytes(), np.full(12, np.nan).tobytes()),
         }[damage]
@@ -126,3 +126,46 @@ def test_constants_and_outputs_follow_from_the_stored_mean_squares() -> None:
     np.testing.assert_allclose(scores.hidden_energy(), values["squares"][:12].sum(axis=0), rtol=1e-12)
     squares = (values["ffn"][:, 1] ** 2).sum(axis=0) / scores.tokens
     np.testing.assert_allclose(scores.ffn_outputs(), np.sqrt(squares) * values["columns"], rtol=1e-12)
+
+
+def passes() -> tuple[Scores, Scores, Scores]:
+    """Two passes, and one over the samples of both."""
+    shape = architecture()
+    first, second = random_values(shape, seed=1, sequences=4), random_values(shape, seed=2, sequences=3)
+    both = {name: np.concatenate([first[name], second[name]]) for name in ("hidden", "ffn", "heads")}
+    both |= {name: (4 * first[name] + 3 * second[name]) / 7 for name in ("layers", "squares")}
+    made = []
+    for values, ids in ((first, "abcd"), (second, "efg"), ({**both, "columns": first["columns"]}, "abcdefg")):
+        scores = scores_from({**values, "columns": first["columns"]}, shape, sequences=len(ids))
+        settings = {"precision": "fp32", "sequence_length": 5, "samples": len(ids)}
+        fingerprint = data_fingerprint(ids)
+        made.append(replace(scores, sample_ids=tuple(ids), settings=settings, data_fingerprint=fingerprint))
+    return made[0], made[1], made[2]
+
+
+def test_merged_passes_give_what_one_pass_over_all_sequences_does() -> None:
+    first, second, both = passes()
+    for order in ((first, second), (second, first)):
+        merged = Scores.merge(order)
+        for array in ARRAYS:
+            np.testing.assert_allclose(getattr(merged, array), getattr(both, array), rtol=1e-12, err_msg=array)
+        for name in ("sequences", "tokens", "model_fingerprint", "data_fingerprint", "settings", "sample_ids"):
+            assert getattr(merged, name) == getattr(both, name), name
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model_fingerprint": "n" * 64}, "b.npz: measured on another model than a.npz"),
+        ({"settings": {"precision": "bf16", "sequence_length": 5, "samples": 3}}, "b.npz: precision is bf16, that of"),
+        ({"settings": {"precision": "fp32", "sequence_length": 6, "samples": 3}}, "b.npz: sequence_length is 6"),
+        ({"settings": {"precision": "fp32", "samples": 3}}, "b.npz: sequence_length is None"),
+        ({"sample_ids": ("e", "f", "d")}, "b.npz: 1 of its samples are in the passes before it"),
+        ({"sample_ids": ()}, "b.npz: does not say which samples it is of"),
+    ],
+)
+def test_what_is_not_of_one_kind_is_not_merged(change: dict, says: str) -> None:
+    first, second, _ = passes()
+    with pytest.raises(UserError, match=says) as error:
+        Scores.merge([first, replace(second, **change)], ["a.npz", "b.npz"])
+    assert "\n" not in str(error.value)

@@ -7,6 +7,7 @@ import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -15,14 +16,20 @@ import torch
 from minitron_nemo.arch import Axis
 from minitron_nemo.checkpoint.fingerprint import fingerprint
 from minitron_nemo.checkpoint.transform import convert
+from minitron_nemo.cli import main
 from minitron_nemo.config import CalibrationConfig, DataConfig, PruneConfig, Recipe, TextSource
 from minitron_nemo.data.dataset import open_train
 from minitron_nemo.data.prepare import prepare_data
 from minitron_nemo.data.sampler import Sampler
 from minitron_nemo.errors import UserError
+from minitron_nemo.importance.scores import ARRAYS, Scores
+from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.pruning.calibrate import calibrate
+from minitron_nemo.pruning.calibration_state import CalibrationState
+from minitron_nemo.pruning.plan import make_plan
 from tests.importance.hugging_face import reference_scores
+from tests.importance.test_collect import assert_same
 from tests.pool import run_distributed
 from tests.text import write_documents
 from tests.tiny import write_tiny_llama
@@ -33,17 +40,18 @@ class Job(NamedTuple):
     teacher: Path
     prepared: Path
     recipe: Recipe
+    unfinished: Path
 
     def calibrated(self, layout: Layout, **calibration: object) -> tuple:
         config = replace(self.recipe.prune.calibration, **calibration)
         recipe = replace(self.recipe, prune=PruneConfig(calibration=config))
-        return self.teacher, self.prepared, recipe, layout
+        return self.teacher, self.prepared, recipe, layout, self.unfinished
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     directory = tmp_path_factory.mktemp("job")
-    hugging_face = write_tiny_llama(directory / "hf", num_layers=2)
+    hugging_face = write_tiny_llama(directory / "hf", num_layers=4)
     convert(hugging_face, directory / "teacher", "megatron", progress=False)
     text = write_documents(directory / "text", count=30)
     for file in text.iterdir():  # short ones: samples then have separators, which by default do not count
@@ -55,7 +63,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
         prune=PruneConfig(calibration=CalibrationConfig(samples=5)),
     )
     prepare_data(recipe.data, directory / "teacher" / "tokenizer", directory / "prepared", progress=False)
-    return Job(hugging_face, directory / "teacher", directory / "prepared", recipe)
+    return Job(hugging_face, directory / "teacher", directory / "prepared", recipe, directory / "unfinished")
 
 
 def test_the_first_samples_of_the_training_order_are_scored(job: Job) -> None:
@@ -72,6 +80,7 @@ def test_the_first_samples_of_the_training_order_are_scored(job: Job) -> None:
     assert (scores.sequences, scores.tokens) == (5, int((weights != 0).sum()))
     assert scores.model_fingerprint == fingerprint(job.teacher)
     assert scores.settings == {"samples": 5, "precision": "fp32", "sequence_length": 48}
+    assert scores.sample_ids == tuple(sorted(sample["id"] for sample in samples))
 
 
 @pytest.mark.parametrize("world_size, micro_batch_size", [(1, 2), (2, 1), (2, 2), (4, 4)])
@@ -82,7 +91,7 @@ def test_a_number_of_samples_that_does_not_divide_is_scored_exactly(
     together = run_distributed(world_size, calibrate, *job.calibrated(Layout(), micro_batch_size=micro_batch_size))[-1]
     np.testing.assert_allclose(together.hidden, alone.hidden, rtol=1e-6)
     np.testing.assert_allclose(together.ffn, alone.ffn, rtol=1e-5)
-    for name in ("sequences", "tokens", "model_fingerprint", "data_fingerprint", "settings"):
+    for name in ("sequences", "tokens", "model_fingerprint", "data_fingerprint", "settings", "sample_ids"):
         assert getattr(together, name) == getattr(alone, name)
 
 
@@ -111,3 +120,105 @@ def test_context_parallelism_is_refused_in_one_line(job: Job) -> None:
     with pytest.raises(UserError, match="parallel.context_parallel_size: 2 is not supported by calibration") as error:
         calibrate(*job.calibrated(Layout(context_parallel_size=2)))
     assert "\n" not in str(error.value)
+
+
+class Killed(Exception):
+    """Raised on every rank, where a job would be killed."""
+
+
+def interrupted(saves: int, *arguments: Any) -> list[str]:
+    """Calibrate up to the save after `saves` others, which rank 0 alone completes; returns the files that are there."""
+    save, done = CalibrationState.save, 0
+
+    def killed(self: CalibrationState, *args: Any) -> None:
+        nonlocal done
+        done += 1
+        if done <= saves:
+            return save(self, *args)
+        if launch.rank() == 0:
+            with patch.object(launch, "barrier", side_effect=Killed):  # its file is written, the others' are not
+                save(self, *args)
+        raise Killed
+
+    with patch.object(CalibrationState, "save", killed), contextlib.suppress(Killed):
+        calibrate(*arguments)
+    launch.barrier()
+    return sorted(file.name for file in arguments[-1].iterdir())
+
+
+def resumed(*arguments: Any) -> tuple[Scores, list[str]]:
+    """Scores, and what is printed."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        scores = calibrate(*arguments)
+    return scores, output.getvalue().splitlines()
+
+
+STAGES = Layout(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+SHARDS = Layout(tensor_model_parallel_size=2, sequence_parallel=True)
+
+
+@pytest.mark.parametrize(("world_size", "layout"), [(1, Layout()), (2, STAGES), (4, SHARDS)], ids=str)
+def test_an_interrupted_pass_goes_on_and_ends_with_the_same_bits(
+    job: Job, tmp_path: Path, world_size: int, layout: Layout
+) -> None:
+    job = job._replace(unfinished=tmp_path / "unfinished")
+    whole = run_distributed(world_size, calibrate, *job.calibrated(layout, samples=14))[0]
+    assert not job.unfinished.exists()
+    arguments = job.calibrated(layout, samples=14, save_interval=2)
+    left = run_distributed(world_size, interrupted, 2, *arguments)[0]
+    assert left == sorted([f"00000004-rank_{rank}.pt" for rank in range(world_size)] + ["00000006-rank_0.pt"])
+    by_rank = run_distributed(world_size, resumed, *arguments)
+    scores, lines = by_rank[0]
+    # Where only one process works, its sixth microbatch is known to all of them.
+    done = 6 if world_size == 1 else 4
+    assert lines[0] == f"[calibrate] goes on after {done} microbatches of each rank"
+    assert all(not said for _, said in by_rank[1:])
+    for array in ARRAYS:
+        np.testing.assert_array_equal(getattr(scores, array), getattr(whole, array), err_msg=array)
+    assert (scores.sequences, scores.tokens, scores.sample_ids) == (whole.sequences, whole.tokens, whole.sample_ids)
+
+
+def test_a_pass_of_another_layout_or_setting_starts_again_and_says_so(job: Job, tmp_path: Path) -> None:
+    job = job._replace(unfinished=tmp_path / "unfinished")
+    run_distributed(2, interrupted, 1, *job.calibrated(STAGES, samples=8, save_interval=2))
+    for layout, other in ((SHARDS, {"samples": 8}), (STAGES, {"samples": 7}), (STAGES, {"first_sample": 1})):
+        arguments = job.calibrated(layout, save_interval=50, **other)
+        scores, lines = run_distributed(2, resumed, *arguments)[0]
+        assert lines[0] == f"[calibrate] {job.unfinished} is of another model, data, setting or layout: starts again"
+        fresh = job._replace(unfinished=tmp_path / "none").calibrated(layout, **other)
+        whole = run_distributed(2, calibrate, *fresh)[0]
+        for array in ARRAYS:
+            np.testing.assert_array_equal(getattr(scores, array), getattr(whole, array), err_msg=array)
+
+
+def test_a_damaged_state_is_named(job: Job, tmp_path: Path) -> None:
+    job = job._replace(unfinished=tmp_path / "unfinished")
+    arguments = job.calibrated(Layout(), samples=8, save_interval=2)
+    (name, *_) = run_distributed(1, interrupted, 1, *arguments)[0]
+    file = job.unfinished / name
+    file.write_bytes(file.read_bytes()[:-700])
+    with pytest.raises(UserError, match=f"{name}: cannot be loaded .*; remove .*unfinished and calibrate again"):
+        run_distributed(1, calibrate, *arguments)
+
+
+def test_merged_passes_are_one_pass_over_all_samples(job: Job, tmp_path: Path) -> None:
+    whole = run_distributed(1, calibrate, *job.calibrated(Layout(), samples=9))[0]
+    first = run_distributed(1, calibrate, *job.calibrated(Layout(), samples=4))[0]
+    second = run_distributed(1, calibrate, *job.calibrated(Layout(), samples=5, first_sample=4))[0]
+    assert not set(first.sample_ids) & set(second.sample_ids)
+    for scores, name in ((first, "first"), (second, "second")):
+        scores.save(tmp_path / f"{name}.npz")
+    files = [str(tmp_path / f"{name}.npz") for name in ("first", "second", "merged")]
+    assert main(["merge-scores", *files[:2], "--out", files[2]]) == 0
+    merged = Scores.load(tmp_path / "merged.npz")
+    assert_same(merged, whole, 1e-6)
+    for name in ("model_fingerprint", "data_fingerprint", "settings", "sample_ids"):
+        assert getattr(merged, name) == getattr(whole, name), name
+    config = PruneConfig(hidden_size=48, ffn_hidden_size=64, num_attention_heads=4, num_layers=3)
+    plans = [make_plan(scores, scores.architecture, config) for scores in (merged, whole)]
+    assert replace(plans[0], gaps={}) == replace(plans[1], gaps={})
+    elsewhere = run_distributed(2, calibrate, *job.calibrated(SHARDS, samples=5, first_sample=4))[0]
+    assert_same(Scores.merge([elsewhere, first]), whole, 1e-5)  # what layouts agree to
+    assert main(["merge-scores", files[0], files[2], "--out", str(tmp_path / "twice.npz")]) == 2
+    assert not (tmp_path / "twice.npz").exists()

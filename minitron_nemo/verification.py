@@ -1,0 +1,60 @@
+"""`minitron verify RECIPE`: is each checkpoint of a run that the transform wrote what it says? Nothing is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import distributed
+
+from minitron_nemo.arch import Plan
+from minitron_nemo.checkpoint.verify import Difference, verify
+from minitron_nemo.config import Recipe
+from minitron_nemo.errors import UserError
+from minitron_nemo.parallel import launch
+from minitron_nemo.preflight import preflight
+from minitron_nemo.run import Chain
+
+
+class Claim(NamedTuple):
+    """`written` is what `plan` makes of `source`; None: everything is kept."""
+
+    source: Path
+    written: Path
+    plan: Plan | None
+
+
+def verify_run(recipe: Recipe) -> bool:
+    """Compare, in the processes of the job, what is there of the converted teacher, the pruned student and the exports.
+
+    The student is compared with the Plan that the recipe makes of the Scores now, not with the one in its directory.
+    Rank 0 prints a line for each. True when every bit is right. Raises UserError for what cannot be read, and where
+    there is nothing yet.
+    """
+    chain = Chain(launch.from_rank_0(lambda: preflight(recipe, launch.world_size(), False)))
+    claims = [claim for claim in _claims(chain) if claim.written.exists()]
+    if not claims:
+        raise UserError(f"{chain.run_dir}: nothing has been converted or pruned yet; run the chain first")
+    held = [_holds(claim) for claim in claims]  # all of them are said
+    return all(held)
+
+
+def _claims(chain: Chain) -> Iterator[Claim]:
+    yield Claim(launch.from_rank_0(chain.source_path), chain.converted, None)
+    if chain.pruned.exists():
+        yield Claim(chain.teacher, chain.pruned, chain.planned())
+    for to in chain.recipe.export.formats:
+        yield Claim(chain.distilled, chain.run_dir / "export" / to, None)
+
+
+def _holds(claim: Claim) -> bool:
+    mine = verify(claim.source, claim.written, claim.plan, rank=launch.rank(), world_size=launch.world_size())
+    everyones: list[Any] = [None] * launch.world_size()
+    distributed.all_gather_object(everyones, mine)
+    found: list[Difference] = [difference for difference in everyones if difference is not None]
+    if launch.rank() == 0:
+        says = f"DIFFERS: {min(found).text}" if found else f"every bit is what is made of {claim.source}"
+        print(f"[verify] {claim.written}: {says}", flush=True)
+    launch.barrier()  # nobody ends before it is said
+    return not found
