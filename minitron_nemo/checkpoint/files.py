@@ -7,7 +7,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 AT_FDCWD = -100
@@ -41,6 +41,16 @@ def fsync(path: Path) -> None:
 def partial_path(path: Path) -> Path:
     """Where the next content of directory `path` is written: beside it, so that a rename brings it in place."""
     return path.with_name(path.name + ".partial")
+
+
+def disk_bytes(directory: Path) -> int:
+    """What the files below a directory take on the disk; nothing if it is not there."""
+    total = 0
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            with suppress(FileNotFoundError):  # another process of the job may be removing them
+                total += os.stat(os.path.join(parent, name)).st_blocks * 512
+    return total
 
 
 def make_partial(path: Path) -> Path:

@@ -13,7 +13,7 @@ import torch
 from minitron_nemo.arch import Architecture
 from minitron_nemo.arch.tensors import NamedTensor, tensors
 from minitron_nemo.checkpoint.blocks import Chunk
-from minitron_nemo.checkpoint.files import partial_path
+from minitron_nemo.checkpoint.files import disk_bytes, partial_path
 from minitron_nemo.checkpoint.iterations import iteration_name
 from minitron_nemo.checkpoint.nemo_context import FILE_NAME as IO_FILE
 from minitron_nemo.checkpoint.safe_pickle import METADATA_FILE
@@ -97,7 +97,6 @@ def _check_room(path: Path, needed: int) -> None:
     while not parent.exists():
         parent = parent.parent
     # What an interrupted attempt has written is gone on with, or goes.
-    left = sum(file.stat().st_blocks * 512 for file in partial_path(path).rglob("*"))
-    free = shutil.disk_usage(parent).free + left
+    free = shutil.disk_usage(parent).free + disk_bytes(partial_path(path))
     if free < needed:
         raise UserError(f"{path}: {needed / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free on its disk; make room")
