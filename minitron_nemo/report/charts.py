@@ -36,7 +36,7 @@ _CONFIG: dict[str, Any] = {
         "domainColor": "var(--axis)",
         "tickColor": "var(--axis)",
         "tickCount": 5,
-        "labelOverlap": True,
+        "labelFlush": False,  # which moves the outermost labels over their neighbours
     },
     "legend": {**_TEXT, "orient": "top", "title": None, "columns": 2, "labelLimit": 150, "symbolSize": 50, "offset": 8},
     "rule": {"color": "var(--text)", "aria": False},

@@ -268,9 +268,9 @@ def _row_axis(rows: int) -> Row:
 
 def _every(entries: int, labels: int = 16) -> Row:
     """An axis of numbered entries, at most so many of which have a label."""
-    axis = {"values": list(range(0, entries, -(-entries // labels))), "ticks": False, "domain": False}
-    upright = {"labelAngle": 0, "labelOverlap": False}
-    return {"type": "ordinal", "scale": {"domain": list(range(entries))}, "axis": {**axis, **upright}}
+    numbers = list(range(0, entries, -(-entries // labels)))
+    axis = {"values": numbers, "tickCount": entries, "ticks": False, "domain": False, "labelAngle": 0}
+    return {"type": "ordinal", "scale": {"domain": list(range(entries))}, "axis": axis}
 
 
 def _up(title: str) -> Row:
