@@ -72,6 +72,8 @@ class PruneConfig:
     num_layers: int | None = None
     drop_layers: list[int] | None = None  # 0-indexed; instead of num_layers
     depth_method: str = "block_influence"  # block_influence | contiguous (the block with the smallest summed influence)
+    hidden_method: str = "select"  # select (channels of the teacher) | rotate (principal components; RMSNorm, untied)
+    untie: bool = False  # a tied output gets a weight of its own, vocab_size x hidden_size parameters more
     # What ranks the entries: activation (as prune.calibration aggregates it), or
     ffn_score: str = "output"  # output: rms of the activation x norm of the column of linear_fc2 that reads it
     hidden_score: str = "activation"  # energy: mean square after the norms, without their gains, over all norms

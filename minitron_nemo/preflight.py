@@ -40,6 +40,7 @@ CHOICES = {
     "prune.calibration.sequence_aggregation": ("mean", "l2", "var"),
     "prune.calibration.batch_aggregation": ("mean", "l2", "var"),
     "prune.ffn_score": ("activation", "output"),
+    "prune.hidden_method": ("select", "rotate"),
     "prune.hidden_score": ("activation", "energy"),
     "prune.depth_method": ("block_influence", "contiguous"),
     "teacher.placement": ("colocated", "separate", "cached"),

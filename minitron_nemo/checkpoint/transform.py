@@ -65,7 +65,7 @@ def convert(
     _check_plan(opened, plan)
     if dtype is None and opened.format == "gguf":
         dtype = torch.bfloat16
-    dtypes = {tensor.name: dtype or opened.dtype(_source_name(plan, tensor)) for tensor in tensors(plan.target)}
+    dtypes = {tensor.name: dtype or opened.dtype(plan.source_name(tensor)) for tensor in tensors(plan.target)}
     sink = open_sink(destination, to, plan.target, dtypes)
     transform(opened, plan, sink, rank=rank, world_size=world_size, barrier=barrier, progress=progress)
 
@@ -158,7 +158,6 @@ class Slicer:
         rows, *others = self._selections(chunk.tensor)
         columns = others[0] if others else None
         if name in plan.matrices:
-            assert columns is not None, f"{name} has a matrix, but its columns are not cut"
             block = self.maps.columns(name, self._block(chunk, rows, None), columns)
         else:
             block = self._block(chunk, rows, columns)
@@ -173,9 +172,11 @@ class Slicer:
         return [dim.select(self.plan.source, kept) for dim in tensor.spec.dims]
 
     def _block(self, chunk: Chunk, rows: Indices | None, columns: Indices | None) -> torch.Tensor:
-        """The chunk's rows of the plain cut; those with a partner twice less the partner, the whole in fp32 then."""
+        """The chunk's rows of the plain cut; in fp32 rotated ones, and where some have a partner: twice less that."""
+        if self.plan.writes_rotated(chunk.tensor):
+            return self._rotated(chunk, columns)
         if rows is None:
-            name = _source_name(self.plan, chunk.tensor)
+            name = self.plan.source_name(chunk.tensor)
             return _take(self.source.read(name, chunk.start, chunk.stop), columns, 1)
         block = self._gather(chunk.tensor, rows[chunk.start : chunk.stop], columns)
         partners = self._partners(chunk.tensor).items()
@@ -188,9 +189,20 @@ class Slicer:
         block[list(pairs)] = 2 * block[list(pairs)] - subtracted
         return block
 
+    def _rotated(self, chunk: Chunk, columns: Indices | None) -> torch.Tensor:
+        """The chunk's rows of P^T W in fp32: every row of W has a part in them, a window at a time."""
+        name, width = self.plan.source_name(chunk.tensor), chunk.tensor.spec.shape(self.plan.source)[1]
+        result = torch.zeros(chunk.stop - chunk.start, width if columns is None else len(columns))
+        size = self.plan.source.hidden_size
+        window = max(1, BLOCK_BYTES // (width * self.source.dtype(name).itemsize))
+        for first in range(0, size, window):
+            part = _take(self.source.read(name, first, min(first + window, size)), columns, 1)
+            self.maps.add_rotated(result, part, first, slice(chunk.start, chunk.stop))
+        return result
+
     def _gather(self, tensor: NamedTensor, wanted: Indices, columns: Indices | None) -> torch.Tensor:
         """The `wanted` rows (ascending) of a tensor of the source, their `columns` alone where given."""
-        name, width = _source_name(self.plan, tensor), tensor.spec.shape(self.plan.source)[1:]
+        name, width = self.plan.source_name(tensor), tensor.spec.shape(self.plan.source)[1:]
         dtype = self.source.dtype(name)
         window = max(1, BLOCK_BYTES // (prod(width) * dtype.itemsize))
         block = torch.empty((len(wanted), *(width if columns is None else (len(columns),))), dtype=dtype)
@@ -240,16 +252,13 @@ def _take(block: torch.Tensor, indices: Indices | None, dim: int, out: torch.Ten
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _source_name(plan: Plan, tensor: NamedTensor) -> str:
-    """Name in the source of a tensor of the result, whose layers are numbered anew."""
-    return tensor.name if tensor.layer is None else tensor.spec.name.format(layer=plan.kept_layers[tensor.layer])
-
-
 def _check_plan(source: Source, plan: Plan) -> None:
     for field in fields(Architecture):
         planned, found = getattr(plan.source, field.name), getattr(source.architecture, field.name)
         if planned != found:
             raise UserError(f"{source.path}: the plan is for another model: {field.name} is {found}, planned {planned}")
+    if plan.rotated and not plan.matrices:
+        raise UserError(f"{source.path}: the plan is to rotate hidden channels and has no matrices yet; repair first")
 
 
 def _shown(blocks: Sequence[Chunk], sink: Sink, show: bool) -> Iterator[Chunk]:

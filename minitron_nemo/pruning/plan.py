@@ -56,7 +56,33 @@ def target_architecture(source: Architecture, config: PruneConfig) -> Architectu
         raise UserError(
             f"prune.hidden_score: energy is of RMSNorm, {source.family} has {normalization}; use activation"
         )
-    return source.resized(sizes)
+    target = source.resized(sizes)
+    if config.untie:
+        target = replace(target, share_embeddings_and_output_weights=False)
+    if _rotates(target, source, config):
+        _check_rotation(target, config)
+    return target
+
+
+def _rotates(target: Architecture, source: Architecture, config: PruneConfig) -> bool:
+    return config.hidden_method == "rotate" and target.hidden_size < source.hidden_size
+
+
+def _check_rotation(target: Architecture, config: PruneConfig) -> None:
+    if not family(target.family).rescales_norms:
+        raise UserError(
+            f"prune.hidden_method: rotate needs RMSNorm with gains stored as they are, which {target.family} has not; "
+            f"use select"
+        )
+    if target.share_embeddings_and_output_weights:
+        raise UserError(
+            f"prune.hidden_method: rotate needs an output weight of its own, and the source's is its embedding; set "
+            f"prune.untie to true, at {target.vocab_size * target.hidden_size:,} parameters, or use select"
+        )
+    if config.repair.hidden is False:
+        raise UserError(
+            "prune.repair.hidden: false is not for hidden_method rotate, where every reader is fitted; leave it out"
+        )
 
 
 def repairs_of(source: Architecture, config: RepairConfig) -> RepairConfig:
@@ -84,6 +110,8 @@ def make_plan(scores: Scores, source: Architecture, config: PruneConfig) -> Plan
     dropped) / worst kept, the smallest of the groups' for heads, and for `contiguous` the same of the dropped block's
     summed influence and the runner-up's.
 
+    Where hidden channels are rotated, the Plan has no matrices yet: `minitron repair` makes them.
+
     Raises UserError for Scores of another architecture and for what `target_architecture` and `repairs_of` refuse.
     """
     if scores.architecture != source:
@@ -99,7 +127,8 @@ def make_plan(scores: Scores, source: Architecture, config: PruneConfig) -> Plan
 
     norm_scales: dict[str, float] = {}
     kept_hidden: tuple[int, ...] | None = None
-    if target.hidden_size < source.hidden_size:
+    rotated = _rotates(target, source, config)
+    if target.hidden_size < source.hidden_size and not rotated:
         channels = scores.hidden_energy() if config.hidden_score == "energy" else score(Axis.HIDDEN)
         kept_hidden, gaps[Axis.HIDDEN.value] = _best(channels, target.hidden_size)
         if repairs.norm_scale:
@@ -118,6 +147,7 @@ def make_plan(scores: Scores, source: Architecture, config: PruneConfig) -> Plan
         target=target,
         kept_layers=kept_layers,
         kept_hidden=kept_hidden,
+        rotated=rotated,
         kept_ffn=tuple(kept_ffn) or None,
         **heads,
         norm_scales=norm_scales,
@@ -259,6 +289,7 @@ def _provenance(scores: Scores, config: PruneConfig) -> Mapping[str, Any]:
         "sequence_aggregation": config.calibration.sequence_aggregation,
         "batch_aggregation": config.calibration.batch_aggregation,
         "ffn_score": config.ffn_score,
+        "hidden_method": config.hidden_method,
         "hidden_score": config.hidden_score,
         "depth_method": "drop_layers" if config.drop_layers is not None else config.depth_method,
     }
