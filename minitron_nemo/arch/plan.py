@@ -110,6 +110,8 @@ class Plan:
             raise UserError("plan: kept_groups without kept_heads; list the heads of the groups that stay")
         if self.merged_heads is not None:
             self._check_merges(self.merged_heads)
+        if self.target.share_embeddings_and_output_weights and not self.source.share_embeddings_and_output_weights:
+            raise UserError("plan: the target's output is its embedding, but the source's has a weight of its own")
         self._check_repairs()
         if self.rotated and self.matrices:
             self._check_rotation()

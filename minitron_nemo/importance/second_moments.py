@@ -253,7 +253,7 @@ def least_squares(cross: Tensor, second: Tensor, cut: Cut, ridge: float) -> Tens
     size = second.diagonal().mean()
     if size == 0:
         return _plus_spread(torch.zeros_like(cross), cut, identity, 1.0)
-    scale = float(_shrunk(cross.t(), cut).diagonal().mean() / size)
+    scale = _overlap(cross, cut) / float(second.diagonal().sum())
     rest = _plus_spread(cross, cut, second, -scale)
     factor = torch.linalg.cholesky(second + ridge * size * identity)
     fitted = torch.cholesky_solve(rest.t(), factor).t()
@@ -265,6 +265,13 @@ def _shrunk(states: Tensor, cut: Cut) -> Tensor:
     if isinstance(cut, Tensor):
         return states @ cut.to(states)
     return states[:, torch.from_numpy(cut).to(states.device)]
+
+
+def _overlap(cross: Tensor, cut: Cut) -> float:
+    """Sum of the products of the entries of X and S, both [n, k]."""
+    if isinstance(cut, Tensor):
+        return float(cross.flatten().dot(cut.to(cross).flatten()))
+    return float(_shrunk(cross.t(), cut).diagonal().sum())
 
 
 def _plus_spread(values: Tensor, cut: Cut, rows: Tensor, factor: float) -> Tensor:
