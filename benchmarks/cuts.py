@@ -19,26 +19,25 @@ import gc
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from math import sqrt
 from pathlib import Path
 
 import numpy as np
 import torch
+from rankings import drawn, magnitudes, ranked
 
-from minitron_nemo.arch import Architecture, Axis
+from minitron_nemo.arch import Architecture
 from minitron_nemo.arch.counts import non_embedding_parameters, parameters
 from minitron_nemo.arch.plan import FILE_NAME, Plan
-from minitron_nemo.arch.tensors import tensors
 from minitron_nemo.checkpoint.files import write_atomic
-from minitron_nemo.checkpoint.source import open_source
 from minitron_nemo.config import Recipe, load_recipe
 from minitron_nemo.data.dataset import open_heldout
 from minitron_nemo.data.sampler import Microbatch
 from minitron_nemo.distillation.train import train
 from minitron_nemo.evaluation.evaluate import document_sums, share
-from minitron_nemo.importance.scores import AGGREGATIONS, Array, Scores
+from minitron_nemo.importance.scores import Array, Scores
 from minitron_nemo.models.build import Model, build_model
 from minitron_nemo.models.checkpoint import load_model
 from minitron_nemo.parallel import launch
@@ -160,10 +159,7 @@ class Bench:
 
     def ranking(self, cell: Cell) -> Scores:
         if cell.arm == "random":
-            numbers = np.random.default_rng(cell.seed)
-            shape = self.scores.architecture
-            hidden, layers = numbers.random(shape.hidden_size), numbers.random(shape.num_layers)
-            return ranked(self.scores, hidden, numbers.random((shape.num_layers, shape.ffn_hidden_size)), layers)
+            return ranked(self.scores, *drawn(self.scores.architecture, cell.seed))
         return ranked(self.scores, *magnitudes(self.teacher)) if cell.arm == "magnitude" else self.scores
 
     def recipe(self, *overrides: str) -> Recipe:
@@ -185,43 +181,6 @@ class Bench:
     def batches(self) -> list[Microbatch]:
         data = self.recipe().data
         return share(open_heldout(self.data, data.sequence_length, self.documents, data.separator_weight), 4)
-
-
-def ranked(scores: Scores, hidden: Array, ffn: Array, layers: Array) -> Scores:
-    """`scores` that rank the entries of hidden [h], ffn [layers, f] and layers [layers] by these values."""
-
-    def moments(shape: tuple[int, ...], values: Array) -> Array:
-        # `Scores.get` with its defaults: the root of the sums of squares of the means, hidden channels' over all norms.
-        array = np.zeros(shape)
-        array[1, AGGREGATIONS.index("mean"), : len(values)] = values**2
-        return array
-
-    return replace(
-        scores,
-        hidden=moments(scores.hidden.shape, hidden[None]),
-        ffn=moments(scores.ffn.shape, ffn),
-        block_influence=layers,
-    )
-
-
-def magnitudes(teacher: Path) -> tuple[Array, Array, Array]:
-    """Norms of all weights that belong to a hidden channel [h], a layer's neuron [layers, f] and a layer [layers]."""
-    source = open_source(teacher)
-    shape = source.architecture
-    hidden, layers = np.zeros(shape.hidden_size), np.zeros(shape.num_layers)
-    ffn = np.zeros((shape.num_layers, shape.ffn_hidden_size))
-    for tensor in tensors(shape):
-        rows = tensor.spec.shape(shape)[0]
-        squares = source.read(tensor.name, 0, rows).double().square().numpy()
-        for number, dim in enumerate(tensor.spec.dims):
-            along = squares.sum(axis=tuple(other for other in range(squares.ndim) if other != number))
-            if Axis.HIDDEN in dim.axes:
-                hidden += along
-            if Axis.FFN in dim.axes:
-                ffn[tensor.layer] += along.reshape(-1, shape.ffn_hidden_size).sum(axis=0)  # of gate and up
-        if tensor.layer is not None:
-            layers[tensor.layer] += squares.sum()
-    return np.sqrt(hidden), np.sqrt(ffn), np.sqrt(layers)
 
 
 def load(directory: Path) -> Model:
@@ -247,49 +206,46 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
 
 
 def tables(bench: Bench, options: argparse.Namespace) -> str:
-    """Markdown: per shape and arm, loss minus the teacher's, and minus that of the papers' cut."""
+    """Markdown: per shape and arm, loss minus the teacher's and minus that of the papers' cut, as far as measured."""
     teacher = bench.losses("teacher.json")
     assert teacher is not None, "the teacher is measured first"
     lines = []
     for steps in sorted({0, options.steps}):
-        lines += [f"after {steps} steps; the teacher's loss is {teacher.mean():.3f}", ""]
-        columns = ("shape", "arm", "parameters", "without embeddings", "loss minus the teacher's", f"minus {PAPERS}")
-        lines += [f"| {' | '.join(columns)} | by seed |", "|---|---|---|---|---|---|---|"]
+        columns = ("shape", "arm", "parameters", "without embeddings", f"loss minus the teacher's {teacher.mean():.3f}")
+        lines += [f"After {steps} steps:", "", f"| {' | '.join(columns)} | minus {PAPERS} | seed by seed |"]
+        lines.append("|---|---|---|---|---|---|---|")
         for shape in options.shapes:
-            found = {arm: by_seed(bench, options, shape, arm, steps) for arm in options.arms}
-            for arm in (arm for arm in options.arms if found[arm]):
+            papers = by_seed(bench, options, shape, PAPERS, steps)
+            for arm in options.arms:
+                own = by_seed(bench, options, shape, arm, steps)
+                if not own:
+                    continue
                 size = Architecture.load(bench.place / Cell(shape, arm, 0, 0).student)
                 sizes = f"{parameters(size) / 1e6:.1f} M | {non_embedding_parameters(size) / 1e6:.1f} M"
-                against, seeds = "", ""
-                if arm != PAPERS and found.get(PAPERS):
-                    both = [(found[arm][seed], found[PAPERS].get(seed)) for seed in found[arm]]
-                    pairs = [(own, other) for own, other in both if other is not None]
-                    against = paired(*(np.mean(side, axis=0) for side in zip(*pairs, strict=True)))
-                    seeds = (
-                        ", ".join(f"{(own - other).mean():+.3f}" for own, other in pairs)
-                        if steps or arm == "random"
-                        else ""
-                    )
-                loss = paired(np.mean(list(found[arm].values()), axis=0), teacher)
-                lines.append(f"| {shape} | {arm} | {sizes} | {loss} | {against} | {seeds} |")
+                loss = paired(own, dict.fromkeys(own, teacher))
+                against = f"{paired(own, papers)} | {seeds(own, papers)}" if arm != PAPERS and papers else "|"
+                lines.append(f"| {shape} | {arm} | {sizes} | {loss} | {against} |")
         lines.append("")
     return "\n".join(lines)
 
 
 def by_seed(bench: Bench, options: argparse.Namespace, shape: str, arm: str, steps: int) -> dict[int, Array]:
-    """Losses of the seeds that have been measured; what no seed has a bearing on counts for all."""
-    found = {}
-    for seed in range(options.seeds):
-        one = steps == 0 and arm != "random"
-        losses = bench.losses(Cell(shape, arm, 0 if one else seed, steps).file)
-        if losses is not None:
-            found[seed] = losses
-    return found
+    """Losses of the seeds that have been measured; where no seed has a bearing on them, the one counts for all."""
+    fixed = steps == 0 and arm != "random"
+    found = {seed: bench.losses(Cell(shape, arm, 0 if fixed else seed, steps).file) for seed in range(options.seeds)}
+    return {seed: losses for seed, losses in found.items() if losses is not None}
 
 
-def paired(losses: Array, others: Array) -> str:
-    differences = losses - others
+def paired(own: dict[int, Array], others: dict[int, Array]) -> str:
+    """Mean over documents of the mean over the seeds that both have, with the standard error over documents."""
+    differences = np.mean([own[seed] - others[seed] for seed in own.keys() & others.keys()], axis=0)
     return f"{differences.mean():+.3f} ± {differences.std(ddof=1) / sqrt(len(differences)):.3f}"
+
+
+def seeds(own: dict[int, Array], others: dict[int, Array]) -> str:
+    """The mean difference of each seed, where seeds differ."""
+    found = [f"{(own[seed] - others[seed]).mean():+.3f}" for seed in sorted(own.keys() & others.keys())]
+    return ", ".join(found) if len(set(found)) > 1 else ""
 
 
 def parse() -> argparse.Namespace:

@@ -110,11 +110,8 @@ class Plan:
             raise UserError("plan: kept_groups without kept_heads; list the heads of the groups that stay")
         if self.merged_heads is not None:
             self._check_merges(self.merged_heads)
-        if self.target.share_embeddings_and_output_weights and not self.source.share_embeddings_and_output_weights:
-            raise UserError("plan: the target's output is its embedding, but the source's has a weight of its own")
         self._check_repairs()
-        if self.rotated and self.matrices:
-            self._check_rotation()
+        self._check_output_and_rotation()
 
     def _check_heads(self, layer: int, kept: tuple[int, ...]) -> None:
         per_group = self.target.heads_per_group
@@ -166,8 +163,12 @@ class Plan:
             if matrix.kind not in (REPLACE, ADD) or not cut or matrix.shape != (rows, *after):
                 raise UserError(f"plan: matrices: {name}: {matrix.kind} {list(matrix.shape)} does not fit its columns")
 
-    def _check_rotation(self) -> None:
-        """Raise UserError unless everything that has hidden channels can do with others."""
+    def _check_output_and_rotation(self) -> None:
+        """Raise UserError for an output that cannot be tied, and where not all that has hidden channels is rotated."""
+        if self.target.share_embeddings_and_output_weights and not self.source.share_embeddings_and_output_weights:
+            raise UserError("plan: the target's output is its embedding, but the source's has a weight of its own")
+        if not (self.rotated and self.matrices):
+            return
         if self.kept_hidden is not None or self.target.share_embeddings_and_output_weights:
             raise UserError("plan: rotated, but it keeps hidden channels as they are, or a tied output")
         for name, spec, _ in tensors(self.target):

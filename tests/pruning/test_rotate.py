@@ -29,6 +29,7 @@ from tests.families import FAMILIES, fused_like, unfused, write_tiny
 from tests.importance.hugging_face import activations, load, rms_normed
 from tests.importance.measuring import measured
 from tests.importance.test_collect import LAYOUTS, batch
+from tests.importance.test_second_moments import neurons
 from tests.pool import run_distributed
 from tests.pruning.slicing import slice_hugging_face
 from tests.pruning.test_prune import logits_of, prune_together
@@ -60,9 +61,9 @@ def unrepaired(source: Architecture, hidden_size: int, cut_more: bool) -> Plan:
     target = replace(source.resized({Axis.HIDDEN: hidden_size}), share_embeddings_and_output_weights=False)
     if not cut_more:
         return Plan(source, target, tuple(range(source.num_layers)), rotated=True)
-    neurons = tuple(tuple(sorted(np.random.default_rng(n).permutation(96)[:56].tolist())) for n in range(LAYERS - 1))
+    kept = tuple(tuple(sorted(np.random.default_rng(n).permutation(96)[:56].tolist())) for n in range(LAYERS - 1))
     target = target.resized({Axis.FFN: 56, Axis.LAYERS: LAYERS - 1})
-    return Plan(source, target, (0, 2, 3), rotated=True, kept_ffn=neurons)
+    return Plan(source, target, (0, 2, 3), rotated=True, kept_ffn=kept)
 
 
 def rotated(
@@ -183,7 +184,7 @@ def formula_student(found: Rotated, destination: Path) -> Path:
         "lm_head.weight": before["lm_head.weight"] @ readers["output_layer.weight"],
     }
     for new, old in enumerate(plan.kept_layers):
-        kept = torch.tensor(plan.kept_ffn[new])
+        kept = torch.tensor(neurons(plan, new))
         ours, theirs = f"decoder.layers.{new}.", f"model.layers.{old}."
         for name, weight in before.items():
             if not name.startswith(theirs):
@@ -200,7 +201,7 @@ def formula_student(found: Rotated, destination: Path) -> Path:
             elif module == "mlp.down_proj":
                 fitted = torch.zeros(96, 56).double()
                 fitted[kept, range(56)] = 1
-                rest = [neuron for neuron in range(96) if neuron not in plan.kept_ffn[new]]
+                rest = [neuron for neuron in range(96) if neuron not in kept.tolist()]
                 fitted[rest] = found.matrices[f"{ours}mlp.linear_fc2.weight"].double()
                 weight = rotation.t() @ weight @ fitted
             after[name.replace(theirs, f"model.layers.{new}.")] = weight
