@@ -54,7 +54,7 @@ DISTILLATION = (
     "train.lr=2e-4",
     "train.min_lr=2e-5",
     "train.log_interval=10",
-    "train.save_interval=1000",
+    "train.save_interval=10",
     "parallel.pipeline_model_parallel_size=1",
 )
 # hidden_size, ffn_hidden_size, num_layers; the shares are of the parameters without embeddings.
@@ -134,17 +134,31 @@ class Bench:
     def run(self, cell: Cell) -> None:
         if self.losses(cell.file) is not None:
             return
-        student, distilled = self.place / cell.student, self.place / "distilled"
+        student, training = self.place / cell.student, self.place / "training" / cell.file
         if not student.exists():
             self.cut(cell, student)
-        if cell.steps:
-            recipe = self.recipe(*DISTILLATION, f"train.steps={cell.steps}", f"data.seed={1000 + cell.seed}")
-            paths = {"work_dir": self.place / "training", "output_dir": distilled, "run_dir": self.place / "run"}
-            shutil.rmtree(paths["work_dir"], ignore_errors=True)
-            paths["run_dir"].mkdir(exist_ok=True)
-            train(recipe, student_dir=student, teacher_dir=self.teacher, prepared=self.data, **paths)
-            gc.collect()  # models, optimizers and their hooks refer to each other
-        self.measure(cell.file, distilled if cell.steps else student)
+        if not cell.steps:
+            self.measure(cell.file, student)
+            return
+        if not (training / "distilled").exists():
+            self.distil(cell, student, training)
+        self.measure(cell.file, training / "distilled")
+        shutil.rmtree(training)
+
+    def distil(self, cell: Cell, student: Path, place: Path) -> None:
+        place.mkdir(parents=True, exist_ok=True)
+        outcome = train(
+            self.recipe(*DISTILLATION, f"train.steps={cell.steps}", f"data.seed={1000 + cell.seed}"),
+            student_dir=student,
+            teacher_dir=self.teacher,
+            prepared=self.data,
+            work_dir=place / "checkpoints",
+            output_dir=place / "distilled",
+            run_dir=place,
+        )
+        if outcome == "stopped":
+            raise SystemExit(f"{cell.file}: stopped; start again and it goes on")
+        gc.collect()  # models, optimizers and their hooks refer to each other
 
     def cut(self, cell: Cell, destination: Path) -> None:
         model, batches = self.calibration

@@ -305,7 +305,11 @@ CHANGES: dict[str, tuple[Callable[[Plan], Plan], str]] = {
         "keeps hidden channels as they are, or a tied output",
     ),
     "tied alone": (
-        lambda p: replace(p, target=replace(p.target, share_embeddings_and_output_weights=True)),
+        lambda p: replace(
+            p,
+            target=replace(p.target, share_embeddings_and_output_weights=True),
+            matrices={n: m for n, m in p.matrices.items() if n != "output_layer.weight"},
+        ),
         "the target's output is its embedding, but the source's has a weight of its own",
     ),
 }
