@@ -99,11 +99,6 @@ class Cell:
     def file(self) -> str:
         return f"{slug(self.shape)}.{slug(self.arm)}.{self.seed}.{self.steps}.json"
 
-    @property
-    def student(self) -> str:
-        """The student before distillation, which only `random` has one of for every seed."""
-        return f"{slug(self.shape)}.{slug(self.arm)}.{self.seed if self.arm == 'random' else 0}"
-
 
 class Bench:
     """The measurements of one base run; its model, scores and documents are opened when they are first needed."""
@@ -116,6 +111,11 @@ class Bench:
 
     def settings(self) -> dict[str, int]:
         return {"samples": self.samples, "documents": self.documents}
+
+    def student(self, cell: Cell) -> Path:
+        """The student before distillation, which only `random` has one of for every seed."""
+        seed = cell.seed if cell.arm == "random" else 0
+        return self.place / f"{slug(cell.shape)}.{slug(cell.arm)}.{seed}.samples_{self.samples}"
 
     def losses(self, name: str) -> Array | None:
         """Loss of every document that a cell's file holds, None where it has not been measured with these settings."""
@@ -134,7 +134,7 @@ class Bench:
     def run(self, cell: Cell) -> None:
         if self.losses(cell.file) is not None:
             return
-        student, training = self.place / cell.student, self.place / "training" / cell.file
+        student, training = self.student(cell), self.place / "training" / cell.file
         if not student.exists():
             self.cut(cell, student)
         if not cell.steps:
@@ -234,7 +234,7 @@ def tables(bench: Bench, options: argparse.Namespace) -> str:
                 own = by_seed(bench, options, shape, arm, steps)
                 if not own:
                     continue
-                size = Architecture.load(bench.place / Cell(shape, arm, 0, 0).student)
+                size = Architecture.load(bench.student(Cell(shape, arm, 0, 0)))
                 sizes = f"{parameters(size) / 1e6:.1f} M | {non_embedding_parameters(size) / 1e6:.1f} M"
                 loss = paired(own, dict.fromkeys(own, teacher))
                 against = f"{paired(own, papers)} | {seeds(own, papers)}" if arm != PAPERS and papers else "|"
