@@ -94,6 +94,8 @@ class PruneConfig:
     # By influence: block_influence | contiguous (the block with the smallest sum). By what the model measures without
     # them (`depth`): leave_one_out | greedy (one by one, measured again) | best_block (every block of neighbours)
     depth_method: str = "block_influence"
+    hidden_method: str = "select"  # select (channels of the teacher) | rotate (principal components; RMSNorm, untied)
+    untie: bool = False  # a tied output gets a weight of its own, vocab_size x hidden_size parameters more
     # What ranks the entries: activation (as prune.calibration aggregates it), or
     ffn_score: str = "output"  # output: rms of the activation x norm of the column of linear_fc2 that reads it
     hidden_score: str = "activation"  # energy: mean square after the norms, without their gains, over all norms

@@ -32,8 +32,8 @@ from minitron_nemo.kernels.objective import DIVERGENCES
 from minitron_nemo.models.groups import padding
 from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.pruning import depth
-from minitron_nemo.pruning.plan import DEPTH_METHODS, target_architecture
 from minitron_nemo.pruning.repair import fits, repair_warnings
+from minitron_nemo.pruning.target import DEPTH_METHODS, target_architecture
 
 CHOICES = {
     "distill.divergence": DIVERGENCES,
@@ -43,6 +43,7 @@ CHOICES = {
     "prune.calibration.sequence_aggregation": ("mean", "l2", "var"),
     "prune.calibration.batch_aggregation": ("mean", "l2", "var"),
     "prune.ffn_score": ("activation", "output"),
+    "prune.hidden_method": ("select", "rotate"),
     "prune.hidden_score": ("activation", "energy"),
     "prune.depth_method": DEPTH_METHODS,
     "prune.depth.metric": depth.METRICS,

@@ -28,6 +28,7 @@ PRE_MLP_NORM = LAYER + "mlp.linear_fc1.layer_norm_"
 PRE_EXPERTS_NORM = LAYER + "pre_mlp_layernorm."  # read by router and experts, so that no linear layer has it
 FINAL_NORM = "decoder.final_layernorm."
 HF_LAYER = "model.layers.{layer}."
+EMBEDDING = "embedding.word_embeddings.weight"
 
 Pieces = Callable[[Architecture], list[Piece]]
 
@@ -38,8 +39,7 @@ def whole(hf_name: str, dim: Dim) -> Pieces:
 
 
 def embedding() -> TensorSpec:
-    name = "embedding.word_embeddings.weight"
-    return TensorSpec(name, (VOCAB, HIDDEN), 0, whole("model.embed_tokens.weight", VOCAB), "embedding")
+    return TensorSpec(EMBEDDING, (VOCAB, HIDDEN), 0, whole("model.embed_tokens.weight", VOCAB), "embedding")
 
 
 def norm(prefix: str, hf_prefix: str, bias: bool = False) -> tuple[TensorSpec, ...]:

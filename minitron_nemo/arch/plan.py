@@ -18,13 +18,14 @@ import numpy as np
 
 from minitron_nemo.arch.architecture import Architecture
 from minitron_nemo.arch.axes import Axis, Indices, QKVDim
+from minitron_nemo.arch.blocks import EMBEDDING
 from minitron_nemo.arch.family import family
 from minitron_nemo.arch.tensors import NamedTensor, tensors
 from minitron_nemo.errors import UserError
 
 FILE_NAME = "plan.json"  # in the directory of a checkpoint that a Plan made
 MATRICES_NAME = "plan.safetensors"  # beside it
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 REPLACE, ADD = "replace", "add"
 
@@ -53,6 +54,10 @@ class Plan:
     same of a mixture of experts: `kept_experts[i]`, and `kept_moe_ffn[i][j]` of the student's expert j, which is source
     expert `kept_experts[i][j]`; `kept_shared_ffn[i]` are the neurons of the shared expert.
 
+    Where `rotated`, the student's k hidden channels are no entries of the teacher's d but combinations of them, the
+    same everywhere: with P [d, k], columns orthonormal, its residual stream is P^T times the teacher's. P is the matrix
+    of the embedding; what writes the stream has its rows multiplied by P^T, and what reads it has matrices that undo P.
+
     `norm_scales` gives norms of the student, by name, a factor on their gains; the gains of `folded_norms` become 1,
     since the matrices of their readers contain them. `matrices` maps tensors of the student to what their columns are
     multiplied by; `directory` is where their file lies.
@@ -66,6 +71,7 @@ class Plan:
     target: Architecture
     kept_layers: tuple[int, ...]
     kept_hidden: tuple[int, ...] | None = None
+    rotated: bool = False
     kept_ffn: tuple[tuple[int, ...], ...] | None = None
     kept_groups: tuple[tuple[int, ...], ...] | None = None
     kept_heads: tuple[tuple[int, ...], ...] | None = None
@@ -94,7 +100,8 @@ class Plan:
             (Axis.MOE_FFN, self.kept_moe_ffn),
             (Axis.SHARED_FFN, self.kept_shared_ffn),
         ):
-            if cut is None and self.source.size(axis) != self.target.size(axis):
+            rotated = axis == Axis.HIDDEN and self.rotated
+            if cut is None and not rotated and self.source.size(axis) != self.target.size(axis):
                 raise UserError(f"plan: {axis} shrinks but the plan does not say which entries are kept")
         for layer, kept in enumerate(self.kept_heads or ()):
             self._check_heads(layer, kept)
@@ -103,6 +110,7 @@ class Plan:
         if self.merged_heads is not None:
             self._check_merges(self.merged_heads)
         self._check_repairs()
+        self._check_output_and_rotation()
 
     def _check_kept_per_layer(self) -> None:
         for name, per_layer, axis in (
@@ -175,8 +183,28 @@ class Plan:
         for name, matrix in self.matrices.items():
             before, after = (found[name].spec.shape(model)[1:] for model in (self.source, self.target))
             rows = before[0] - after[0] if matrix.kind == ADD else before[0]
-            if matrix.kind not in (REPLACE, ADD) or before == after or matrix.shape != (rows, *after):
+            cut = before != after or (self.rotated and before == (self.source.hidden_size,))
+            if matrix.kind not in (REPLACE, ADD) or not cut or matrix.shape != (rows, *after):
                 raise UserError(f"plan: matrices: {name}: {matrix.kind} {list(matrix.shape)} does not fit its columns")
+
+    def _check_output_and_rotation(self) -> None:
+        """Raise UserError for an output that cannot be tied, and where not all that has hidden channels is rotated."""
+        if self.target.share_embeddings_and_output_weights and not self.source.share_embeddings_and_output_weights:
+            raise UserError("plan: the target's output is its embedding, but the source's has a weight of its own")
+        if not (self.rotated and self.matrices):
+            return
+        if self.kept_hidden is not None or self.target.share_embeddings_and_output_weights:
+            raise UserError("plan: rotated, but it keeps hidden channels as they are, or a tied output")
+        for name, spec, *_ in tensors(self.target):
+            axes = [Axis.HIDDEN in dim.axes for dim in spec.dims]
+            if axes == [True] and name not in self.folded_norms:
+                raise UserError(f"plan: rotated, but the gain of {name} is not folded")
+            if axes == [False, True] and (name not in self.matrices or self.matrices[name].kind != REPLACE):
+                raise UserError(f"plan: rotated, but {name} has no matrix in place of its columns")
+
+    def writes_rotated(self, tensor: NamedTensor) -> bool:
+        """Whether the rows of a tensor of the target are rotated: it is a matrix that writes the residual stream."""
+        return self.rotated and len(tensor.spec.dims) > 1 and Axis.HIDDEN in tensor.spec.dims[0].axes
 
     def _check(self, name: str, kept: tuple[int, ...], axis: Axis) -> None:
         if len(kept) != self.target.size(axis):
@@ -213,7 +241,12 @@ class Plan:
         return entries
 
     def source_name(self, tensor: NamedTensor) -> str:
-        """Name in the source of a tensor of the student, whose layers and experts are numbered anew."""
+        """Name in the source of a tensor of the student.
+
+        Layers and experts are numbered anew, and an output of its own may come of the embedding that it was tied to.
+        """
+        if tensor.spec.part == "output" and self.source.share_embeddings_and_output_weights:
+            return EMBEDDING
         if tensor.layer is None:
             return tensor.name
         expert = tensor.expert
@@ -241,6 +274,7 @@ class Plan:
             "target": self.target.to_dict(),
             "kept_layers": self.kept_layers,
             "kept_hidden": self.kept_hidden,
+            "rotated": self.rotated,
             "kept_ffn": self.kept_ffn,
             "kept_groups": self.kept_groups,
             "kept_heads": self.kept_heads,
@@ -271,6 +305,7 @@ class Plan:
                 target=Architecture.from_dict(data["target"], f"{path}: target"),
                 kept_layers=tuple(data["kept_layers"]),
                 kept_hidden=_tuple(data["kept_hidden"]),
+                rotated=bool(data["rotated"]),
                 kept_ffn=_tuples(data["kept_ffn"]),
                 kept_groups=_tuples(data["kept_groups"]),
                 kept_heads=_tuples(data["kept_heads"]),

@@ -18,6 +18,7 @@ import torch
 
 from minitron_nemo.arch import Plan
 from minitron_nemo.arch.axes import Indices
+from minitron_nemo.arch.blocks import EMBEDDING
 from minitron_nemo.arch.plan import ADD, MATRICES_NAME, Matrix
 from minitron_nemo.checkpoint.safetensors_files import StoredTensor, lay_out, read_header
 from minitron_nemo.checkpoint.tensor_io import as_bytes, read_tensor, write_tensor
@@ -92,11 +93,12 @@ class DenseMaps:
         self.seconds = 0.0  # summed over threads
         self._lock = threading.Lock()
 
-    def columns(self, name: str, block: torch.Tensor, kept: Indices) -> torch.Tensor:
+    def columns(self, name: str, block: torch.Tensor, kept: Indices | None) -> torch.Tensor:
         """[rows, n] of the source -> fp32 [rows, k] of the student; `kept` are the columns of the plain cut."""
         start = time.perf_counter()
         block, matrix, place = block.float(), self.plan.matrices[name], self.stored[name]
         if matrix.kind == ADD:
+            assert kept is not None, f"{name} adds to columns, but none are cut"
             result = block[:, kept]
             block = block[:, np.setdiff1d(np.arange(block.shape[1]), kept, assume_unique=True)]
         else:
@@ -105,10 +107,20 @@ class DenseMaps:
         for first in range(0, matrix.shape[0], step):
             part = _read(place, first, min(first + step, matrix.shape[0]))
             result.addmm_(block[:, first : first + step], part)
-        with self._lock:
-            self.flops += 2 * len(block) * matrix.shape[0] * matrix.shape[1]
-            self.seconds += time.perf_counter() - start
+        self._count(2 * len(block) * matrix.shape[0] * matrix.shape[1], start)
         return result
+
+    def add_rotated(self, result: torch.Tensor, block: torch.Tensor, first: int, rows: slice) -> None:
+        """Add to `rows` [r, n] of P^T W, fp32, what the rows of W [m, n] from `first` on contribute: `block`."""
+        start = time.perf_counter()
+        part = _read(self.stored[EMBEDDING], first, first + len(block))[:, rows]  # [m, r] of P
+        result.addmm_(part.t(), block.float())
+        self._count(2 * block.numel() * len(result), start)
+
+    def _count(self, flops: int, start: float) -> None:
+        with self._lock:
+            self.flops += flops
+            self.seconds += time.perf_counter() - start
 
 
 def _block_rows(place: StoredTensor) -> int:

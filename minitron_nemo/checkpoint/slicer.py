@@ -37,7 +37,6 @@ class Slicer:
         rows, *others = self._selections(chunk.tensor)
         columns = others[0] if others else None
         if name in plan.matrices:
-            assert columns is not None, f"{name} has a matrix, but its columns are not cut"
             block = self.maps.columns(name, self._block(chunk, rows, None), columns)
         else:
             block = self._block(chunk, rows, columns)
@@ -52,7 +51,9 @@ class Slicer:
         return [dim.select(self.plan.source, kept) for dim in tensor.spec.dims]
 
     def _block(self, chunk: Chunk, rows: Indices | None, columns: Indices | None) -> torch.Tensor:
-        """The chunk's rows of the plain cut; those with a partner twice less the partner, the whole in fp32 then."""
+        """The chunk's rows of the plain cut; in fp32 rotated ones, and where some have a partner: twice less that."""
+        if self.plan.writes_rotated(chunk.tensor):
+            return rotated_rows(self.source, self.plan, self.maps, chunk, columns)
         if rows is None:
             name = self.plan.source_name(chunk.tensor)
             return _take(self.source.read(name, chunk.start, chunk.stop), columns, 1)
@@ -76,6 +77,17 @@ class Slicer:
         for position, part in _selected_rows(self.source, name, wanted, window):
             _take(part, columns, 1, out=block[position : position + len(part)])
         return block
+
+
+def rotated_rows(source: Source, plan: Plan, maps: DenseMaps, chunk: Chunk, columns: Indices | None) -> torch.Tensor:
+    """The chunk's rows of P^T W in fp32, `columns` alone where given: every row of W has a part in them."""
+    name, width = plan.source_name(chunk.tensor), chunk.tensor.spec.shape(plan.source)[1]
+    result = torch.zeros(chunk.stop - chunk.start, width if columns is None else len(columns))
+    window = max(1, blocks.BLOCK_BYTES // (width * source.dtype(name).itemsize))
+    for first in range(0, plan.source.hidden_size, window):
+        part = _take(source.read(name, first, min(first + window, plan.source.hidden_size)), columns, 1)
+        maps.add_rotated(result, part, first, slice(chunk.start, chunk.stop))
+    return result
 
 
 def _selected_rows(source: Source, name: str, wanted: Indices, window: int) -> Iterator[tuple[int, torch.Tensor]]:

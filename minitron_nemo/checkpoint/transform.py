@@ -207,6 +207,8 @@ def check_plan(source: Source, plan: Plan) -> None:
         planned, found = getattr(plan.source, field.name), getattr(source.architecture, field.name)
         if planned != found:
             raise UserError(f"{source.path}: the plan is for another model: {field.name} is {found}, planned {planned}")
+    if plan.rotated and not plan.matrices:
+        raise UserError(f"{source.path}: the plan is to rotate hidden channels and has no matrices yet; repair first")
 
 
 def _shown(blocks: list[Chunk], sink: Sink, show: bool) -> Iterator[Chunk]:

@@ -22,12 +22,14 @@ from tqdm import tqdm
 
 from minitron_nemo.arch import Architecture, Plan
 from minitron_nemo.arch.axes import Indices
+from minitron_nemo.arch.blocks import EMBEDDING
 from minitron_nemo.arch.plan import FILE_NAME as PLAN_FILE
 from minitron_nemo.arch.tensors import NamedTensor, tensors
 from minitron_nemo.checkpoint import blocks
 from minitron_nemo.checkpoint.blocks import Chunk, chunks
 from minitron_nemo.checkpoint.dense import DenseMaps, check_matrices
 from minitron_nemo.checkpoint.fingerprint import recorded_fingerprints, tensor_fingerprint
+from minitron_nemo.checkpoint.slicer import rotated_rows
 from minitron_nemo.checkpoint.source import Source, open_source
 from minitron_nemo.checkpoint.transform import check_plan
 
@@ -99,18 +101,13 @@ class Again:
         tensor, plan = chunk.tensor, self.plan
         kept = plan.kept(tensor.layer, tensor.expert)
         selections = [dim.select(plan.source, kept) for dim in tensor.spec.dims]
-        all_rows = np.arange(tensor.spec.shape(plan.source)[0]) if selections[0] is None else selections[0]
-        block = self._read(tensor, all_rows[chunk.start : chunk.stop])
-        merged = plan.merged_rows(tensor)
-        here = [row for row in merged if chunk.start <= row < chunk.stop]
-        if here:
-            block = block.float()
-            others = torch.cat([self._read(tensor, np.array([merged[row]])) for row in here]).float()
-            own = [row - chunk.start for row in here]
-            block[own] = 2 * block[own] - others
         columns = selections[1] if len(selections) > 1 else None
-        if tensor.name in plan.matrices:
-            assert columns is not None
+        fitted = tensor.name in plan.matrices
+        if plan.writes_rotated(tensor):
+            block = rotated_rows(self.source, plan, self.maps, chunk, None if fitted else columns)
+            return self.maps.columns(tensor.name, block, columns) if fitted else block
+        block = self._cut_rows(chunk, selections[0])
+        if fitted:
             return self.maps.columns(tensor.name, block, columns)
         if columns is not None:
             block = torch.from_numpy(np.take(_bits(block), columns, axis=1)).view(block.dtype)
@@ -118,10 +115,26 @@ class Again:
             return torch.ones_like(block)
         return block.float() * plan.norm_scales[tensor.name] if tensor.name in plan.norm_scales else block
 
+    def _cut_rows(self, chunk: Chunk, selected: Indices | None) -> Tensor:
+        """The block's rows with all columns; where heads take others in, in fp32."""
+        tensor = chunk.tensor
+        all_rows = np.arange(tensor.spec.shape(self.plan.source)[0]) if selected is None else selected
+        block = self._read(tensor, all_rows[chunk.start : chunk.stop])
+        merged = self.plan.merged_rows(tensor)
+        here = [row for row in merged if chunk.start <= row < chunk.stop]
+        if here:
+            block = block.float()
+            others = torch.cat([self._read(tensor, np.array([merged[row]])) for row in here]).float()
+            own = [row - chunk.start for row in here]
+            block[own] = 2 * block[own] - others
+        return block
+
     def _read(self, tensor: NamedTensor, wanted: Indices) -> Tensor:
         """Whole rows of a tensor of the source, `wanted` ascending, by reading all rows between them in spans."""
         name = tensor.name
-        if tensor.layer is not None:
+        if tensor.spec.part == "output" and self.plan.source.share_embeddings_and_output_weights:
+            name = EMBEDDING
+        elif tensor.layer is not None:
             expert = tensor.expert
             if expert is not None and self.plan.kept_experts is not None:
                 expert = self.plan.kept_experts[tensor.layer][expert]

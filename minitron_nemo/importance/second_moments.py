@@ -2,12 +2,17 @@
 
 A `Place` is a tensor of the student whose columns are an axis that is cut. Its teacher's counterpart W reads x [n], it
 will read y [k]: of linear_fc2, y are the kept entries of x; behind an RMSNorm, x is the normalised residual stream
-before the gain and y the same of the kept channels alone. Wanted is the matrix M [n, k] for which W M y is nearest to W
-x for every W: with A = sum y y^T, X = sum x y^T over tokens, S the selection [n, k] and c = <x[kept], y> / <y, y>,
+before the gain and y the same of the kept channels alone, or of the k rotated ones. Wanted is the matrix M [n, k] for
+which W M y is nearest to W x for every W: with A = sum y y^T, X = sum x y^T over tokens, S [n, k] the selection or the
+rotation and c = <S^T x, y> / <y, y>,
 
     M = c S + (X - c S A) (A + ridge * mean(diag A) * I)^-1
 
 A large ridge gives the plain cut, c S. One M serves all tensors that read the same x.
+
+The rotation keeps as much as k channels can of the sum over all norms of E[x x^T], x as above: its columns are the
+eigenvectors with the largest eigenvalues. Of the raw stream a few channels, large everywhere and normalised away, would
+decide.
 """
 
 from __future__ import annotations
@@ -16,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -31,30 +35,39 @@ from minitron_nemo.importance.scores import FINAL_NORM, LAYER_NORMS
 
 SPAN_TOKENS = 2048  # multiplied at once, in fp32; spans are added up in fp64
 
+Cut = Indices | Tensor  # S of the formula: the kept columns of a selection [k], or the columns of a rotation [n, k]
+
 
 @dataclass(frozen=True)
 class Place:
     """Tensor `name` of the student, at source layer `layer` (num_layers: behind the last); the norm it reads or None.
 
-    `kept` are the source's columns that stay.
+    `cut` makes the student's columns of the source's.
     """
 
     name: str
     layer: int
     norm: str | None
-    kept: Indices
+    cut: Cut
+
+    @property
+    def columns(self) -> int:
+        return self.cut.shape[-1]
 
     def rows(self, source: Architecture, tp_size: int) -> int:
         """Rows of the sums that a rank holds: y and x behind a norm, a tensor-parallel rank's slice of x otherwise."""
         if self.norm is not None:
-            return len(self.kept) + source.hidden_size
+            return self.columns + source.hidden_size
         return source.ffn_hidden_size // tp_size
 
 
-def places(plan: Plan, *, ffn: bool, hidden: bool) -> list[Place]:
-    """Where `plan` cuts what is to be repaired, in the order of the forward pass. A tied output has no map."""
+def places(plan: Plan, *, ffn: bool, hidden: bool, rotation: Tensor | None = None) -> list[Place]:
+    """Where `plan` cuts what is to be repaired, in the order of the forward pass. A tied output has no map.
+
+    `rotation` [h, k] is that of a rotated plan, fp32 with orthonormal columns.
+    """
     found = []
-    channels = plan.kept(None).get(Axis.HIDDEN)
+    channels: Cut | None = plan.kept(None).get(Axis.HIDDEN) if rotation is None else rotation
     for layer, source in enumerate(plan.kept_layers):
         if hidden and channels is not None:
             for norm in (name.format(layer=layer) for name in LAYER_NORMS):
@@ -62,16 +75,16 @@ def places(plan: Plan, *, ffn: bool, hidden: bool) -> list[Place]:
         neurons = plan.kept(layer).get(Axis.FFN)
         if ffn and neurons is not None:
             found.append(Place(f"decoder.layers.{layer}.mlp.linear_fc2.weight", source, None, neurons))
-    if hidden and channels is not None and not plan.source.share_embeddings_and_output_weights:
+    if hidden and channels is not None and not plan.target.share_embeddings_and_output_weights:
         found.append(Place("output_layer.weight", plan.source.num_layers, FINAL_NORM, channels))
     return found
 
 
-class Moments:
-    """Sums of A and X over the tokens of a pass, fp64, while it is entered, at those `places` that are on this rank.
+class Watch:
+    """Gives the tokens of a pass, while it is entered, to `add`, at those `places` that are on this rank.
 
-    `sums[name]` is [rows, k]: [A; X] of a norm over this rank's tokens, X of linear_fc2 over this rank's rows. All
-    ranks of a tensor-parallel group take part in every token; those of a data-parallel group each have their own.
+    All ranks of a tensor-parallel group have every token of linear_fc2, [t, f/tp], and share those of a norm, [t, h];
+    the ranks of a data-parallel group each have their own.
     """
 
     def __init__(
@@ -93,15 +106,12 @@ class Moments:
         self.tp_rank, self.tp_size = self.tp_group.rank(), self.tp_group.size()
         self.device = next(chunks[0].parameters()).device
         self.places = places
-        self.sums = {
-            place.name: torch.zeros(
-                place.rows(architecture, self.tp_size), len(place.kept), dtype=torch.float64, device=self.device
-            )
-            for place in places
-        }
         self.handles: list[Any] = []
 
-    def __enter__(self) -> Moments:
+    def add(self, place: Place, tokens: Tensor) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Watch:
         for chunk in self.chunks:
             layers = transformer_layers(chunk)
             current = Current(
@@ -123,13 +133,13 @@ class Moments:
 
     def _attach(self, place: Place, module: nn.Module, current: Current) -> None:
         def on_ffn(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self._add_ffn(place, args[0][current.counted.mask.t() != 0])
+            self.add(place, args[0][current.counted.mask.t() != 0])
 
         def on_norm(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             states = args[0] if args else kwargs["hidden_states"]  # [s(/tp), b, h]
             tokens = states[current.counted.local_mask.t() != 0]
             # Without sequence parallelism all tensor-parallel ranks hold the same tokens: each takes its share.
-            self._add_norm(place, tokens if self.sequence_parallel else tokens[self.tp_rank :: self.tp_size])
+            self.add(place, tokens if self.sequence_parallel else tokens[self.tp_rank :: self.tp_size])
 
         if place.norm is None:
             assert isinstance(module, TransformerLayer)
@@ -140,24 +150,73 @@ class Moments:
             handle = watched.register_forward_pre_hook(on_norm, with_kwargs=True)
         self.handles.append(handle)
 
+    def _normalised(self, states: Tensor) -> Tensor:
+        return states * torch.rsqrt(states.square().mean(dim=-1, keepdim=True) + self.architecture.layernorm_epsilon)
+
+
+class NormCovariance(Watch):
+    """The sum of x x^T over the tokens of a pass and over `places`, all behind norms: [h, h], fp64."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        size = self.architecture.hidden_size
+        self.sum = torch.zeros(size, size, dtype=torch.float64, device=self.device)
+
+    def add(self, place: Place, tokens: Tensor) -> None:
+        for part in _spans(tokens):  # [t, h]
+            x = self._normalised(part.float())
+            self.sum += x.t() @ x
+
+    def principal(self, columns: int) -> tuple[Tensor, Tensor]:
+        """The rotation [h, columns], fp32 on the device, and all eigenvalues [h], descending, of the whole job's sum.
+
+        Collective over the job, on every rank of which both are the same bits. Raises UserError where the sum is not
+        finite.
+        """
+        distributed.all_reduce(self.sum)  # every rank has tokens, or norms, of its own
+        if not bool(self.sum.isfinite().all()):
+            raise UserError("repair: what the norms read is not finite everywhere; does the model give finite logits?")
+        values, vectors = torch.zeros_like(self.sum[0]), torch.zeros_like(self.sum)
+        if distributed.get_rank() == 0:
+            values, vectors = torch.linalg.eigh(self.sum)  # ascending
+        rotation = vectors.flip(1)[:, :columns].float().contiguous()
+        values = values.flip(0).contiguous()
+        distributed.broadcast(rotation, src=0)
+        distributed.broadcast(values, src=0)
+        return rotation, values
+
+
+class Moments(Watch):
+    """Sums of A and X over the tokens of a pass, fp64.
+
+    `sums[name]` is [rows, k]: [A; X] of a norm over this rank's tokens, X of linear_fc2 over this rank's rows.
+    """
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.sums = {
+            place.name: torch.zeros(
+                place.rows(self.architecture, self.tp_size), place.columns, dtype=torch.float64, device=self.device
+            )
+            for place in self.places
+        }
+
+    def add(self, place: Place, tokens: Tensor) -> None:
+        (self._add_ffn if place.norm is None else self._add_norm)(place, tokens)
+
     def _add_ffn(self, place: Place, tokens: Tensor) -> None:
-        kept = torch.from_numpy(place.kept).to(self.device)
         for part in _spans(tokens):  # [t, f/tp]
             shards = [torch.empty_like(part) for _ in range(self.tp_size)]
             distributed.all_gather(shards, part.contiguous(), group=self.tp_group)
             whole = torch.cat(shards, dim=1).float()  # [t, f]
-            self.sums[place.name] += part.float().t() @ whole[:, kept]
+            self.sums[place.name] += part.float().t() @ _shrunk(whole, place.cut)
 
     def _add_norm(self, place: Place, tokens: Tensor) -> None:
-        kept = torch.from_numpy(place.kept).to(self.device)
         for part in _spans(tokens):  # [t, h]
             states = part.float()
-            few = self._normalised(states[:, kept])
+            few = self._normalised(_shrunk(states, place.cut))
             both = torch.cat([few, self._normalised(states)], dim=1)  # [t, k + h]
             self.sums[place.name] += both.t() @ few
-
-    def _normalised(self, states: Tensor) -> Tensor:
-        return states * torch.rsqrt(states.square().mean(dim=-1, keepdim=True) + self.architecture.layernorm_epsilon)
 
     def totals(self) -> Iterator[tuple[Place, Tensor]]:
         """This rank's share of the stage's places, each with its sums over all tokens and rows; `sums` is consumed.
@@ -183,23 +242,43 @@ def fit(place: Place, totals: Tensor, ridge: float) -> Tensor:
     if not bool(totals.isfinite().all()):
         raise UserError(f"repair: what {place.name} reads is not finite everywhere; does the model give finite logits?")
     if place.norm is None:
-        return least_squares(totals, totals[torch.from_numpy(place.kept)], place.kept, ridge)
-    count = len(place.kept)
-    return least_squares(totals[count:], totals[:count], place.kept, ridge)
+        return least_squares(totals, _shrunk(totals.t(), place.cut).t(), place.cut, ridge)
+    count = place.columns
+    return least_squares(totals[count:], totals[:count], place.cut, ridge)
 
 
-def least_squares(cross: Tensor, second: Tensor, kept: Indices, ridge: float) -> Tensor:
+def least_squares(cross: Tensor, second: Tensor, cut: Cut, ridge: float) -> Tensor:
     """M [n, k] of the formula above from X [n, k] and A [k, k], fp64. Without any signal the plain cut."""
-    rows = torch.from_numpy(np.ascontiguousarray(kept)).to(cross.device)
-    identity = torch.eye(len(kept), dtype=cross.dtype, device=cross.device)
+    identity = torch.eye(len(second), dtype=cross.dtype, device=cross.device)
     size = second.diagonal().mean()
     if size == 0:
-        return torch.zeros_like(cross).index_copy_(0, rows, identity)
-    scale = cross[rows].diagonal().mean() / size
-    rest = cross.index_add(0, rows, second, alpha=-float(scale))
+        return _plus_spread(torch.zeros_like(cross), cut, identity, 1.0)
+    scale = _overlap(cross, cut) / float(second.diagonal().sum())
+    rest = _plus_spread(cross, cut, second, -scale)
     factor = torch.linalg.cholesky(second + ridge * size * identity)
     fitted = torch.cholesky_solve(rest.t(), factor).t()
-    return fitted.index_add(0, rows, identity, alpha=float(scale))
+    return _plus_spread(fitted, cut, identity, scale)
+
+
+def _shrunk(states: Tensor, cut: Cut) -> Tensor:
+    """[t, n] -> [t, k]: states times S."""
+    if isinstance(cut, Tensor):
+        return states @ cut.to(states)
+    return states[:, torch.from_numpy(cut).to(states.device)]
+
+
+def _overlap(cross: Tensor, cut: Cut) -> float:
+    """Sum of the products of the entries of X and S, both [n, k]."""
+    if isinstance(cut, Tensor):
+        return float(cross.flatten().dot(cut.to(cross).flatten()))
+    return float(_shrunk(cross.t(), cut).diagonal().sum())
+
+
+def _plus_spread(values: Tensor, cut: Cut, rows: Tensor, factor: float) -> Tensor:
+    """[n, m] plus `factor` times S [n, k] times rows [k, m]."""
+    if isinstance(cut, Tensor):
+        return torch.addmm(values, cut.to(values), rows, alpha=factor)
+    return values.index_add(0, torch.from_numpy(cut).to(values.device), rows, alpha=factor)
 
 
 def owners(chunk: nn.Module, architecture: Architecture) -> dict[int, Any]:

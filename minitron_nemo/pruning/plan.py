@@ -9,86 +9,18 @@ An explicit list drops what it says.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from minitron_nemo.arch import Architecture, Axis, Plan
-from minitron_nemo.arch.family import family
 from minitron_nemo.arch.tensors import residual_norms
-from minitron_nemo.config import PruneConfig, RepairConfig
+from minitron_nemo.config import PruneConfig
 from minitron_nemo.errors import UserError
 from minitron_nemo.importance.scores import Array, Scores
 from minitron_nemo.pruning import depth
 from minitron_nemo.pruning.depth_scores import DepthScores
-
-BY_INFLUENCE = ("block_influence", "contiguous")
-DEPTH_METHODS = (*BY_INFLUENCE, *depth.METHODS)
-
-
-def target_architecture(source: Architecture, config: PruneConfig) -> Architecture:
-    """The student's architecture. Raises UserError, naming the key, for a size or score that the source cannot have."""
-    sizes: dict[Axis, int] = {}
-    for axis in (axis for axis in Axis if axis != Axis.VOCAB):
-        size: int | None = getattr(config, axis.value)
-        if size is None:
-            continue
-        if not source.has(axis):
-            instead = "use prune.moe_ffn_hidden_size" if axis == Axis.FFN else "leave it out"
-            raise UserError(f"prune.{axis}: the layers of {source.family} have none; {instead}")
-        if not 1 <= size <= source.size(axis):
-            raise UserError(f"prune.{axis}: {size} is not a size to prune to; the source has {source.size(axis)}")
-        sizes[axis] = size
-    if sizes.get(Axis.EXPERTS, source.size(Axis.EXPERTS)) < (topk := source.moe_router_topk or 0):
-        raise UserError(
-            f"prune.num_moe_experts: {sizes[Axis.EXPERTS]} are too few, a token is routed to {topk}; "
-            f"keep {topk} or more"
-        )
-    groups = sizes.get(Axis.GROUPS, source.num_query_groups)
-    heads = sizes.setdefault(Axis.HEADS, groups * source.heads_per_group)
-    if heads % groups or heads > groups * source.heads_per_group:
-        multiples = ", ".join(str(groups * n) for n in range(1, source.heads_per_group + 1))
-        raise UserError(
-            f"prune.num_attention_heads: {heads} is not a multiple of num_query_groups, {groups}, "
-            f"or more than they have; use one of {multiples}"
-        )
-    if config.drop_layers is not None:
-        if config.num_layers is not None:
-            raise UserError("prune.drop_layers: prune.num_layers is given too; keep one of the two")
-        sizes[Axis.LAYERS] = source.num_layers - len(_explicit(source, config.drop_layers))
-    elif config.depth_method not in DEPTH_METHODS:
-        raise UserError(f"prune.depth_method: {config.depth_method!r} is not one of {', '.join(DEPTH_METHODS)}")
-    elif config.depth_method in BY_INFLUENCE and sizes.get(Axis.LAYERS) == 1 < source.num_layers:
-        raise UserError(
-            f"prune.num_layers: 1 is too few, {config.depth_method} keeps the first and the last layer; "
-            f"list what goes in prune.drop_layers"
-        )
-    normalization = family(source.family).normalization
-    if config.hidden_score == "energy" and normalization != "RMSNorm":
-        raise UserError(
-            f"prune.hidden_score: energy is of RMSNorm, {source.family} has {normalization}; use activation"
-        )
-    return source.resized(sizes)
-
-
-def repairs_of(source: Architecture, config: RepairConfig) -> RepairConfig:
-    """`config` with what it leaves to the family decided. Raises UserError for a repair that the family has not."""
-    traits = family(source.family)
-    lacking: dict[str, list[str]] = {"norm_scale": [], "hidden": [], "ffn": []}
-    if not traits.rescales_norms:
-        for key in ("norm_scale", "hidden"):
-            lacking[key].append(f"needs RMSNorm with gains stored as they are, which {source.family} has not")
-    if traits.mixture_of_experts:
-        for key in ("hidden", "ffn"):
-            lacking[key].append("there are no least squares for experts yet")
-    decided = {}
-    for key, reasons in lacking.items():
-        asked: bool | None = getattr(config, key)
-        if asked and reasons:
-            raise UserError(f"prune.repair.{key}: {reasons[0]}; leave it out")
-        decided[key] = not reasons if asked is None else asked
-    return replace(config, **decided)
+from minitron_nemo.pruning.target import explicit_layers, repairs_of, rotates, target_architecture
 
 
 def make_plan(
@@ -104,6 +36,8 @@ def make_plan(
     groups' for heads and of the experts' for their neurons, and for `contiguous` the same of the dropped block's summed
     influence and the runner-up's. `depth_scores` are for depth methods that decide by them: see `depth.choose`.
 
+    Where hidden channels are rotated, the Plan has no matrices yet: `minitron repair` makes them.
+
     Raises UserError for Scores of another architecture and for what `target_architecture` and `repairs_of` refuse.
     """
     _check_measured("scores", scores.architecture, source)
@@ -115,7 +49,8 @@ def make_plan(
     chosen = _provenance(scores, depth_scores, config)
     norm_scales: dict[str, float] = {}
     kept_hidden: tuple[int, ...] | None = None
-    if target.hidden_size < source.hidden_size:
+    rotated = rotates(target, source, config)
+    if target.hidden_size < source.hidden_size and not rotated:
         channels = entry_scores(scores, Axis.HIDDEN, chosen)
         kept_hidden, gaps[Axis.HIDDEN.value] = _best(channels, target.hidden_size)
         if repairs.norm_scale:
@@ -137,6 +72,7 @@ def make_plan(
         target=target,
         kept_layers=kept_layers,
         kept_hidden=kept_hidden,
+        rotated=rotated,
         kept_ffn=tuple(kept_ffn) or None,
         kept_shared_ffn=tuple(kept_shared_ffn) or None,
         **heads,
@@ -163,19 +99,6 @@ def entry_scores(scores: Scores, axis: Axis, chosen: Mapping[str, Any]) -> Array
     return scores.get(axis, chosen["sequence_aggregation"], chosen["batch_aggregation"])
 
 
-def _explicit(source: Architecture, drop_layers: list[int]) -> set[int]:
-    """The layers of an explicit list, checked."""
-    last = source.num_layers - 1
-    for position, layer in enumerate(drop_layers):
-        if not 0 <= layer <= last:
-            raise UserError(f"prune.drop_layers: there is no layer {layer}; the source's are numbered 0 to {last}")
-        if layer in drop_layers[:position]:
-            raise UserError(f"prune.drop_layers: layer {layer} is listed twice; list it once")
-    if len(drop_layers) == source.num_layers:
-        raise UserError(f"prune.drop_layers: it lists all {source.num_layers} layers; leave at least one")
-    return set(drop_layers)
-
-
 def _kept_layers(
     scores: Scores,
     depth_scores: DepthScores | None,
@@ -185,7 +108,7 @@ def _kept_layers(
     gaps: dict[str, float],
 ) -> tuple[int, ...]:
     if config.drop_layers is not None:
-        dropped = _explicit(source, config.drop_layers)
+        dropped = explicit_layers(source, config.drop_layers)
         return tuple(layer for layer in range(source.num_layers) if layer not in dropped)
     drop = source.num_layers - target.num_layers
     if not drop:
@@ -337,6 +260,7 @@ def _provenance(scores: Scores, depth_scores: DepthScores | None, config: PruneC
         "sequence_aggregation": config.calibration.sequence_aggregation,
         "batch_aggregation": config.calibration.batch_aggregation,
         "ffn_score": config.ffn_score,
+        "hidden_method": config.hidden_method,
         "hidden_score": config.hidden_score,
         "depth_method": "drop_layers" if config.drop_layers is not None else config.depth_method,
     }

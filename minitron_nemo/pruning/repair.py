@@ -1,7 +1,8 @@
 """`minitron repair`: a Plan + the teacher's activations -> the Plan with matrices that make up for what is cut.
 
-Forward-only passes over the first calibration samples; in each, every pipeline stage fills `repair.statistics_bytes`
-with the second moments of as many places as fit, then its ranks solve for their maps and write them.
+Forward-only passes over the first calibration samples: one for the rotation of a rotated Plan, then those for least
+squares. In each of these, every pipeline stage fills `repair.statistics_bytes` with the second moments of as many
+places as fit, then its ranks solve for their maps and write them.
 """
 
 from __future__ import annotations
@@ -9,25 +10,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, distributed
 
 from minitron_nemo.arch import Architecture, Axis, Plan
+from minitron_nemo.arch.blocks import EMBEDDING
 from minitron_nemo.arch.plan import ADD, FILE_NAME, REPLACE, Matrix
 from minitron_nemo.checkpoint.dense import MatrixFile
 from minitron_nemo.checkpoint.files import commit_partial, make_partial, partial_path
 from minitron_nemo.config import Recipe, RepairConfig
 from minitron_nemo.data.sampler import Microbatch
-from minitron_nemo.importance.second_moments import Moments, Place, fit, gain_of, owners, places
+from minitron_nemo.importance.second_moments import Moments, NormCovariance, Place, Watch, fit, gain_of, owners, places
 from minitron_nemo.models.build import Model
 from minitron_nemo.models.forward import forward_only
 from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.pruning.calibrate import open_calibration, progress, without_logits
-from minitron_nemo.pruning.plan import repairs_of
+from minitron_nemo.pruning.target import repairs_of
+
+W = TypeVar("W", bound=Watch)
 
 TOKENS_PER_COLUMN = 16  # fewer get a warning; 2 made things worse on tokens that the fit had not seen
 
@@ -73,18 +76,19 @@ def repair(teacher: Path, prepared: Path, recipe: Recipe, layout: Layout, plan: 
 def repair_plan(model: Model, batches: Sequence[Microbatch], plan: Plan, config: RepairConfig, directory: Path) -> None:
     """`repair` with a loaded teacher, on this data-parallel rank's microbatches, all of one shape [b, s]."""
     config = repairs_of(plan.source, config)
-    wanted = places(plan, ffn=bool(config.ffn), hidden=bool(config.hidden))
+    rotation, found = _rotation(model, batches, plan) if plan.rotated else (None, {})
+    wanted = places(plan, ffn=bool(config.ffn), hidden=bool(config.hidden), rotation=rotation)
     if launch.rank() == 0:
         make_partial(directory)
     launch.barrier()
-    entries = _write_matrices(model, batches, plan, wanted, config, partial_path(directory)) if wanted else {}
+    entries = _write_matrices(model, batches, plan, wanted, rotation, config, partial_path(directory)) if wanted else {}
     folded = tuple(place.norm for place in wanted if place.norm is not None)
     repaired = replace(
         plan,
-        matrices={place.name: entries[place.name] for place in wanted},
+        matrices=entries,
         folded_norms=folded,
         norm_scales={name: factor for name, factor in plan.norm_scales.items() if name not in folded},
-        provenance={**plan.provenance, "ridge": config.ridge, "repair_samples": config.samples},
+        provenance={**plan.provenance, **found, "ridge": config.ridge, "repair_samples": config.samples},
     )
     if launch.rank() == 0:
         repaired.save(partial_path(directory) / FILE_NAME)
@@ -92,53 +96,76 @@ def repair_plan(model: Model, batches: Sequence[Microbatch], plan: Plan, config:
     launch.barrier()
 
 
+def _rotation(model: Model, batches: Sequence[Microbatch], plan: Plan) -> tuple[Tensor, dict[str, float]]:
+    """The rotation [h, k], fp32, and what share it keeps of the sum of squares behind the norms of the layers kept."""
+    unknown = torch.empty(plan.source.hidden_size, 0)
+    norms = places(plan, ffn=False, hidden=True, rotation=unknown)
+    covariance = _watch(NormCovariance, model, batches, norms, "rotate")
+    rotation, values = covariance.principal(plan.target.hidden_size)
+    kept = float(values[: plan.target.hidden_size].sum() / values.sum())
+    return rotation, {"rotation_keeps": kept}
+
+
 def _write_matrices(
     model: Model,
     batches: Sequence[Microbatch],
     plan: Plan,
     wanted: Sequence[Place],
+    rotation: Tensor | None,
     config: RepairConfig,
     directory: Path,
 ) -> dict[str, Matrix]:
-    """Fit and write the maps of all places; every rank gets all entries."""
-    file = MatrixFile(directory, {place.name: _shape(place, plan) for place in wanted})
+    """Fit and write the maps of all places, and the rotation as the embedding's; every rank gets all entries."""
+    shapes = {place.name: _shape(place, plan) for place in wanted}
+    if rotation is not None:
+        shapes[EMBEDDING] = (rotation.shape[0], rotation.shape[1])
+    file = MatrixFile(directory, shapes)
     if launch.rank() == 0:
         file.prepare()
     launch.barrier()
+    entries: dict[str, Matrix] = {}
+    if rotation is not None and launch.rank() == 0:
+        entries[EMBEDDING] = file.write(EMBEDDING, REPLACE, rotation.cpu())
     passes = list(_passes(model, wanted, config.statistics_bytes))
     count = max(_gathered(len(passes)))
-    micro_batch_size, sequence_length = batches[0]["tokens"].shape
-    entries: dict[str, Matrix] = {}
     for number in range(count):
-        with progress(f"repair, pass {number + 1} of {count}", len(batches)) as advance, without_logits(model):
-            moments = Moments(
-                model.chunks,
-                plan.source,
-                batches,
-                passes[number] if number < len(passes) else [],
-                sequence_parallel=model.layout.sequence_parallel,
-                on_microbatch=advance,
-            )
-            with moments:
-                forward_only(
-                    model, batches, len(batches), sequence_length, micro_batch_size, lambda output, batch: None
-                )
+        now = passes[number] if number < len(passes) else []
+        moments = _watch(Moments, model, batches, now, f"repair, pass {number + 1} of {count}")
         for place, totals in moments.totals():
             entries[place.name] = _write(file, place, fit(place, totals, config.ridge), model)
-    return {name: entry for part in _gathered(entries) for name, entry in part.items()}
+    gathered = {name: entry for part in _gathered(entries) for name, entry in part.items()}
+    return {name: gathered[name] for name in shapes}
+
+
+def _watch(kind: type[W], model: Model, batches: Sequence[Microbatch], watched: Sequence[Place], label: str) -> W:
+    """What a forward-only pass showed at these places."""
+    micro_batch_size, sequence_length = batches[0]["tokens"].shape
+    with progress(label, len(batches)) as advance, without_logits(model):
+        watch = kind(
+            model.chunks,
+            model.architecture,
+            batches,
+            watched,
+            sequence_parallel=model.layout.sequence_parallel,
+            on_microbatch=advance,
+        )
+        with watch:
+            forward_only(model, batches, len(batches), sequence_length, micro_batch_size, lambda output, batch: None)
+    return watch
 
 
 def _write(file: MatrixFile, place: Place, fitted: Tensor, model: Model) -> Matrix:
     """A fitted map [n, k] in the form in which the Plan keeps it."""
     if place.norm is None:
-        removed = np.setdiff1d(np.arange(len(fitted)), place.kept)  # the kept neurons' rows are the identity
-        return file.write(place.name, ADD, fitted[torch.from_numpy(removed).to(fitted.device)].float().cpu())
+        removed = torch.ones(len(fitted), dtype=torch.bool)
+        removed[place.cut] = False  # the kept neurons' rows are the identity
+        return file.write(place.name, ADD, fitted[removed.to(fitted.device)].float().cpu())
     gain = gain_of(place, model.chunks, model.architecture).double()
     return file.write(place.name, REPLACE, (gain[:, None] * fitted).float().cpu())
 
 
 def _shape(place: Place, plan: Plan) -> tuple[int, int]:
-    kept = len(place.kept)
+    kept = place.columns
     return (plan.source.hidden_size, kept) if place.norm is not None else (plan.source.ffn_hidden_size - kept, kept)
 
 
@@ -149,7 +176,7 @@ def _passes(model: Model, wanted: Sequence[Place], budget: int) -> Iterator[list
     run: list[Place] = []
     filled = 0
     for place in (place for place in wanted if place.layer in here):
-        size = place.rows(source, tp_size) * len(place.kept) * torch.float64.itemsize
+        size = place.rows(source, tp_size) * place.columns * torch.float64.itemsize
         if run and filled + size > budget:
             yield run
             run, filled = [], 0

@@ -34,7 +34,7 @@ from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.pruning.calibrate import open_teacher, progress, without_logits
 from minitron_nemo.pruning.depth import grouped, layers_to_drop, most_branches, summary, wanted
 from minitron_nemo.pruning.depth_scores import DepthScores
-from minitron_nemo.pruning.plan import target_architecture
+from minitron_nemo.pruning.target import target_architecture
 
 SAVED_MICROBATCHES = 16  # of each rank, measured between two writes of the file
 

@@ -19,6 +19,8 @@ from minitron_nemo.errors import UserError
 from minitron_nemo.importance.scores import Scores
 from minitron_nemo.manifest import FILE_NAME as MANIFEST_FILE
 from minitron_nemo.manifest import Manifest
+from minitron_nemo.models.branches import Branch
+from minitron_nemo.pruning.depth_scores import DepthScores
 
 CANDIDATES_FILE = "search/table.json"
 DEPTH_FILE = "depth.npz"
@@ -150,9 +152,6 @@ def _layer_losses(path: Path) -> list[LayerLoss]:
     """Of the models that were measured on text, those without one layer."""
     if not path.is_file():
         return []
-    from minitron_nemo.models.branches import Branch  # they bring torch along, which no other part of the page needs
-    from minitron_nemo.pruning.depth_scores import DepthScores
-
     measured = DepthScores.load(path)
     if measured.choices is not None:
         return []

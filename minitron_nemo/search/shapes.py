@@ -15,7 +15,7 @@ from minitron_nemo.arch import Architecture, Axis
 from minitron_nemo.arch.counts import non_embedding_parameters, parameters
 from minitron_nemo.config import BudgetConfig, PruneConfig, SearchConfig
 from minitron_nemo.errors import UserError
-from minitron_nemo.pruning.plan import target_architecture
+from minitron_nemo.pruning.target import target_architecture
 from minitron_nemo.search.costs import Costs, costs
 
 AXES = (Axis.LAYERS, Axis.HIDDEN, Axis.FFN, Axis.HEADS, Axis.GROUPS)

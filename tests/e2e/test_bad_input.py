@@ -137,6 +137,7 @@ TEACHER_PP2 = "teacher.layout.pipeline_model_parallel_size=2"
         ("train.steps=many", "train.steps"),
         ("train.steps=-1", "train.steps: -1 must not be negative"),
         ("prune.hidden_size=128", "prune.hidden_size"),
+        ("prune.hidden_method=turn", "prune.hidden_method: 'turn' is not one of select, rotate"),
         ("prune.num_attention_heads=6", "prune.num_attention_heads"),
         ("prune.drop_layers=[0,9]", "prune.drop_layers"),
         ("prune.depth_method=perplexity", "prune.depth_method: 'perplexity' is not one of"),
@@ -384,11 +385,30 @@ def test_plan_of_a_mixture_says_what_a_token_meets(
 
 
 @pytest.mark.parametrize(
-    "override", ["prune.repair.norm_scale=true", "prune.repair.hidden=true", "prune.hidden_score=energy"]
+    "override",
+    [
+        "prune.repair.norm_scale=true",
+        "prune.repair.hidden=true",
+        "prune.hidden_score=energy",
+        "prune.hidden_method=rotate",
+    ],
 )
 def test_what_needs_rms_norm_is_refused_before_anything_runs(refused: Callable[..., str], override: str) -> None:
     recipe = Path(__file__).parents[2] / "recipes" / "nemotron4_15b_to_minitron_8b.yaml"
     assert f"{override.partition('=')[0]}: " in refused("plan", str(recipe), override)
+
+
+def test_a_tied_model_is_rotated_only_at_the_stated_price_of_an_output(
+    refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", str(Path(__file__).parents[2] / "recipes" / "quickstart.yaml"), "prune.hidden_size=432"]
+    message = refused(*arguments, "prune.hidden_method=rotate")
+    assert "set prune.untie to true, at 21,233,664 parameters, or use select" in message
+    parameters = []
+    for more in ([], ["prune.hidden_method=rotate", "prune.untie=true"]):
+        assert main([*arguments, *more, "--json"]) == 0
+        parameters.append(json.loads(capsys.readouterr().out)["student"]["parameters"])
+    assert parameters[1] - parameters[0] == 49152 * 432
 
 
 def test_every_key_of_a_recipe_is_documented() -> None:

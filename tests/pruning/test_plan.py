@@ -13,7 +13,8 @@ from minitron_nemo.arch import Architecture, Axis, Plan
 from minitron_nemo.config import CalibrationConfig, PruneConfig, RepairConfig
 from minitron_nemo.errors import UserError
 from minitron_nemo.importance.scores import Scores
-from minitron_nemo.pruning.plan import make_plan, target_architecture
+from minitron_nemo.pruning.plan import make_plan
+from minitron_nemo.pruning.target import target_architecture
 from tests.importance.synthetic import architecture, random_values, scores_from
 
 

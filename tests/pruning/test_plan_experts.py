@@ -13,8 +13,9 @@ from minitron_nemo.config import PruneConfig, RepairConfig
 from minitron_nemo.errors import UserError
 from minitron_nemo.importance.scores import Scores
 from minitron_nemo.parallel.layout import Layout
-from minitron_nemo.pruning.plan import make_plan, repairs_of, target_architecture
+from minitron_nemo.pruning.plan import make_plan
 from minitron_nemo.pruning.repair import fits
+from minitron_nemo.pruning.target import repairs_of, target_architecture
 from tests.importance.synthetic import architecture
 from tests.pruning.test_plan import best_subset
 

@@ -311,7 +311,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another shape": (_values(lambda v: v.update({FC2: v[FC2][1:].clone()})), "not the fp32 matrix"),
     "another type": (_values(lambda v: v.update({FC2: v[FC2].double()})), "not the fp32 matrix"),
     "one too many": (_values(lambda v: v.update(more=torch.zeros(1, 1))), "more is not in the plan"),
-    "old schema": (_edit(lambda p: p.update(schema_version=1)), "schema_version 1 is not 2"),
+    "old schema": (_edit(lambda p: p.update(schema_version=2)), "schema_version 2 is not 3"),
     "unknown tensor": (_edit(lambda p: p["norm_scales"].update(nothing=1.0)), "the target has no tensor nothing"),
     "no factor": (
         _edit(lambda p: p.update(norm_scales={"decoder.final_layernorm.weight": -1.0}, folded_norms=[])),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -279,9 +277,3 @@ def test_the_verb_takes_a_run_or_its_recipe(run: Path, tmp_path: Path, capsys: p
     assert f"{tmp_path}: not a run directory" in capsys.readouterr().err
     assert main(["report", str(run), "train.lr=1"]) == 2
     assert "train.lr=1 changes a recipe" in capsys.readouterr().err
-
-
-def test_drawing_does_not_wait_for_torch() -> None:
-    code = "import sys, minitron_nemo.report.page; print(sorted({'torch', 'megatron'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
