@@ -3,5 +3,5 @@
     run directory --read.py--> Run --training.py, importance.py, ...--> Chart --page.html--> report.html
 
 The page is one file, without scripts: charts are SVG that Vega-Lite drew, coloured by the page's CSS variables, so that
-it follows light and dark and prints. Nothing here imports torch.
+it follows light and dark and prints.
 """
