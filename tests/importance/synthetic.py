@@ -36,6 +36,7 @@ def scores_from(values: dict[str, np.ndarray], shape: Architecture, sequences: i
         norm_squares=values["squares"],
         ffn_column_norms=values["columns"],
         experts=values.get("experts", np.zeros((shape.num_layers, 0))),
+        routed=np.zeros((shape.num_layers, 0)),
         shared_expert=np.zeros((2, 3, shape.num_layers, 0)),
         shared_expert_column_norms=np.zeros((shape.num_layers, 0)),
         sequences=sequences,

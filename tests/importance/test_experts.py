@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -104,3 +105,18 @@ def test_masked_tokens_do_not_count_for_experts(hugging_face: dict[str, Path]) -
     weights[0, 7] = 1.0
     scores = run_distributed(1, measured, teacher, Layout(), tokens, weights)[0]
     assert ((scores.experts > 0).sum(axis=1) == 3).all()  # the three experts that the one token is routed to
+
+
+def test_merged_passes_weigh_experts_by_their_tokens(hugging_face: dict[str, Path]) -> None:
+    teacher = hugging_face["mixtral"].with_name("mixtral-megatron")
+    tokens, weights = batch()
+    passes = []
+    for name, part in (("first", slice(0, 2)), ("second", slice(2, None)), ("both", slice(None))):
+        scores = run_distributed(1, measured, teacher, Layout(), tokens[part], weights[part])[0]
+        passes.append(replace(scores, settings={"samples": len(tokens[part])}, sample_ids=(name,)))
+    first, second, both = passes
+    merged = Scores.merge([first, second])
+    assert_same(merged, both, 1e-6)
+    np.testing.assert_allclose(merged.experts, both.experts, rtol=1e-6)
+    np.testing.assert_array_equal(merged.routed, both.routed)
+    assert (first.routed != second.routed).any()
