@@ -126,8 +126,13 @@ def _window(window: Any, length: int, origin: str) -> int | None:
 def fields_of(architecture: Architecture, squared_relu: str) -> dict[str, Any]:
     """The fields that make an architecture; what they say of rotary scaling is not common to NeMo and Bridge.
 
-    `squared_relu` is the dotted name of that function there.
+    `squared_relu` is the dotted name of that function there. Raises UserError for a mixture of experts.
     """
+    if family(architecture.family).mixture_of_experts:
+        raise UserError(
+            f"{architecture.model_type}: mixtures of experts are not written for NeMo and Megatron-Bridge; "
+            f"use another format, e.g. hf"
+        )
     spelling = family(architecture.family).hugging_face[architecture.model_type]
     own = {
         field: supported
