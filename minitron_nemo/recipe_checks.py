@@ -1,0 +1,124 @@
+"""What can be said of a recipe's values without its model: choices, signs, what excludes what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minitron_nemo.checkpoint.sink import FORMATS
+from minitron_nemo.config import ClusterConfig, Recipe, TrainConfig
+from minitron_nemo.distillation.balance import DYNAMIC, check_weight
+from minitron_nemo.distillation.cache import DTYPES
+from minitron_nemo.errors import UserError
+from minitron_nemo.kernels.objective import DIVERGENCES
+from minitron_nemo.pruning import depth
+from minitron_nemo.pruning.target import DEPTH_METHODS
+
+CHOICES = {
+    "distill.divergence": DIVERGENCES,
+    "distill.intermediate.loss": ("cosine", "mse"),
+    "train.precision": ("bf16", "fp32"),
+    "prune.calibration.precision": ("bf16", "fp32"),
+    "prune.calibration.sequence_aggregation": ("mean", "l2", "var"),
+    "prune.calibration.batch_aggregation": ("mean", "l2", "var"),
+    "prune.ffn_score": ("activation", "output"),
+    "prune.hidden_method": ("select", "rotate"),
+    "prune.hidden_score": ("activation", "energy"),
+    "prune.depth_method": DEPTH_METHODS,
+    "prune.depth.metric": depth.METRICS,
+    "teacher.model": ("source", "previous"),
+    "teacher.placement": ("colocated", "separate", "cached"),
+    "teacher.cache.precision": tuple(DTYPES),
+    "cluster.launcher": ("none", "local"),
+    "model.dtype": (None, "bfloat16", "float32", "float16"),
+    "export.dtype": (None, "bfloat16", "float32", "float16"),
+}
+POSITIVE = (
+    "data.sequence_length",
+    "prune.calibration.samples",
+    "prune.calibration.micro_batch_size",
+    "prune.calibration.save_interval",
+    "prune.depth.samples",
+    "prune.depth.states_bytes",
+    "prune.repair.ridge",
+    "prune.repair.samples",
+    "prune.repair.statistics_bytes",
+    "teacher.buffer_bytes",
+    "teacher.cache.top_k",
+    "distill.temperature",
+    "distill.chunk_bytes",
+    "train.global_batch_size",
+    "train.micro_batch_size",
+    "train.lr",
+    "train.log_interval",
+    "train.save_interval",
+    "train.keep_last",
+    "train.max_nonfinite_steps",
+    "evaluate.documents",
+    "evaluate.micro_batch_size",
+    "cluster.nodes",
+    "cluster.processes_per_node",
+    "cluster.signal_seconds",
+)
+
+
+def check_values(recipe: Recipe) -> None:
+    """Raise UserError, naming the key, for the first value that no model could make right."""
+    for key, choices in CHOICES.items():
+        if (value := _get(recipe, key)) not in choices:
+            raise UserError(f"{key}: {value!r} is not one of {', '.join(str(choice) for choice in choices)}")
+    for key in POSITIVE:
+        if _get(recipe, key) <= 0:
+            raise UserError(f"{key}: {_get(recipe, key)} must be greater than 0")
+    if unknown := set(recipe.export.formats) - set(FORMATS):
+        raise UserError(f"export.formats: {sorted(unknown)[0]!r} is not one of {', '.join(FORMATS)}")
+    batch = recipe.teacher.correction.global_batch_size
+    if batch is not None and batch < 1:
+        raise UserError(f"teacher.correction.global_batch_size: {batch} must be greater than 0")
+    if not recipe.data.train:
+        raise UserError("data.train: no text to train on; give at least one source")
+    if not 0 <= recipe.data.heldout_fraction < 1:
+        raise UserError(f"data.heldout_fraction: {recipe.data.heldout_fraction} must be in [0, 1)")
+    if not 0 < recipe.distill.jsd_beta < 1:
+        raise UserError(f"distill.jsd_beta: {recipe.distill.jsd_beta} must lie between 0 and 1, neither of them")
+    check_weight("distill.ce_weight", recipe.distill.ce_weight)
+    check_weight("distill.intermediate.alpha", recipe.distill.intermediate.alpha)
+    if recipe.distill.logits_weight <= 0 and recipe.distill.ce_weight in (0, DYNAMIC):
+        raise UserError(
+            "distill: logits_weight is 0, and ce_weight is 0 or dynamic, which is in proportion to L_logits; there is "
+            "nothing to train on"
+        )
+    _check_training(recipe.train)
+    _check_cluster(recipe.cluster)
+
+
+def _check_training(train: TrainConfig) -> None:
+    if train.steps < 0:
+        raise UserError(f"train.steps: {train.steps} must not be negative; 0 prunes without distilling")
+    if train.hang_timeout < 0:
+        raise UserError(f"train.hang_timeout: {train.hang_timeout:g} must not be negative; 0 never ends a job")
+    if train.eval_interval < 0:
+        raise UserError(f"train.eval_interval: {train.eval_interval} must not be negative; 0 for no validation")
+    if train.peak_flops is not None and train.peak_flops <= 0:
+        raise UserError(f"train.peak_flops: {train.peak_flops:g} must be greater than 0")
+
+
+def _check_cluster(cluster: ClusterConfig) -> None:
+    if cluster.gpus_per_node not in (None, cluster.processes_per_node):
+        raise UserError(
+            f"cluster.gpus_per_node: {cluster.gpus_per_node} is not the {cluster.processes_per_node} of "
+            "cluster.processes_per_node; every GPU gets one process"
+        )
+    if cluster.prune_nodes is not None and cluster.prune_nodes <= 0:
+        raise UserError(f"cluster.prune_nodes: {cluster.prune_nodes} must be greater than 0")
+    if cluster.max_requeues < 0:
+        raise UserError(f"cluster.max_requeues: {cluster.max_requeues} must not be negative")
+    for mount in cluster.container_mounts:
+        if ":" not in mount or "," in mount:
+            raise UserError(f"cluster.container_mounts: {mount!r} is not SRC:DST")
+
+
+def _get(recipe: Recipe, key: str) -> Any:
+    value: Any = recipe
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
