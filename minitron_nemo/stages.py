@@ -21,6 +21,7 @@ from minitron_nemo.errors import UserError
 from minitron_nemo.preflight import Preflight, preflight
 from minitron_nemo.preflight import text as text_of_one
 
+STAGES = "stages"  # directory below the run's, with one for each stage
 SHARED = ("convert", "prepare", "correct")  # steps that all stages have in common
 
 
@@ -65,7 +66,7 @@ def stage_recipes(recipe: Recipe) -> dict[str, Recipe]:
 def stage_directory(recipe: Recipe, name: str | None) -> Path:
     """Where a stage's files are; those of a recipe without stages, for None."""
     run_dir = Path(recipe.run_dir)
-    return run_dir if name is None else run_dir / "stages" / name
+    return run_dir if name is None else run_dir / STAGES / name
 
 
 def _check_stage(key: str, name: str, stage: Any, first: bool) -> None:

@@ -21,6 +21,7 @@ from minitron_nemo.manifest import FILE_NAME as MANIFEST_FILE
 from minitron_nemo.manifest import Manifest
 from minitron_nemo.models.branches import Branch
 from minitron_nemo.pruning.depth_scores import DepthScores
+from minitron_nemo.stages import STAGES, stage_recipes
 
 CANDIDATES_FILE = "search/table.json"
 DEPTH_FILE = "depth.npz"
@@ -93,18 +94,28 @@ class Run:
 
 
 def read_run(directory: Path) -> Run:
-    """Read what is there; a job may be writing meanwhile. Raises UserError for what is no run directory, or damaged."""
-    if not any((directory / name).is_file() for name in (STATUS_FILE, MANIFEST_FILE, RECIPE_FILE)):
+    """Read what is there of a run, or of one of its stages (RUN/stages/NAME); a job may be writing meanwhile.
+
+    Raises UserError for what is no run directory, or damaged.
+    """
+    home, stage = (directory.parents[1], directory.name) if directory.parent.name == STAGES else (directory, None)
+    if not any((home / name).is_file() for name in (STATUS_FILE, MANIFEST_FILE, RECIPE_FILE)):
         raise UserError(f"{directory}: not a run directory; give the run_dir of a recipe that has been started")
-    status = _json(directory / STATUS_FILE) or {}
-    steps = Manifest(directory).steps
-    recipe, scores = directory / RECIPE_FILE, directory / "scores.npz"
+    status = _json(home / STATUS_FILE) or {}
+    steps = Manifest(home).steps
+    recipe = load_recipe(home / RECIPE_FILE) if (home / RECIPE_FILE).is_file() else None
+    if stage is not None:  # what is its own, under the names of a run without stages
+        own = f"{stage}/"
+        status = {**status, "step": (status.get("step") or "").removeprefix(own)}
+        steps = {name.removeprefix(own): step for name, step in steps.items() if name.startswith(own)}
+        recipe = stage_recipes(recipe).get(stage) if recipe else None
+    scores = directory / "scores.npz"
     plans = [directory / name / PLAN_FILE for name in ("pruned", "plan")]
     return Run(
         directory=directory,
         status=status,
         steps=steps,
-        recipe=load_recipe(recipe) if recipe.is_file() else None,
+        recipe=recipe,
         evaluation=_json(directory / "evaluation.json") or {},
         scores=Scores.load(scores) if scores.is_file() else None,
         plan=next((Plan.load(path) for path in plans if path.is_file()), None),
