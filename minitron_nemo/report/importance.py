@@ -71,13 +71,17 @@ def depth_charts(scores: Scores, plan: Plan, losses: Sequence[LayerLoss]) -> lis
 
 
 def width_charts(scores: Scores, plan: Plan) -> list[Chart]:
-    """Hidden channels, FFN neurons and heads: by layer and by rank, with the cuts."""
+    """Hidden channels, FFN neurons or experts, and heads: by layer and by rank, with the cuts."""
+    if scores.architecture.num_moe_experts:
+        mlps = [_small_map("Experts by layer", "expert", Axis.EXPERTS, scores.experts, plan.kept_experts, plan)]
+    else:
+        mlps = [_ffn_ranking(scores, plan), _ffn_map(scores, plan)]
+    heads = entry_scores(scores, Axis.HEADS, plan.provenance)
     return [
         _hidden_ranking(scores, plan),
         _hidden_map(scores, plan),
-        _ffn_ranking(scores, plan),
-        _ffn_map(scores, plan),
-        _heads_map(scores, plan),
+        *mlps,
+        _small_map("Attention heads by layer", "head", Axis.HEADS, heads, plan.kept_heads, plan),
     ]
 
 
@@ -150,22 +154,26 @@ def _ffn_map(scores: Scores, plan: Plan) -> Chart:
     return _ranked_map("FFN neurons by layer", caption, values, order, kept, plan)
 
 
-def _heads_map(scores: Scores, plan: Plan) -> Chart:
-    values = entry_scores(scores, Axis.HEADS, plan.provenance)
-    kept = _by_layer(plan.kept_heads, values, plan)
+def _small_map(
+    title: str, noun: str, axis: Axis, values: Array, entries: Sequence[Sequence[int]] | None, plan: Plan
+) -> Chart:
+    """A heat map of `values` [num_layers, n] with a cell for each entry; those that are not among `entries` go."""
+    kept = _by_layer(entries, values, plan)
     cells = [
-        _cell(layer, head, head + 1, values[layer, head] / _mean(values[layer]), kept[layer, head], f"head {head}")
+        _cell(
+            layer, place, place + 1, values[layer, place] / _mean(values[layer]), kept[layer, place], f"{noun} {place}"
+        )
         for layer in range(values.shape[0])
-        for head in range(values.shape[1])
+        for place in range(values.shape[1])
     ]
-    x = {**_every(values.shape[1]), "field": "x", "title": "head"}
+    x = {**_every(values.shape[1]), "field": "x", "title": noun}
     cross = {
         "data": {"values": [cell for cell in cells if cell["series"] == DROPPED]},
         "mark": {"type": "point", "shape": CROSS, "size": 24, "filled": False, "color": "var(--text)", "aria": False},
         "encoding": {"x": x, "y": _row_axis(len(values))},
     }
-    caption = _caption(plan, Axis.HEADS, _kept_share(values, plan.kept_heads, plan)) + " × marks what goes."
-    return _map("Attention heads by layer", caption, cells, {"x": x}, len(values), [cross])
+    caption = _caption(plan, axis, _kept_share(values, entries, plan)) + " × marks what goes."
+    return _map(title, caption, cells, {"x": x}, len(values), [cross])
 
 
 def _ranked_map(title: str, caption: str, values: Array, order: Any, kept: Flags, plan: Plan) -> Chart:

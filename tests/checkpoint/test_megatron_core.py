@@ -241,7 +241,7 @@ def test_any_number_of_processes_writes_the_same_weights(tmp_path: Path) -> None
         run_distributed(count, _convert_in_job, original, tmp_path / f"megatron{count}", "megatron", plan)
         run_distributed(count, _convert_in_job, tmp_path / f"megatron{count}", tmp_path / f"hf{count}", "hf", None)
     files = [sorted((tmp_path / f"megatron{count}").glob("*.distcp")) for count in (1, 3)]
-    assert len(files[0]) == 3
+    assert len(files[0]) > 3
     assert [file.read_bytes() for file in files[0]] == [file.read_bytes() for file in files[1]]
     assert (tmp_path / "hf1/model.safetensors").read_bytes() == (tmp_path / "hf3/model.safetensors").read_bytes()
     expected = cut(weights(original), plan)

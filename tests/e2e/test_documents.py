@@ -22,7 +22,7 @@ VALUES = {
     "prune.num_layers=20": "prune.num_layers=3",
 }
 CACHED = ["teacher.placement=cached", "distill.intermediate.pairs=[]"]
-NEEDS = {"cluster.md", "nemo.md"}  # Slurm and NeMo: tests/slurm and tests/nemo
+NEEDS = {"cluster.md", "nemo.md", "search.md"}  # Slurm, NeMo, candidates: tests/slurm, tests/nemo, tests/search
 
 
 @pytest.fixture(scope="module")

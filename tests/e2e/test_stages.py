@@ -118,7 +118,7 @@ def test_the_student_of_the_stage_before_may_teach(finished: Path, two: Path, tm
     after = records(run_dir)
     changed = {name for name in after if after[name] != before[name]}
     assert {name for name in changed if not name.startswith("cut/")} == {
-        f"smaller/{step}" for step in ("distill", "evaluate", "export/hf")
+        f"smaller/{step}" for step in ("distill", "evaluate", "export/hf", "report")
     }
     smaller = run_dir / "stages" / "smaller"
     assert fingerprint(smaller / "distilled") == fingerprint(two / "distilled")
@@ -132,7 +132,7 @@ def test_the_student_of_the_stage_before_may_teach(finished: Path, two: Path, tm
 def test_every_stage_has_its_results(finished: Path) -> None:
     run_dir = finished / "run"
     recorded = list(records(run_dir))
-    own = ["calibrate", "repair", "prune", "distill", "evaluate", "export/hf"]
+    own = ["calibrate", "repair", "prune", "distill", "evaluate", "export/hf", "report"]
     assert recorded == ["convert", "prepare", "correct"] + [
         f"{stage}/{step}" for stage in STAGES for step in own if (stage, step) != ("cut", "distill")
     ]

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from minitron_nemo.arch import Architecture, Axis, Plan
 from minitron_nemo.arch.counts import parameters
 from minitron_nemo.arch.plan import ADD, Matrix
-from minitron_nemo.checkpoint import transform
+from minitron_nemo.checkpoint import blocks
 from minitron_nemo.checkpoint.fingerprint import fingerprint
 from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.config import PruneConfig, RepairConfig
@@ -26,7 +26,7 @@ from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.pruning.plan import make_plan
 from minitron_nemo.pruning.prune import prune
 from minitron_nemo.pruning.target import target_architecture
-from tests.families import FAMILIES, fused_like, unfused, write_tiny
+from tests.families import DENSE, fused_like, unfused, write_tiny
 from tests.importance.hugging_face import activations, load, rms_normed
 from tests.importance.measuring import measured
 from tests.importance.test_collect import LAYOUTS, batch
@@ -38,7 +38,7 @@ from tests.pruning.test_repair import repair_together
 
 LAYERS = 4
 EMBEDDING = "embedding.word_embeddings.weight"
-RMS_FAMILIES = ("llama", *(family for family in FAMILIES if family != "nemotron"))
+RMS_FAMILIES = ("llama", *(family for family in DENSE if family != "nemotron"))
 
 
 class Rotated(NamedTuple):
@@ -238,7 +238,7 @@ def test_one_plan_gives_the_same_bits_from_any_number_of_processes_threads_and_w
     finally:
         torch.set_num_threads(1)
     assert len({fingerprint(tmp_path / name) for name in ("1", "2", "4", "threads")}) == 1
-    monkeypatch.setattr(transform, "BLOCK_BYTES", 2000)  # rows in many blocks, sums in parts: nearly the same
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 2000)  # rows in many blocks, sums in parts: nearly the same
     prune(case.teacher, case.plan, tmp_path / "parts", 0, 1, lambda: None)
     tokens, _ = batch()
     whole, parts = (run_distributed(1, logits_of, tmp_path / name, tokens)[0] for name in ("1", "parts"))
