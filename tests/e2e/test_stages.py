@@ -132,7 +132,7 @@ def test_the_student_of_the_stage_before_may_teach(finished: Path, two: Path, tm
 @by_running
 def test_every_stage_has_its_results(finished: Path) -> None:
     run_dir = finished / "run"
-    recorded = list(records(run_dir))
+    recorded = [name for name in records(run_dir) if not name.endswith("/score-depth")]  # where layers go
     own = ["calibrate", "repair", "prune", "distill", "evaluate", "export/hf", "report"]
     assert recorded == ["convert", "prepare", "correct"] + [
         f"{stage}/{step}" for stage in STAGES for step in own if (stage, step) != ("cut", "distill")
