@@ -12,7 +12,7 @@ from minitron_nemo.config import CalibrationConfig, PruneConfig
 from minitron_nemo.importance.scores import AGGREGATIONS
 from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.pruning.plan import make_plan
-from tests.families import FAMILIES, write_tiny
+from tests.families import FAMILIES, MIXTURES, write_tiny
 from tests.importance.measuring import measured
 from tests.importance.test_collect import assert_same, assert_same_choice, batch
 from tests.pool import run_distributed
@@ -49,13 +49,14 @@ LLAMA = [
 ]
 OTHERS = [(2, 2, 1, None, True), (4, 1, 2, 2, False), (8, 2, 2, None, True)]
 CASES = [("llama", *layout) for layout in LLAMA] + [(family, *layout) for family in FAMILIES for layout in OTHERS]
-TARGET = {"hidden_size": 40, "ffn_hidden_size": 64, "num_attention_heads": 4, "num_layers": 6}
+TARGET = {"hidden_size": 40, "num_attention_heads": 4, "num_layers": 6}
 
 
 @pytest.mark.parametrize(("family", "processes", "tp", "pp", "vpp", "sp"), CASES)
 def test_no_layout_scores_or_keeps_or_writes_anything_else(
     family: str, processes: int, tp: int, pp: int, vpp: int | None, sp: bool, tmp_path: Path
 ) -> None:
+    mlp = {"num_moe_experts": 3, "moe_ffn_hidden_size": 64} if family in MIXTURES else {"ffn_hidden_size": 64}
     hugging_face = write_tiny(family, tmp_path / "hf", num_layers=8)
     convert(hugging_face, tmp_path / "teacher", "megatron", progress=False)
     tokens = batch(sequences=8)
@@ -67,16 +68,17 @@ def test_no_layout_scores_or_keeps_or_writes_anything_else(
     )
     alone = run_distributed(1, measured, tmp_path / "teacher", Layout(), *tokens)[0]
     scores = run_distributed(processes, measured, tmp_path / "teacher", layout, *tokens)[0]
-    # Squaring an activation, as Nemotron does, doubles its relative error; var of hardly firing neurons does again.
-    assert_same(scores, alone, 4e-5 if family == "nemotron" else 1e-5)
+    # Of variances of variances in fp32: of squares, as Nemotron's, and of the few tokens that an expert sees.
+    assert_same(scores, alone, {"nemotron": 1e-4}.get(family, 2e-5 if family in MIXTURES else 1e-5))
     for sequence in AGGREGATIONS:
         for over_sequences in AGGREGATIONS:
             config = PruneConfig(
                 **TARGET,
+                **mlp,
                 calibration=CalibrationConfig(sequence_aggregation=sequence, batch_aggregation=over_sequences),
             )
             assert_same_choice(*(make_plan(s, alone.architecture, config) for s in (scores, alone)))
-    plan = make_plan(alone, alone.architecture, PruneConfig(**TARGET))
+    plan = make_plan(alone, alone.architecture, PruneConfig(**TARGET, **mlp))
     run_distributed(1, prune_together, tmp_path / "teacher", plan, tmp_path / "alone")
     run_distributed(processes, prune_together, tmp_path / "teacher", plan, tmp_path / "together")
     assert fingerprint(tmp_path / "together") == fingerprint(tmp_path / "alone")
