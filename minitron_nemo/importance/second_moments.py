@@ -17,6 +17,7 @@ decide.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,7 +81,7 @@ def places(plan: Plan, *, ffn: bool, hidden: bool, rotation: Tensor | None = Non
     return found
 
 
-class Watch:
+class Watch(ABC):
     """Gives the tokens of a pass, while it is entered, to `add`, at those `places` that are on this rank.
 
     All ranks of a tensor-parallel group have every token of linear_fc2, [t, f/tp], and share those of a norm, [t, h];
@@ -108,8 +109,9 @@ class Watch:
         self.places = places
         self.handles: list[Any] = []
 
+    @abstractmethod
     def add(self, place: Place, tokens: Tensor) -> None:
-        raise NotImplementedError
+        """Take in the tokens that came to a place."""
 
     def __enter__(self) -> Watch:
         for chunk in self.chunks:
