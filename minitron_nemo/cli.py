@@ -106,6 +106,12 @@ def command_line() -> argparse.ArgumentParser:
     merge.add_argument("passes", type=Path, nargs="+", metavar="SCORES", help="scores.npz of a pass")
     merge.add_argument("--out", type=Path, required=True, help="file to write; prune.scores of a recipe takes it")
     merge.set_defaults(function=_merge_scores)
+    task = verbs.add_parser("make-task", help="multiple-choice questions out of held-out text", description=TASK)
+    task.add_argument("run", type=Path, help="run directory, whose data is prepared and teacher converted")
+    task.add_argument("--out", type=Path, help="directory to write; default: task in the run directory")
+    task.add_argument("--questions", type=int, default=400, help="of each part, at most; default: %(default)s")
+    task.add_argument("--seed", type=int, default=1234, help="of what is taken and of the answers' places")
+    task.set_defaults(function=_make_task)
     report = verbs.add_parser("report", help="one HTML page about a run, at any time", description=REPORT)
     report.add_argument("run", type=Path, help="run directory, or the recipe of one")
     report.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, e.g. run_dir=DIR")
@@ -130,6 +136,9 @@ as it should be; 1: it is not, and a line names the first tensor and row; 2: som
 
 MERGE = """Add passes of calibration up: the Scores of one pass over all their samples. The passes are of one model, in
 one precision, at one sequence length, and have no sample in common (prune.calibration.first_sample)."""
+
+TASK = """Write choose.jsonl, for prune.depth.task, and judge.jsonl, of other documents, to judge by what was chosen:
+which of four continuations belongs to the beginning of a held-out passage? The same data gives the same questions."""
 
 REPORT = """Write RUN/report.html about what the run directory holds by now: results, training curves, importance and
 cuts, candidates, sample generations, provenance. One file that needs no network. `minitron run` ends with it."""
@@ -241,6 +250,15 @@ def _merge_scores(options: argparse.Namespace) -> int:
     scores = Scores.merge([Scores.load(path) for path in options.passes], list(map(str, options.passes)))
     scores.save(options.out)
     print(f"[merge-scores] {options.out}: {scores.sequences} sequences, {scores.tokens:,} tokens")
+    return 0
+
+
+def _make_task(options: argparse.Namespace) -> int:
+    from minitron_nemo.data.task import make_task
+
+    run, output = options.run, options.out or options.run / "task"
+    made = make_task(run / "data", run / "teacher" / "tokenizer", output, questions=options.questions, seed=options.seed)
+    print(f"[make-task] {output}: " + ", ".join(f"{part}.jsonl {count} questions" for part, count in made.items()))
     return 0
 
 

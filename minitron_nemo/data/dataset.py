@@ -58,7 +58,7 @@ class PackedDataset:
         self._cut(sequence_length)
         self._separator = (separator_id, separator_weight)
         self._documents = IndexedDataset(str(prepared / split.prefix))
-        self._order = shuffled(_id_words(prepared, split), "pack", pack_seed)
+        self._order = shuffled(id_words(prepared, split), "pack", pack_seed)
         self._ends = np.cumsum(self._documents.sequence_lengths[self._order], dtype=np.int64)
 
     def resized(self, sequence_length: int) -> PackedDataset:
@@ -184,7 +184,7 @@ def open_heldout(prepared: Path, sequence_length: int, documents: int, separator
     datasets = [IndexedDataset(str(prepared / split.prefix)) for _, split in splits]
     candidates = []
     for number, ((_, split), dataset) in enumerate(zip(splits, datasets, strict=True)):
-        order = np.argsort(_id_words(prepared, split), kind="stable")
+        order = np.argsort(id_words(prepared, split), kind="stable")
         short = dataset.sequence_lengths[order] <= sequence_length
         for is_short in (False, True):
             turns = enumerate(order[short == is_short])
@@ -216,7 +216,7 @@ def make_sample(token_ids: NDArray[np.int64], source: str, separator_id: int, se
     }
 
 
-def _id_words(prepared: Path, split: Split) -> NDArray[np.uint64]:
+def id_words(prepared: Path, split: Split) -> NDArray[np.uint64]:
     """The first 8 bytes of every document's id, as numbers."""
     ids = np.fromfile(prepared / f"{split.prefix}.ids", dtype=">u8")
     return ids[::4].astype(np.uint64)
