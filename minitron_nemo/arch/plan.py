@@ -25,17 +25,18 @@ from minitron_nemo.errors import UserError
 
 FILE_NAME = "plan.json"  # in the directory of a checkpoint that a Plan made
 MATRICES_NAME = "plan.safetensors"  # beside it
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
-REPLACE, ADD = "replace", "add"
+REPLACE, ADD, GAIN = "replace", "add", "gain"
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A dense map on the columns of one tensor of the student; its fp32 values are in the file beside the Plan.
+    """A dense map on the columns of one tensor of the student, or a gain; fp32 values are in the file beside the Plan.
 
     `replace` [n, k]: the student's tensor is the source's, with all its n columns, times the matrix. `add` [n - k, k]:
-    it is the source's k kept columns plus the others, in their order, times the matrix. `sha256` is of its bytes.
+    it is the source's k kept columns plus the others, in their order, times the matrix. `gain` [1, k] is of a norm: what the student's gain is, since
+    the source's is part of the matrix of what reads it. `sha256` is of its bytes.
     """
 
     kind: str
@@ -58,9 +59,8 @@ class Plan:
     same everywhere: with P [d, k], columns orthonormal, its residual stream is P^T times the teacher's. P is the matrix
     of the embedding; what writes the stream has its rows multiplied by P^T, and what reads it has matrices that undo P.
 
-    `norm_scales` gives norms of the student, by name, a factor on their gains; the gains of `folded_norms` become 1,
-    since the matrices of their readers contain them. `matrices` maps tensors of the student to what their columns are
-    multiplied by; `directory` is where their file lies.
+    `norm_scales` gives norms of the student, by name, a factor on their gains. `matrices` maps tensors of the student to
+    what their columns are multiplied by, or to the gain that a norm has instead; `directory` is where their file lies.
 
     `gaps` records, per cut (`hidden_size`, `ffn_hidden_size/3`: of source layer 3), the relative difference between the
     worst score kept and the best score dropped: where it is below the accuracy of the Scores, another layout may choose
@@ -80,7 +80,6 @@ class Plan:
     kept_moe_ffn: tuple[tuple[tuple[int, ...], ...], ...] | None = None
     kept_shared_ffn: tuple[tuple[int, ...], ...] | None = None
     norm_scales: Mapping[str, float] = field(default_factory=dict)
-    folded_norms: tuple[str, ...] = ()
     matrices: Mapping[str, Matrix] = field(default_factory=dict)
     directory: Path | None = field(default=None, compare=False)
     gaps: Mapping[str, float] = field(default_factory=dict)
@@ -166,21 +165,25 @@ class Plan:
 
     def _check_repairs(self) -> None:
         """Raise UserError for a norm or a matrix that does not fit the student."""
-        if not (self.norm_scales or self.folded_norms or self.matrices):
+        if not (self.norm_scales or self.matrices):
             return
-        if (self.norm_scales or self.folded_norms) and not family(self.source.family).rescales_norms:
-            raise UserError(f"plan: norm_scales and folded_norms are not for the norms of {self.source.family}")
+        gains = [name for name, matrix in self.matrices.items() if matrix.kind == GAIN]
+        if (self.norm_scales or gains) and not family(self.source.family).rescales_norms:
+            raise UserError(f"plan: norm_scales and gains are not for the norms of {self.source.family}")
         found = {tensor.name: tensor for tensor in tensors(self.target)}
-        for name in (*self.norm_scales, *self.folded_norms, *self.matrices):
+        for name in (*self.norm_scales, *self.matrices):
             if name not in found:
                 raise UserError(f"plan: the target has no tensor {name}")
         for name, factor in self.norm_scales.items():
             if found[name].spec.part != "norm" or not isfinite(factor) or factor <= 0:
                 raise UserError(f"plan: norm_scales: {name}: {factor} is no factor on a norm's gain")
-        for name in self.folded_norms:
-            if found[name].spec.part != "norm" or name in self.norm_scales:
-                raise UserError(f"plan: folded_norms: {name} is not a norm, or has a factor as well")
+        for name in gains:
+            wanted = (1, *found[name].spec.shape(self.target))
+            if found[name].spec.part != "norm" or name in self.norm_scales or self.matrices[name].shape != wanted:
+                raise UserError(f"plan: matrices: {name}: not the gain of a norm, or of another size, or scaled as well")
         for name, matrix in self.matrices.items():
+            if name in gains:
+                continue
             before, after = (found[name].spec.shape(model)[1:] for model in (self.source, self.target))
             rows = before[0] - after[0] if matrix.kind == ADD else before[0]
             cut = before != after or (self.rotated and before == (self.source.hidden_size,))
@@ -197,10 +200,14 @@ class Plan:
             raise UserError("plan: rotated, but it keeps hidden channels as they are, or a tied output")
         for name, spec, *_ in tensors(self.target):
             axes = [Axis.HIDDEN in dim.axes for dim in spec.dims]
-            if axes == [True] and name not in self.folded_norms:
-                raise UserError(f"plan: rotated, but the gain of {name} is not folded")
+            if axes == [True] and not self.has_gain(name):
+                raise UserError(f"plan: rotated, but {name} keeps the source's gain")
             if axes == [False, True] and (name not in self.matrices or self.matrices[name].kind != REPLACE):
                 raise UserError(f"plan: rotated, but {name} has no matrix in place of its columns")
+
+    def has_gain(self, name: str) -> bool:
+        """Whether a tensor of the target is a norm whose gain is in the file of matrices."""
+        return name in self.matrices and self.matrices[name].kind == GAIN
 
     def writes_rotated(self, tensor: NamedTensor) -> bool:
         """Whether the rows of a tensor of the target are rotated: it is a matrix that writes the residual stream."""
@@ -283,7 +290,6 @@ class Plan:
             "kept_moe_ffn": self.kept_moe_ffn,
             "kept_shared_ffn": self.kept_shared_ffn,
             "norm_scales": dict(self.norm_scales),
-            "folded_norms": self.folded_norms,
             "matrices": {name: asdict(matrix) for name, matrix in self.matrices.items()},
             "gaps": dict(self.gaps),
             "provenance": dict(self.provenance),
@@ -314,7 +320,6 @@ class Plan:
                 kept_moe_ffn=_per_expert(data.get("kept_moe_ffn")),
                 kept_shared_ffn=_tuples(data.get("kept_shared_ffn")),
                 norm_scales={name: float(factor) for name, factor in data["norm_scales"].items()},
-                folded_norms=tuple(data["folded_norms"]),
                 matrices={
                     name: Matrix(matrix["kind"], tuple(matrix["shape"]), matrix["sha256"])
                     for name, matrix in data["matrices"].items()

@@ -34,15 +34,15 @@ class Slicer:
 
     def __call__(self, chunk: Chunk) -> torch.Tensor:
         name, plan = chunk.tensor.name, self.plan
+        if plan.has_gain(name):
+            return self.maps.gain(name, slice(chunk.start, chunk.stop)).to(self.dtypes[name])
         rows, *others = self._selections(chunk.tensor)
         columns = others[0] if others else None
         if name in plan.matrices:
             block = self.maps.columns(name, self._block(chunk, rows, None), columns)
         else:
             block = self._block(chunk, rows, columns)
-        if name in plan.folded_norms:
-            block = torch.ones_like(block)
-        elif name in plan.norm_scales:
+        if name in plan.norm_scales:
             block = block.float() * plan.norm_scales[name]
         return block.to(self.dtypes[name])
 

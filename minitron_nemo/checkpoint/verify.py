@@ -99,6 +99,8 @@ class Again:
     def rows(self, chunk: Chunk) -> Tensor:
         """A block of the student, before it is rounded to the type that is stored."""
         tensor, plan = chunk.tensor, self.plan
+        if plan.has_gain(tensor.name):
+            return self.maps.gain(tensor.name, slice(chunk.start, chunk.stop))
         kept = plan.kept(tensor.layer, tensor.expert)
         selections = [dim.select(plan.source, kept) for dim in tensor.spec.dims]
         columns = selections[1] if len(selections) > 1 else None
@@ -111,8 +113,6 @@ class Again:
             return self.maps.columns(tensor.name, block, columns)
         if columns is not None:
             block = torch.from_numpy(np.take(_bits(block), columns, axis=1)).view(block.dtype)
-        if tensor.name in plan.folded_norms:
-            return torch.ones_like(block)
         return block.float() * plan.norm_scales[tensor.name] if tensor.name in plan.norm_scales else block
 
     def _cut_rows(self, chunk: Chunk, selected: Indices | None) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, distributed
 
 from minitron_nemo.arch import Architecture, Axis, Plan
 from minitron_nemo.arch.blocks import EMBEDDING
-from minitron_nemo.arch.plan import ADD, FILE_NAME, REPLACE, Matrix
+from minitron_nemo.arch.plan import ADD, FILE_NAME, GAIN, REPLACE, Matrix
 from minitron_nemo.checkpoint.dense import MatrixFile
 from minitron_nemo.checkpoint.files import commit_partial, make_partial, partial_path
 from minitron_nemo.config import Recipe, RepairConfig
@@ -82,12 +82,10 @@ def repair_plan(model: Model, batches: Sequence[Microbatch], plan: Plan, config:
         make_partial(directory)
     launch.barrier()
     entries = _write_matrices(model, batches, plan, wanted, rotation, config, partial_path(directory)) if wanted else {}
-    folded = tuple(place.norm for place in wanted if place.norm is not None)
     repaired = replace(
         plan,
         matrices=entries,
-        folded_norms=folded,
-        norm_scales={name: factor for name, factor in plan.norm_scales.items() if name not in folded},
+        norm_scales={name: factor for name, factor in plan.norm_scales.items() if name not in entries},
         provenance={**plan.provenance, **found, "ridge": config.ridge, "repair_samples": config.samples},
     )
     if launch.rank() == 0:
@@ -116,7 +114,7 @@ def _write_matrices(
     directory: Path,
 ) -> dict[str, Matrix]:
     """Fit and write the maps of all places, and the rotation as the embedding's; every rank gets all entries."""
-    shapes = {place.name: _shape(place, plan) for place in wanted}
+    shapes = {name: shape for place in wanted for name, shape in _shapes(place, plan).items()}
     if rotation is not None:
         shapes[EMBEDDING] = (rotation.shape[0], rotation.shape[1])
     file = MatrixFile(directory, shapes)
@@ -132,7 +130,7 @@ def _write_matrices(
         now = passes[number] if number < len(passes) else []
         moments = _watch(Moments, model, batches, now, f"repair, pass {number + 1} of {count}")
         for place, totals in moments.totals():
-            entries[place.name] = _write(file, place, fit(place, totals, config.ridge), model)
+            entries |= _write(file, place, fit(place, totals, config.ridge), model)
     gathered = {name: entry for part in _gathered(entries) for name, entry in part.items()}
     return {name: gathered[name] for name in shapes}
 
@@ -154,19 +152,33 @@ def _watch(kind: type[W], model: Model, batches: Sequence[Microbatch], watched: 
     return watch
 
 
-def _write(file: MatrixFile, place: Place, fitted: Tensor, model: Model) -> Matrix:
-    """A fitted map [n, k] in the form in which the Plan keeps it."""
+def _write(file: MatrixFile, place: Place, fitted: Tensor, model: Model) -> dict[str, Matrix]:
+    """A fitted map [n, k] in the form in which the Plan keeps it.
+
+    Behind a norm of gain g, diag(g) M = N diag(g') with columns of N of length 1, as those of a selection are: N is the
+    readers' matrix and g' the student's gain. So weights keep the size that the teacher's have, and an optimizer whose
+    steps have a size of their own, as Adam's, moves the student as it would the plain cut. With g' = 1 it would move it
+    1 / g' times as far: 3 to 40 times in SmolLM2, which undid the repair (docs/evidence/cuts.md).
+    """
     if place.norm is None:
         removed = torch.ones(len(fitted), dtype=torch.bool)
         removed[place.cut] = False  # the kept neurons' rows are the identity
-        return file.write(place.name, ADD, fitted[removed.to(fitted.device)].float().cpu())
-    gain = gain_of(place, model.chunks, model.architecture).double()
-    return file.write(place.name, REPLACE, (gain[:, None] * fitted).float().cpu())
+        return {place.name: file.write(place.name, ADD, fitted[removed.to(fitted.device)].float().cpu())}
+    folded = gain_of(place, model.chunks, model.architecture).double()[:, None] * fitted
+    gain = folded.norm(dim=0, keepdim=True)  # [1, k]
+    gain = gain.where(gain > 0, 1.0)  # of a column of zeros
+    return {
+        place.name: file.write(place.name, REPLACE, (folded / gain).float().cpu()),
+        place.norm: file.write(place.norm, GAIN, gain.float().cpu()),
+    }
 
 
-def _shape(place: Place, plan: Plan) -> tuple[int, int]:
+def _shapes(place: Place, plan: Plan) -> dict[str, tuple[int, int]]:
+    """Of what `_write` writes, by name."""
     kept = place.columns
-    return (plan.source.hidden_size, kept) if place.norm is not None else (plan.source.ffn_hidden_size - kept, kept)
+    if place.norm is None:
+        return {place.name: (plan.source.ffn_hidden_size - kept, kept)}
+    return {place.name: (plan.source.hidden_size, kept), place.norm: (1, kept)}
 
 
 def _passes(model: Model, wanted: Sequence[Place], budget: int) -> Iterator[list[Place]]:

@@ -149,9 +149,10 @@ def cuts(plan: Plan) -> str:
     words = [f"Layers dropped, counted from 0: {', '.join(map(str, gone))}." if gone else "All layers stay."]
     if plan.merged_heads is not None:
         words.append("Queries of kept heads take in those of dropped ones.")
+    new_gains = sum(map(plan.has_gain, plan.matrices))
     words.append(
         f"To make up for what goes: norms rescaled {len(plan.norm_scales)}, "
-        f"weight matrices fitted by least squares {len(plan.matrices)}."
+        f"weight matrices fitted by least squares {len(plan.matrices) - new_gains}."
     )
     return " ".join(words)
 

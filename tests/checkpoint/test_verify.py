@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minitron_nemo.arch import Plan
-from minitron_nemo.arch.plan import ADD, FILE_NAME, REPLACE
+from minitron_nemo.arch.plan import ADD, FILE_NAME, GAIN, REPLACE
 from minitron_nemo.checkpoint import blocks, huggingface
 from minitron_nemo.checkpoint.dense import MatrixFile
 from minitron_nemo.checkpoint.sink import FORMATS
@@ -61,13 +61,14 @@ def plan_of(kind: str, source: Path, directory: Path) -> Plan:
     for name, layer in itertools.product((QKV, FC1), layers):
         shapes[name.format(layer) + "weight"] = REPLACE, (before.hidden_size, after.hidden_size)
     directory.mkdir()
+    shapes |= {name: (GAIN, (1, after.hidden_size)) for name in norms}
     file = MatrixFile(directory, {name: shape for name, (_, shape) in shapes.items()})
     file.prepare()
     generator = torch.Generator().manual_seed(1)
     matrices = {
         name: file.write(name, how, torch.randn(shape, generator=generator)) for name, (how, shape) in shapes.items()
     }
-    replace(plan, matrices=matrices, norm_scales={}, folded_norms=norms).save(directory / FILE_NAME)
+    replace(plan, matrices=matrices, norm_scales={}).save(directory / FILE_NAME)
     return Plan.load(directory / FILE_NAME)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from minitron_nemo.arch import Architecture, Axis, Plan
+from minitron_nemo.arch.plan import GAIN, Matrix
 from minitron_nemo.config import CalibrationConfig, PruneConfig, RepairConfig
 from minitron_nemo.errors import UserError
 from minitron_nemo.importance.scores import Scores
@@ -91,12 +92,12 @@ def test_what_needs_rms_norm_is_off_by_default_and_refused_by_key_for_another_no
     assert "\n" not in str(error.value)
 
 
-def test_a_plan_that_scales_or_folds_gains_stored_minus_one_is_refused() -> None:
+def test_a_plan_that_scales_or_replaces_gains_stored_minus_one_is_refused() -> None:
     shape = architecture(family="nemotron", model_type="nemotron")
     made = plan(scores_from(random_values(shape), shape), hidden_size=4)
     final = "decoder.final_layernorm.weight"
-    for change in ({"norm_scales": {final: 1.1}}, {"folded_norms": (final,)}):
-        with pytest.raises(UserError, match="plan: norm_scales and folded_norms are not for the norms of nemotron"):
+    for change in ({"norm_scales": {final: 1.1}}, {"matrices": {final: Matrix(GAIN, (1, 4), "")}}):
+        with pytest.raises(UserError, match="plan: norm_scales and gains are not for the norms of nemotron"):
             replace(made, **change)  # type: ignore[arg-type]
 
 

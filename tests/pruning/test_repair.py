@@ -49,7 +49,20 @@ class Repaired(NamedTuple):
 
     @property
     def matrices(self) -> dict[str, torch.Tensor]:
-        return load_file(self.directory / "plan.safetensors")
+        return folded(load_file(self.directory / "plan.safetensors"))
+
+
+def folded(file: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The matrices of a Plan's file, each with the gain of the norm that is read with it in the student."""
+    found = {}
+    for name in (name for name in file if "norm" not in name):
+        norm = "decoder.final_layernorm.weight" if name == "output_layer.weight" else gain_name(name)
+        found[name] = file[name] * file.get(norm, torch.ones(1))
+    return found
+
+
+def gain_name(reader: str) -> str:
+    return reader.removesuffix("weight") + "layer_norm_weight"
 
 
 def repair_together(
@@ -79,9 +92,8 @@ def repaired(
     convert(hugging_face, directory / "teacher", "megatron", progress=False)
     plain = a_plan(Architecture.load(directory / "teacher"))
     # Irregular factors, as a calibration pass would measure them: only a norm without a matrix keeps its own.
-    norms = [name.removesuffix(".weight") + ".layer_norm_weight" for name in maps(plain, "linear_qkv", "linear_fc1")]
+    norms = [gain_name(name) for name in maps(plain, "linear_qkv", "linear_fc1")]
     scales = {name: 1 + 0.01 * number for number, name in enumerate((*norms, "decoder.final_layernorm.weight"))}
-    scales = {name.replace("norm.weight.layer_norm_weight", "norm.weight"): s for name, s in scales.items()}
     plain = replace(plain, norm_scales={} if family == "nemotron" else scales)
     arguments = directory / "teacher", Layout(), plain, RepairConfig(**config), directory / "plan", text
     run_distributed(1, repair_together, *arguments)
@@ -132,13 +144,34 @@ def test_maps_are_the_least_squares_solutions_on_hugging_faces_activations(
 ) -> None:
     case = repaired(tmp_path, family, ridge=ridge)
     hidden = np.array(case.plain.kept_hidden)
-    folded = gains(case)
+    before = gains(case)
     found = reads(case.hugging_face, case.plain, *batch())
     assert sorted(case.matrices) == sorted(found)
     for name, (x, y) in found.items():
         kept = np.array(neurons(case.plain, int(name.split(".")[2]))) if "linear_fc2" in name else hidden
         fitted = whole(name, case)
-        assert_solves(x, y, kept, ridge, fitted / folded[name][:, None] if name in folded else fitted)
+        assert_solves(x, y, kept, ridge, fitted / before[name][:, None] if name in before else fitted)
+
+
+def test_readers_are_cut_columns_of_length_one_and_their_norms_gains_the_rest(untied: Repaired, tmp_path: Path) -> None:
+    """So a ridge without end leaves the plain cut as it is: its entries, and its gains times the norms' constants."""
+    file = load_file(untied.directory / "plan.safetensors")
+    readers = [*maps(untied.plain, "linear_qkv", "linear_fc1"), "output_layer.weight"]
+    assert len(file) == 2 * len(readers) + len(maps(untied.plain, "linear_fc2"))
+    for name in readers:
+        torch.testing.assert_close(file[name].norm(dim=0), torch.ones(40), rtol=1e-6, atol=0)
+    arguments = untied.teacher, Layout(), untied.plain, RepairConfig(ridge=1e12), tmp_path / "plan"
+    run_distributed(1, repair_together, *arguments)
+    file, before, kept = load_file(tmp_path / "plan" / "plan.safetensors"), gains(untied), untied.plain.kept_hidden
+    states = reads(untied.hugging_face, untied.plain, *batch())
+    for name in readers[:-1]:
+        x, y = states[name]
+        constant = (x[:, list(kept or ())] * y).sum() / (y**2).sum()
+        gain = constant * before[name][list(kept or ())]
+        np.testing.assert_allclose(file[gain_name(name)][0], np.abs(gain), rtol=1e-4)
+        selection = np.zeros((64, 40))
+        selection[list(kept or ()), range(40)] = np.sign(gain)
+        np.testing.assert_allclose(file[name], selection, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["TP2", "TP2 SP", "DP2", "PP2 VPP2", "TP2 PP2"])
@@ -228,7 +261,7 @@ def assert_student_is_the_formulas(case: Repaired, tmp_path: Path) -> None:
 def test_a_tied_output_keeps_its_embedding_and_only_the_final_gain_is_scaled(tied: Repaired) -> None:
     assert "output_layer.weight" not in tied.matrices
     assert list(tied.plan.norm_scales) == ["decoder.final_layernorm.weight"]
-    assert sorted(map(norm_name, tied.plan.folded_norms)) == sorted(
+    assert sorted(norm_name(name) for name in tied.plan.matrices if "norm" in name) == sorted(
         f"model.layers.{layer}.{norm}.weight"
         for layer in range(LAYERS - 1)
         for norm in ("input_layernorm", "post_attention_layernorm")
@@ -280,7 +313,7 @@ def test_what_is_switched_off_is_left_as_the_plan_has_it(untied: Repaired, tmp_p
     run_distributed(1, repair_together, untied.teacher, Layout(), untied.plain, config, tmp_path / "plan")
     plan = Plan.load(tmp_path / "plan" / "plan.json")
     assert sorted(plan.matrices) == maps(plan, "linear_fc2")
-    assert (plan.norm_scales, plan.folded_norms) == (untied.plain.norm_scales, ())
+    assert plan.norm_scales == untied.plain.norm_scales
 
 
 def _edit(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
@@ -303,6 +336,7 @@ def _values(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path
 
 FC2 = "decoder.layers.0.mlp.linear_fc2.weight"
 QKV = "decoder.layers.0.self_attention.linear_qkv.weight"
+FINAL = "decoder.final_layernorm.weight"
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no matrices": (lambda d: (d / "plan.safetensors").unlink(), "plan.safetensors is not beside it"),
     "cut off": (lambda d: (d / "plan.safetensors").write_bytes(b"\1" * 20), "truncated"),
@@ -311,13 +345,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another shape": (_values(lambda v: v.update({FC2: v[FC2][1:].clone()})), "not the fp32 matrix"),
     "another type": (_values(lambda v: v.update({FC2: v[FC2].double()})), "not the fp32 matrix"),
     "one too many": (_values(lambda v: v.update(more=torch.zeros(1, 1))), "more is not in the plan"),
-    "old schema": (_edit(lambda p: p.update(schema_version=2)), "schema_version 2 is not 3"),
+    "old schema": (_edit(lambda p: p.update(schema_version=2)), "schema_version 2 is not 4"),
     "unknown tensor": (_edit(lambda p: p["norm_scales"].update(nothing=1.0)), "the target has no tensor nothing"),
-    "no factor": (
-        _edit(lambda p: p.update(norm_scales={"decoder.final_layernorm.weight": -1.0}, folded_norms=[])),
-        "is no factor",
-    ),
-    "not a norm": (_edit(lambda p: p["folded_norms"].append(FC2)), "is not a norm"),
+    "no factor": (_edit(lambda p: p["norm_scales"].update({FINAL: -1.0})), "is no factor"),
+    "a gain and a factor": (_edit(lambda p: p["norm_scales"].update({FINAL: 1.1})), "or scaled as well"),
+    "not a norm": (_edit(lambda p: p["matrices"][FC2].update(kind="gain")), "not the gain of a norm"),
+    "a gain too short": (_edit(lambda p: p["matrices"][FINAL].update(shape=[1, 39])), "or of another size"),
+    "another gain": (_values(lambda v: v[FINAL].mul_(2)), "is not what the plan was made with"),
     "wrong kind": (_edit(lambda p: p["matrices"][FC2].update(kind="replace")), "does not fit its columns"),
     "columns that stay": (
         _edit(lambda p: p["matrices"].update({QKV.replace("qkv", "proj"): p["matrices"][QKV]})),

@@ -34,7 +34,7 @@ from tests.importance.test_second_moments import neurons
 from tests.pool import run_distributed
 from tests.pruning.slicing import slice_hugging_face
 from tests.pruning.test_prune import logits_of, prune_together
-from tests.pruning.test_repair import repair_together
+from tests.pruning.test_repair import folded, repair_together
 
 LAYERS = 4
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -54,7 +54,7 @@ class Rotated(NamedTuple):
 
     @property
     def matrices(self) -> dict[str, torch.Tensor]:
-        return load_file(self.directory / "plan.safetensors")
+        return folded(load_file(self.directory / "plan.safetensors"))
 
 
 def unrepaired(source: Architecture, hidden_size: int, cut_more: bool) -> Plan:
@@ -294,7 +294,10 @@ CHANGES: dict[str, tuple[Callable[[Plan], Plan], str]] = {
         lambda p: replace(p, matrices={**p.matrices, "output_layer.weight": Matrix(ADD, (24, 40), "")}),
         "rotated, but output_layer.weight has no matrix in place of its columns",
     ),
-    "a gain": (lambda p: replace(p, folded_norms=p.folded_norms[1:]), "rotated, but the gain of .* is not folded"),
+    "a gain": (
+        lambda p: replace(p, matrices={n: m for n, m in p.matrices.items() if n != "decoder.final_layernorm.weight"}),
+        "rotated, but decoder.final_layernorm.weight keeps the source's gain",
+    ),
     "kept": (lambda p: replace(p, kept_hidden=tuple(range(40))), "keeps hidden channels as they are, or a tied output"),
     "tied": (
         lambda p: replace(
