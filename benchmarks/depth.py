@@ -1,11 +1,13 @@
-"""Ways to choose the layers that go, on the same documents, before any training. Prints a markdown table.
+"""Ways to choose the layers that go, on the same documents and questions, before any training: a markdown table.
 
     minitron convert recipes/quickstart.yaml && minitron prepare recipes/quickstart.yaml
     python benchmarks/depth.py --base runs/quickstart [--drop 10] [--samples 8] [--documents 24] [--methods ...]
 
-The teacher is the quickstart's source, not corrected. Started again it goes on where it was stopped, unless --samples,
---precision or --documents change: then another --place is needed. Differences are paired over documents, with one
-standard error; one model and one calibration sample, so they say nothing about others.
+The teacher is the quickstart's source, not corrected. What is chosen by the first calibration sequences, or by the
+questions of `minitron make-task` that are made to choose by, is judged by the beginnings of held-out documents, and by
+the questions that are made to judge by. Started again it goes on where it was stopped, unless --samples, --precision,
+--documents or --questions change: then another --place is needed. Differences are paired over documents or questions,
+with one standard error; one model and one calibration sample, so they say nothing about others.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import time
 from dataclasses import replace
 from functools import partial
+from math import sqrt
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +24,12 @@ import torch
 
 from minitron_nemo.arch import Architecture
 from minitron_nemo.config import PruneConfig, Recipe, load_recipe
+from minitron_nemo.data.choices import Choices, choice_samples, read_questions
 from minitron_nemo.data.dataset import Sample, open_heldout
 from minitron_nemo.data.sampler import Sampler
-from minitron_nemo.importance.scores import Scores
+from minitron_nemo.data.task import make_task
+from minitron_nemo.data.tokenizer import load_tokenizer
+from minitron_nemo.importance.scores import Array, Scores
 from minitron_nemo.models.branches import Branch
 from minitron_nemo.models.build import Model
 from minitron_nemo.parallel import launch
@@ -35,6 +41,8 @@ from minitron_nemo.pruning.plan import BY_INFLUENCE, make_plan
 from minitron_nemo.pruning.score_depth import measure_branches
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
+BY_TASK = " by task"
+ARMS = (*BY_INFLUENCE, *METHODS, *(method + BY_TASK for method in METHODS))
 
 
 def main() -> None:
@@ -48,34 +56,52 @@ def main() -> None:
     if not (place / "scores.npz").exists():
         measure(model, batches, model_fingerprint="", data_fingerprint="", settings={}).save(place / "scores.npz")
     text = [blend.sample(index) for index in Sampler(blend, recipe.data.seed).global_batch(0, options.samples)]
-    on_text = resumed(place / "depth.npz", model.architecture, text)
-    for method in [method for method in options.methods if method in METHODS]:
-        search(model, text, on_text, recipe, method, options.drop, place / "depth.npz")
-    scores = Scores.load(place / "scores.npz")
-    arms = {method: dropped(scores, on_text, recipe.prune, method) for method in options.methods}
+    make_task(data, teacher / "tokenizer", place / "task", questions=options.questions, seed=recipe.data.seed)
+    questions = {part: choices_of(place / "task" / f"{part}.jsonl", teacher) for part in ("choose", "judge")}
+    measured = {
+        "": (text, resumed(place / "depth.npz", model.architecture, text)),
+        BY_TASK: (questions["choose"][0], resumed(place / "task.npz", model.architecture, *questions["choose"])),
+    }
+    scores, arms = Scores.load(place / "scores.npz"), {}
+    for arm in options.methods:
+        by = BY_TASK if arm.endswith(BY_TASK) else ""
+        method, (samples, found) = arm.removesuffix(by), measured[by]
+        if method in METHODS:
+            search(model, samples, found, recipe, method, options.drop, place / ("task.npz" if by else "depth.npz"))
+        arms[arm] = dropped(scores, found, recipe.prune, method)
     documents = open_heldout(data, recipe.data.sequence_length, options.documents, recipe.data.separator_weight)
     heldout = resumed(place / "heldout.npz", model.architecture, documents)
-    sets = [branch for branch in (Branch(), *arms.values()) if heldout.missing(branch).any()]
-    if sets:
-        save = partial(heldout.save, place / "heldout.npz")
-        measure_branches(model, documents, list(dict.fromkeys(sets)), heldout, recipe, save)
+    judged = resumed(place / "judged.npz", model.architecture, *questions["judge"])
+    for samples, found, name in ((documents, heldout, "heldout.npz"), (questions["judge"][0], judged, "judged.npz")):
+        sets = [branch for branch in (Branch(), *arms.values()) if found.missing(branch).any()]
+        if sets:
+            save = partial(found.save, place / name)
+            measure_branches(model, samples, list(dict.fromkeys(sets)), found, recipe, save)
     launch.shutdown()
-    print(f"loss of the whole model {heldout.loss(Branch()):.3f}")
-    print("| method | layers that go | held-out loss minus the teacher's |\n|---|---|---|")
-    for method, branch in arms.items():
+    whole = answered(judged, Branch())
+    print(
+        f"loss of the whole model {heldout.loss(Branch()):.3f}, accuracy {whole.mean():.1%} of {len(whole)} questions"
+    )
+    print("| method | layers that go | held-out loss minus the teacher's | accuracy | minus the teacher's |")
+    print("|---|---|---|---|---|")
+    for arm, branch in arms.items():
         mean, error = heldout.increase(branch)
-        print(f"| {method} | {', '.join(map(str, sorted(branch)))} | {mean:+.3f} ± {error:.3f} |")
+        right = answered(judged, branch)
+        lost = right - whole
+        accuracy = f"{right.mean():.1%} | {lost.mean():+.1%} ± {lost.std(ddof=1) / sqrt(len(lost)):.1%}"
+        print(f"| {arm} | {', '.join(map(str, sorted(branch)))} | {mean:+.3f} ± {error:.3f} | {accuracy} |")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, default=Path("runs/quickstart"), help="a run with teacher and data")
     parser.add_argument("--place", type=Path, help="where measurements go; default: BASE_depth")
-    parser.add_argument("--methods", nargs="*", default=[*BY_INFLUENCE, *METHODS], choices=[*BY_INFLUENCE, *METHODS])
+    parser.add_argument("--methods", nargs="*", default=list(ARMS), choices=ARMS)
     parser.add_argument("--drop", type=int, default=10, help="layers of the 30")
     parser.add_argument("--samples", type=int, default=8, help="calibration sequences of 256 tokens")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--documents", type=int, default=24, help="held-out documents of 256 tokens")
+    parser.add_argument("--questions", type=int, default=48, help="to choose by, and as many to judge by")
     return parser.parse_args()
 
 
@@ -92,11 +118,26 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     )
 
 
-def resumed(file: Path, architecture: Architecture, samples: list[Sample]) -> DepthScores:
+def choices_of(file: Path, teacher: Path) -> tuple[list[Sample], Choices]:
+    questions, tokenizer = read_questions(file), load_tokenizer(teacher / "tokenizer")
+    return choice_samples(questions, tokenizer, Architecture.load(teacher).max_position_embeddings), Choices.of(
+        questions
+    )
+
+
+def resumed(
+    file: Path, architecture: Architecture, samples: list[Sample], choices: Choices | None = None
+) -> DepthScores:
     if file.exists():
         return DepthScores.load(file)
     weights = np.array([float(sample["token_weights"].sum(dtype=torch.float64)) for sample in samples])
-    return DepthScores(architecture, {}, weights)
+    return DepthScores(architecture, {}, weights, choices)
+
+
+def answered(scores: DepthScores, branch: Branch) -> Array:
+    """1 for each question that is answered right, 0 for the others, [questions]."""
+    assert scores.choices is not None, "the scores are of a task"
+    return scores.choices.by_question(-scores.sums[branch], normalize=False)[0].astype(np.float64)
 
 
 def search(

@@ -257,7 +257,9 @@ def _make_task(options: argparse.Namespace) -> int:
     from minitron_nemo.data.task import make_task
 
     run, output = options.run, options.out or options.run / "task"
-    made = make_task(run / "data", run / "teacher" / "tokenizer", output, questions=options.questions, seed=options.seed)
+    made = make_task(
+        run / "data", run / "teacher" / "tokenizer", output, questions=options.questions, seed=options.seed
+    )
     print(f"[make-task] {output}: " + ", ".join(f"{part}.jsonl {count} questions" for part, count in made.items()))
     return 0
 

@@ -35,8 +35,8 @@ class Matrix:
     """A dense map on the columns of one tensor of the student, or a gain; fp32 values are in the file beside the Plan.
 
     `replace` [n, k]: the student's tensor is the source's, with all its n columns, times the matrix. `add` [n - k, k]:
-    it is the source's k kept columns plus the others, in their order, times the matrix. `gain` [1, k] is of a norm: what the student's gain is, since
-    the source's is part of the matrix of what reads it. `sha256` is of its bytes.
+    it is the source's k kept columns plus the others, in their order, times the matrix. `gain` [1, k]: the student's
+    norm, since the source's gain is part of the matrix of what reads it. `sha256` is of its bytes.
     """
 
     kind: str
@@ -59,8 +59,8 @@ class Plan:
     same everywhere: with P [d, k], columns orthonormal, its residual stream is P^T times the teacher's. P is the matrix
     of the embedding; what writes the stream has its rows multiplied by P^T, and what reads it has matrices that undo P.
 
-    `norm_scales` gives norms of the student, by name, a factor on their gains. `matrices` maps tensors of the student to
-    what their columns are multiplied by, or to the gain that a norm has instead; `directory` is where their file lies.
+    `norm_scales` gives norms of the student, by name, a factor on their gains. `matrices` maps tensors of the student
+    to what their columns are multiplied by, and norms to the gain that they get; `directory` is where their file lies.
 
     `gaps` records, per cut (`hidden_size`, `ffn_hidden_size/3`: of source layer 3), the relative difference between the
     worst score kept and the best score dropped: where it is below the accuracy of the Scores, another layout may choose
@@ -180,7 +180,9 @@ class Plan:
         for name in gains:
             wanted = (1, *found[name].spec.shape(self.target))
             if found[name].spec.part != "norm" or name in self.norm_scales or self.matrices[name].shape != wanted:
-                raise UserError(f"plan: matrices: {name}: not the gain of a norm, or of another size, or scaled as well")
+                raise UserError(
+                    f"plan: matrices: {name}: not the gain of a norm, or of another size, or scaled as well"
+                )
         for name, matrix in self.matrices.items():
             if name in gains:
                 continue

@@ -118,11 +118,18 @@ class Choices:
 
         `log_probabilities` [choices]. With `normalize` they are divided by the choice's characters.
         """
+        right, margins = self.by_question(log_probabilities, normalize)
+        return float(right.mean()), float(margins.mean())
+
+    def by_question(
+        self, log_probabilities: NDArray[np.float64], normalize: bool
+    ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+        """What `score` takes the means of: which questions are answered right, and the margins; both [questions]."""
         values = log_probabilities / self.characters if normalize else log_probabilities
-        right, margins = 0, 0.0
+        right, margins = np.empty(len(self.answers), bool), np.empty(len(self.answers))
         ends = np.cumsum(self.counts)
-        for start, end, answer in zip(ends - self.counts, ends, self.answers, strict=True):
-            of_question = values[start:end]
-            right += int(of_question.argmax() == answer)
-            margins += float(of_question[answer] - np.delete(of_question, answer).max())
-        return right / len(self.answers), margins / len(self.answers)
+        for number, (start, end) in enumerate(zip(ends - self.counts, ends, strict=True)):
+            of_question, answer = values[start:end], self.answers[number]
+            right[number] = of_question.argmax() == answer
+            margins[number] = of_question[answer] - np.delete(of_question, answer).max()
+        return right, margins

@@ -26,7 +26,7 @@ from minitron_nemo.errors import UserError
 
 PARTS = ("choose", "judge")
 CHOICES = 4
-CONTEXT_WORDS, CHOICE_WORDS = 32, 8
+CONTEXT_WORDS, CHOICE_WORDS = 20, 6
 
 
 class Passage(NamedTuple):
@@ -73,7 +73,10 @@ def _held_out(prepared: Path, tokenizer_dir: Path) -> Iterator[tuple[int, str]]:
 def _passages(text: str) -> list[Passage]:
     words, size = text.split(), CONTEXT_WORDS + CHOICE_WORDS
     return [
-        Passage(" ".join(words[start : start + CONTEXT_WORDS]), " " + " ".join(words[start + CONTEXT_WORDS :][:CHOICE_WORDS]))
+        Passage(
+            " ".join(words[start : start + CONTEXT_WORDS]),
+            " " + " ".join(words[start + CONTEXT_WORDS :][:CHOICE_WORDS]),
+        )
         for start in range(0, len(words) - size + 1, size)
     ]
 
@@ -82,7 +85,9 @@ def _questions(documents: Sequence[Sequence[Passage]], seed: int, most: int) -> 
     """Questions in the order of their file: whole groups, of which each document has one passage at most."""
     groups: list[list[Passage]] = []
     for number in range(max(map(len, documents), default=0)):
-        different = {passages[number].continuation: passages[number] for passages in documents if len(passages) > number}
+        different = {
+            passages[number].continuation: passages[number] for passages in documents if len(passages) > number
+        }
         alike = sorted(different.values(), key=lambda passage: (len(passage.continuation), passage.continuation))
         groups += [alike[start : start + CHOICES] for start in range(0, len(alike) - CHOICES + 1, CHOICES)]
     records = []

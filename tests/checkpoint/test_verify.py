@@ -61,7 +61,7 @@ def plan_of(kind: str, source: Path, directory: Path) -> Plan:
     for name, layer in itertools.product((QKV, FC1), layers):
         shapes[name.format(layer) + "weight"] = REPLACE, (before.hidden_size, after.hidden_size)
     directory.mkdir()
-    shapes |= {name: (GAIN, (1, after.hidden_size)) for name in norms}
+    shapes |= dict.fromkeys(norms, (GAIN, (1, after.hidden_size)))
     file = MatrixFile(directory, {name: shape for name, (_, shape) in shapes.items()})
     file.prepare()
     generator = torch.Generator().manual_seed(1)
