@@ -6,7 +6,7 @@
 The teacher is the quickstart's source, not corrected. What is chosen by the first calibration sequences, or by the
 questions of `minitron make-task` that are made to choose by, is judged by the beginnings of held-out documents, and by
 the questions that are made to judge by. Started again it goes on where it was stopped, unless --samples, --precision,
---documents or --questions change: then another --place is needed. Differences are paired over documents or questions,
+--documents or numbers of questions change: then another --place is needed. Differences are paired over documents or questions,
 with one standard error; one model and one calibration sample, so they say nothing about others.
 """
 
@@ -56,8 +56,9 @@ def main() -> None:
     if not (place / "scores.npz").exists():
         measure(model, batches, model_fingerprint="", data_fingerprint="", settings={}).save(place / "scores.npz")
     text = [blend.sample(index) for index in Sampler(blend, recipe.data.seed).global_batch(0, options.samples)]
-    make_task(data, teacher / "tokenizer", place / "task", questions=options.questions, seed=recipe.data.seed)
-    questions = {part: choices_of(place / "task" / f"{part}.jsonl", teacher) for part in ("choose", "judge")}
+    counts = {"choose": options.questions, "judge": options.judge_questions}
+    make_task(data, teacher / "tokenizer", place / "task", questions=max(counts.values()), seed=recipe.data.seed)
+    questions = {part: choices_of(place / "task" / f"{part}.jsonl", count, teacher) for part, count in counts.items()}
     measured = {
         "": (text, resumed(place / "depth.npz", model.architecture, text)),
         BY_TASK: (questions["choose"][0], resumed(place / "task.npz", model.architecture, *questions["choose"])),
@@ -101,7 +102,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=8, help="calibration sequences of 256 tokens")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--documents", type=int, default=24, help="held-out documents of 256 tokens")
-    parser.add_argument("--questions", type=int, default=48, help="to choose by, and as many to judge by")
+    parser.add_argument("--questions", type=int, default=32, help="to choose by, four together")
+    parser.add_argument("--judge-questions", type=int, default=96, help="to judge by")
     return parser.parse_args()
 
 
@@ -118,8 +120,8 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     )
 
 
-def choices_of(file: Path, teacher: Path) -> tuple[list[Sample], Choices]:
-    questions, tokenizer = read_questions(file), load_tokenizer(teacher / "tokenizer")
+def choices_of(file: Path, count: int, teacher: Path) -> tuple[list[Sample], Choices]:
+    questions, tokenizer = read_questions(file)[:count], load_tokenizer(teacher / "tokenizer")
     return choice_samples(questions, tokenizer, Architecture.load(teacher).max_position_embeddings), Choices.of(
         questions
     )
