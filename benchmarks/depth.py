@@ -6,8 +6,8 @@
 The teacher is the quickstart's source, not corrected. What is chosen by the first calibration sequences, or by the
 questions of `minitron make-task` that are made to choose by, is judged by the beginnings of held-out documents, and by
 the questions that are made to judge by. Started again it goes on where it was stopped, unless --samples, --precision,
---documents or numbers of questions change: then another --place is needed. Differences are paired over documents or questions,
-with one standard error; one model and one calibration sample, so they say nothing about others.
+--documents or a number of questions changes: then another --place is needed. Differences are paired over documents or
+questions, with one standard error; one model and one calibration sample, so they say nothing about others.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.pruning.calibrate import measure, open_calibration
 from minitron_nemo.pruning.depth import METHODS, planned, summary, wanted
 from minitron_nemo.pruning.depth_scores import DepthScores
-from minitron_nemo.pruning.plan import BY_INFLUENCE, make_plan
+from minitron_nemo.pruning.plan import make_plan
 from minitron_nemo.pruning.score_depth import measure_branches
+from minitron_nemo.pruning.target import BY_INFLUENCE
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
 BY_TASK = " by task"
