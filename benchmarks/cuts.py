@@ -6,7 +6,8 @@
 The teacher is the quickstart's source, not corrected; every arm is its recipe with another `prune` section. Each cell
 (shape, arm, seed, before or after distillation) is a JSON file of the losses of all documents in --place, written when
 it is measured; what is there with the same settings is not measured again, so a killed run goes on where it was. The
-tables are made of the files alone. A seed is the order of the training text and, of `random`, the draw of what stays.
+tables are made of the files alone; --measured prints them of what there is. A seed is the order of the training text
+and, of `random`, the draw of what stays.
 
 Differences are paired over documents, seeds averaged before; with one standard error over documents. One calibration
 sample and one model, so they say nothing about others.
@@ -222,7 +223,8 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
 def tables(bench: Bench, options: argparse.Namespace) -> str:
     """Markdown: per shape and arm, loss minus the teacher's and minus that of the papers' cut, as far as measured."""
     teacher = bench.losses("teacher.json")
-    assert teacher is not None, "the teacher is measured first"
+    if teacher is None:
+        raise SystemExit(f"{bench.place}: the teacher's loss is not there; measure it first")
     lines = []
     for steps in sorted({0, options.steps}):
         columns = ("shape", "arm", "parameters", "without embeddings", f"loss minus the teacher's {teacher.mean():.3f}")
@@ -272,6 +274,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--documents", type=int, default=32, help="held-out documents of 256 tokens")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20, help="of distillation, of 512 tokens; 0: none")
+    parser.add_argument("--measured", action="store_true", help="measure nothing more")
     return parser.parse_args()
 
 
@@ -281,13 +284,14 @@ def slug(name: str) -> str:
 
 def main() -> None:
     options = parse()
-    launch.join_job()
-    launch.initialize(Layout(), 0)
     bench = Bench(options)
-    bench.measure("teacher.json", bench.teacher)
-    for cell in cells(options):
-        bench.run(cell)
-    launch.shutdown()
+    if not options.measured:
+        launch.join_job()
+        launch.initialize(Layout(), 0)
+        bench.measure("teacher.json", bench.teacher)
+        for cell in cells(options):
+            bench.run(cell)
+        launch.shutdown()
     print(tables(bench, options))
 
 

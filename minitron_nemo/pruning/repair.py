@@ -156,9 +156,9 @@ def _write(file: MatrixFile, place: Place, fitted: Tensor, model: Model) -> dict
     """A fitted map [n, k] in the form in which the Plan keeps it.
 
     Behind a norm of gain g, diag(g) M = N diag(g') with columns of N of length 1, as those of a selection are: N is the
-    readers' matrix and g' the student's gain. So weights keep the size that the teacher's have, and an optimizer whose
-    steps have a size of their own, as Adam's, moves the student as it would the plain cut. With g' = 1 it would move it
-    1 / g' times as far: 3 to 40 times in SmolLM2, which undid the repair (docs/evidence/cuts.md).
+    readers' matrix and g' the student's gain. So weights keep the size that the teacher's have. With g' = 1 and gains
+    as small as usual they would be several times smaller, and an optimizer whose updates have a size of their own, as
+    Adam's, would move them as many times as far as a plain cut's (docs/evidence/cuts.md).
     """
     if place.norm is None:
         removed = torch.ones(len(fitted), dtype=torch.bool)
