@@ -104,7 +104,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--documents", type=int, default=24, help="held-out documents of 256 tokens")
     parser.add_argument("--questions", type=int, default=32, help="to choose by, four together")
-    parser.add_argument("--judge-questions", type=int, default=96, help="to judge by")
+    parser.add_argument("--judge-questions", type=int, default=64, help="to judge by")
     return parser.parse_args()
 
 
