@@ -122,10 +122,9 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
 
 
 def choices_of(file: Path, count: int, teacher: Path) -> tuple[list[Sample], Choices]:
-    questions, tokenizer = read_questions(file)[:count], load_tokenizer(teacher / "tokenizer")
-    return choice_samples(questions, tokenizer, Architecture.load(teacher).max_position_embeddings), Choices.of(
-        questions
-    )
+    """Samples of the first `count` questions of a file, and what scores them."""
+    questions, most = read_questions(file)[:count], Architecture.load(teacher).max_position_embeddings
+    return choice_samples(questions, load_tokenizer(teacher / "tokenizer"), most), Choices.of(questions)
 
 
 def resumed(
