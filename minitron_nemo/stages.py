@@ -117,6 +117,9 @@ def text(found: list[Preflight], layouts: bool = False) -> str:
         *((f"tokens, {name}", f"{count:,}") for name, count in _total(found, "tokens").items()),
         *((f"FLOPs, {name}", f"{count:.3e} (arithmetic)") for name, count in _total(found, "flops").items()),
     ]
+    if (seconds := _seconds(found)) is not None:
+        hours = seconds / 3600 * found[0].world_size
+        rows.append(("time", f"{seconds / 86400:.3g} days, {hours:,.1f} device-hours (arithmetic)"))
     parts.append("\n".join([f"{'all stages':<26}{len(found)}", *(f"{name:<26}{value}" for name, value in rows)]))
     return "\n\n".join(parts)
 
@@ -127,3 +130,9 @@ def _total(found: list[Preflight], kind: str) -> dict[str, int]:
     for plan in found:
         total.update(getattr(plan, kind))
     return dict(total)
+
+
+def _seconds(found: list[Preflight]) -> float | None:
+    """Of all steps that run a model, over all stages; None where it is not known of one."""
+    known = [plan.estimate.seconds for plan in found]
+    return sum(sum(seconds.values()) for seconds in known if seconds is not None) if None not in known else None

@@ -46,7 +46,7 @@ class Activations:
         return self.micro_batch_size * self.sequence_length // self.layout.context_parallel_size
 
     def states(self) -> int:
-        """The residual stream of a microbatch, [s(/tp), b, h]."""
+        """The residual stream of a microbatch, [s(/tp), b, h]: what a layer keeps that is recomputed as a whole."""
         return self._local_tokens * self.model.hidden_size * self.element_size
 
     def layer(self) -> int:
@@ -54,9 +54,9 @@ class Activations:
         inputs = 2 * self.states()
         return 2 * self.norm(self.model.hidden_size) + inputs + self._attention() + self._mlp()
 
-    def recomputed_layer(self) -> int:
-        """What it keeps where it is recomputed as a whole: its input."""
-        return self.states()
+    def angles(self) -> int:
+        """What recomputed layers keep together: the angle of every position and channel that turns, in fp32."""
+        return self._turned() * FP32
 
     def norm(self, width: int, tokens: int | None = None) -> int:
         """What a norm over `width` channels keeps of the local tokens."""
@@ -135,8 +135,12 @@ class Activations:
             kept += self.tokens * heads * FP32
         if self.transformer_engine:
             return kept
-        turned = int(shape.kv_channels * shape.rotary_percent)
-        return kept + 4 * (self.sequence_length // self.layout.context_parallel_size) * turned * e
+        return kept + 4 * self._turned() * e
+
+    def _turned(self) -> int:
+        """Channels of a head that turn, at all positions."""
+        positions = self.sequence_length // self.layout.context_parallel_size
+        return positions * int(self.model.kv_channels * self.model.rotary_percent)
 
     def _mlp(self) -> int:
         shape, e = self.model, self.element_size

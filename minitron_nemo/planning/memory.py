@@ -18,6 +18,7 @@ from minitron_nemo.arch import Architecture
 from minitron_nemo.distillation.communication import Update
 from minitron_nemo.distillation.stages import buffer_elements, held_elements
 from minitron_nemo.models.build import padded_vocab_size
+from minitron_nemo.models.states import owners
 from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.planning.activations import FP32, Activations
 from minitron_nemo.planning.devices import Device
@@ -70,6 +71,11 @@ def trained(model: Architecture, layout: Layout, rank: int, shards: int, element
         buffer_elements([size for _, size in held_elements(model, layout, stage)], shards)
         for stage in range(rank, layout.stages, layout.pipeline_model_parallel_size)
     )
+    return _held(elements, shards, element_size)
+
+
+def _held(elements: int, shards: int, element_size: int) -> dict[str, int]:
+    """Of a buffer of `elements` parameters and its share of the optimizer's state."""
     of_one = MOMENTS_BYTES + (MAIN_BYTES if element_size < FP32 else 0)
     return {
         "weights": elements * element_size,
@@ -106,14 +112,19 @@ def activations_of_chunks(update: Update, rank: int, device: Device) -> list[int
     """What one microbatch leaves in each virtual stage of a rank until its backward pass."""
     layout, own = update.layout, _activations(update.student, update, device)
     layers = layout.layers_per_stage(update.student.num_layers)
+    # A compared state is normed beside the model's own norm; of its loss the gradient waits, in fp32.
+    state = own.norm(update.student.hidden_size) + own.states() * (1 + FP32 // update.element_size)
     found = []
     for stage in range(rank, layout.stages, update.pp):
-        kept = layers[stage] * (own.recomputed_layer() if update.recompute else own.layer())
+        kept = own.angles() + layers[stage] * own.states() if update.recompute else layers[stage] * own.layer()
         if stage == 0:
             kept += own.embedding()
         # The last stage ends with the final norm; others keep what they send, which Megatron-core does not free.
-        kept += own.norm(update.student.hidden_size) if stage == layout.stages - 1 else own.states()
-        found.append(kept)
+        last = stage == layout.stages - 1
+        kept += own.norm(update.student.hidden_size) if last else own.states()
+        first = sum(layers[:stage])
+        readers = range(first, first + layers[stage] + last)  # of a state, the layer behind it, or the final norm
+        found.append(kept + state * sum(pair.student + 1 in readers for pair in update.pairs))
     return found
 
 
@@ -149,7 +160,18 @@ def _trained_rank(step: str, job: Job, update: Update, rank: int, device: Device
         moments["teacher"] = {"work": other.forward_work()}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     staying = trained(update.student, update.layout, rank, update.dp, update.element_size)
-    return RankMemory(step, rank, moment, staying | _teacher(job, update, rank) | moments[moment])
+    return RankMemory(step, rank, moment, staying | _map(update, rank) | _teacher(job, update, rank) | moments[moment])
+
+
+def _map(update: Update, rank: int) -> dict[str, int]:
+    """The learned map from the student's width to the teacher's, on ranks that compare states."""
+    if update.teacher is None or update.teacher.hidden_size == update.student.hidden_size:
+        return {}
+    targets = owners(update.student.num_layers, update.layout)
+    if rank not in {targets[pair.student] for pair in update.pairs}:
+        return {}
+    elements = update.teacher.hidden_size * update.student.hidden_size
+    return {"map": sum(_held(buffer_elements([elements], update.dp), update.dp, update.element_size).values())}
 
 
 def _teacher(job: Job, update: Update, rank: int) -> dict[str, int]:
@@ -177,6 +199,7 @@ def _serving(job: Job, device: Device) -> list[RankMemory]:
     update = job.distillation(max(job.segments, key=lambda each: each.micro_batch_size * each.sequence_length))
     assert update.teacher is not None
     work = _activations(update.teacher, update, device, layout).forward_work()
+    last = layout.pipeline_model_parallel_size - 1
     return [
         RankMemory(
             "distill (teacher)",
@@ -184,7 +207,8 @@ def _serving(job: Job, device: Device) -> list[RankMemory]:
             "forward",
             {
                 "teacher weights": frozen(update.teacher, layout, rank, update.element_size),
-                "teacher states": job.recipe.teacher.buffer_bytes,
+                # At most; final states are on the last rank.
+                "teacher states": job.recipe.teacher.buffer_bytes * (rank == last or bool(update.pairs)),
                 "work": work,
             },
         )

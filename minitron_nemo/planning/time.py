@@ -26,8 +26,8 @@ from minitron_nemo.planning.devices import Device
 from minitron_nemo.planning.job import Job
 from minitron_nemo.planning.schedule import bubble, pass_time
 
-# Megatron-LM reports 41 to 48% of an H100's peak for whole updates of models from 2B to 462B parameters, bubbles and
-# messages included, so this of the time that a rank computes.
+# Megatron-LM reports up to 47% of an H100's peak for whole updates of models from 2B to 462B parameters, bubbles and
+# messages included, so about this while a rank computes.
 EFFICIENCY = 0.5
 
 
