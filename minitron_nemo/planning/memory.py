@@ -5,6 +5,7 @@
     backward    the same activations + gradients of one layer's states (a recomputed layer besides)
     embedding   those without the last microbatch's + the gradient of the embedding's rows
     teacher     one layer's forward pass; nothing of the student's in flight
+    optimizer   temporaries of torch's AdamW; TransformerEngine's needs none
 
 Of the moments the largest counts. Ranks that differ in tensor- or data-parallel place alone hold the same.
 """
@@ -155,12 +156,24 @@ def _trained_rank(step: str, job: Job, update: Update, rank: int, device: Device
         rows = padded_vocab_size(update.student, update.layout) // update.tp
         gradient = rows * update.student.hidden_size * update.element_size
         moments["embedding"] = {"activations": in_flight - chunks[0], "work": gradient}
+    if not device.transformer_engine:
+        moments["optimizer"] = {"work": _adam_work(update, rank)}
     if update.teacher is not None and update.placement == "colocated":
         other = _activations(update.teacher, update, device, update.teacher_layout)
         moments["teacher"] = {"work": other.forward_work()}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     staying = trained(update.student, update.layout, rank, update.dp, update.element_size)
     return RankMemory(step, rank, moment, staying | _map(update, rank) | _teacher(job, update, rank) | moments[moment])
+
+
+def _adam_work(update: Update, rank: int) -> int:
+    """What torch's AdamW computes a parameter's step in, of the rank's shard of its largest: two fp32 tensors."""
+    sizes = [
+        size
+        for stage in range(rank, update.layout.stages, update.pp)
+        for _, size in held_elements(update.student, update.layout, stage)
+    ]
+    return 2 * FP32 * min(max(sizes), -(-sum(sizes) // update.dp))
 
 
 def _map(update: Update, rank: int) -> dict[str, int]:
