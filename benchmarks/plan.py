@@ -1,11 +1,11 @@
 """What `minitron plan` predicts of memory and time against runs on the CPU, layout by layout.
 
-    python benchmarks/plan.py [--layers 8] [--sequence-length 256] [--microbatches 4] [--repeat 3]
+    python benchmarks/plan.py [--layers 12] [--sequence-length 256] [--microbatches 4] [--repeat 3]
 
-Teacher and student have SmolLM2-135M's shape and two thirds of its FFN, with random bf16 weights. Every layout runs in
-processes of its own, one thread each, which first train a tiny model, so that all code is loaded. Memory is the peak of
-resident memory during the updates, minus what was resident before the models were built, of every rank: shown is the
-rank with the largest error. Seconds are of one update, the least of the repeated ones: CPU time of the busiest rank,
+The teacher's layers have SmolLM2-135M's shape, the student's two thirds of the FFN; weights are random, in bf16, and the
+vocabulary is 8192, so that layers decide and not logits. Every layout runs in processes of its own, one thread each,
+which first train a tiny model, so that all code is loaded. Memory is the peak of resident memory during the updates,
+minus what was resident before the models were built, of every rank: shown is the rank with the largest error. Seconds are of one update, the least of the repeated ones: CPU time of the busiest rank,
 which other work on the machine hardly changes, and wall time of the slowest, which it does.
 
 The device is measured in the same run: FLOP/s of a product of two square matrices, bytes/s of a copy. The share of
@@ -76,10 +76,10 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--microbatches", type=int, default=4, help="sequences of an update")
-    parser.add_argument("--chunk-bytes", type=int, default=64 * 1024**2)
+    parser.add_argument("--chunk-bytes", type=int, default=16 * 1024**2)
     parser.add_argument("--repeat", type=int, default=3)
     return parser.parse_args()
 
@@ -92,7 +92,7 @@ def job_of(options: argparse.Namespace, processes: int, layout: Layout, recomput
         num_attention_heads=9,
         num_query_groups=3,
         kv_channels=64,
-        vocab_size=49152,
+        vocab_size=8192,
         max_position_embeddings=8192,
     )
     train = TrainConfig(steps=1, global_batch_size=options.microbatches, recompute=recompute)
@@ -171,9 +171,9 @@ def measured_device() -> Device:
 
 
 def run(processes: int, layout: Layout, recompute: bool, options: argparse.Namespace) -> list[Measured]:
-    """(least seconds of an update, bytes at the peak) of every rank, each a new process."""
+    """Every rank is a new process, forked, so that it need not import everything anew."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     with context.Pool(processes, maxtasksperchild=1) as pool:
         tasks = [
             pool.apply_async(on_rank, (rank, processes, store.port, layout, recompute, options))
