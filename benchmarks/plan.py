@@ -2,11 +2,12 @@
 
     python benchmarks/plan.py [--layers 12] [--sequence-length 256] [--microbatches 4] [--repeat 3]
 
-The teacher's layers have SmolLM2-135M's shape, the student's two thirds of the FFN; weights are random, in bf16, and the
-vocabulary is 8192, so that layers decide and not logits. Every layout runs in processes of its own, one thread each,
-which first train a tiny model, so that all code is loaded. Memory is the peak of resident memory during the updates,
-minus what was resident before the models were built, of every rank: shown is the rank with the largest error. Seconds are of one update, the least of the repeated ones: CPU time of the busiest rank,
-which other work on the machine hardly changes, and wall time of the slowest, which it does.
+The teacher's layers have SmolLM2-135M's shape, the student's two thirds of the FFN; weights are random, in bf16, and
+the vocabulary is 8192, so that layers decide and not logits. Every layout runs in processes of its own, one thread
+each, which first train a tiny model, so that all code is loaded. Memory is the peak of resident memory during the
+updates, minus what was resident before the models were built, of every rank: shown is the rank with the largest error.
+Seconds are of one update, the least of the repeated ones: CPU time of the busiest rank, which other work on the machine
+hardly changes, and wall time of the slowest, which it does.
 
 The device is measured in the same run: FLOP/s of a product of two square matrices, bytes/s of a copy. The share of
 these FLOP/s that layers reach (`planning.time.EFFICIENCY` of a GPU) is fitted to the CPU time of the first layout, one
