@@ -72,10 +72,11 @@ def command_line() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    plan = _recipe_verb(verbs, "plan", "check every key of a recipe and print parameters, tokens, steps and FLOPs")
+    plan = _recipe_verb(verbs, "plan", "check every key of a recipe and print what it takes: memory, time, disk")
     forms = plan.add_mutually_exclusive_group()
     forms.add_argument("--json", action="store_true", help="print JSON instead of a table")
     forms.add_argument("--shell", action="store_true", help="print the variables that launch/common.sh needs")
+    forms.add_argument("--layouts", action="store_true", help="add a table of other layouts, the fastest first")
     plan.set_defaults(function=_plan)
     for name, description in STEPS.items():
         step = _recipe_verb(verbs, name, description)
@@ -173,7 +174,7 @@ def _plan(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({**to_dict(found), **({"search": search.to_dict()} if search else {})}, indent=2))
     else:
-        print(text(found), *([search.text()] if search else []), sep="\n")
+        print(text(found, options.layouts), *([search.text()] if search else []), sep="\n")
     return 0
 
 

@@ -318,6 +318,11 @@ class ClusterConfig:
     nodes: int = 1
     prune_nodes: int | None = None  # a job of its own, before the distillation's, for all steps up to the pruning
     processes_per_node: int = 1  # one per GPU
+    # What `plan` counts with: a GPU that is known (parallel/gpus.py), or its memory alone.
+    gpu: str | None = None
+    gpu_memory_bytes: float | None = None  # None: of `gpu`
+    # Share of train.peak_flops that an update of this recipe reaches, as a run's speed/mfu says; None: predicted.
+    mfu: float | None = None
     gpus_per_node: int | None = None  # asked of Slurm; the same number, where GPUs have to be asked for
     time: str | None = None  # limit of a job, in Slurm's notation: minutes, [days-]hours:minutes:seconds
     partition: str | None = None

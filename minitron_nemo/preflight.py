@@ -7,17 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from minitron_nemo.arch import Architecture
-from minitron_nemo.arch.counts import active_parameters, forward_flops_per_token, non_embedding_parameters, parameters
+from minitron_nemo.arch.counts import (
+    active_parameters,
+    forward_flops_per_token,
+    non_embedding_parameters,
+    parameters,
+    parameters_by_part,
+)
 from minitron_nemo.arch.huggingface import hf_warnings
 from minitron_nemo.checkpoint.source import open_source
 from minitron_nemo.config import Recipe
 from minitron_nemo.data.pypi import cached
 from minitron_nemo.distillation.cached import check_cached
-from minitron_nemo.distillation.communication import Transfer, Update, transfers, wire_bytes
+from minitron_nemo.distillation.communication import Transfer, transfers
 from minitron_nemo.distillation.intermediate import AUTO, resolve_pairs
 from minitron_nemo.distillation.phases import Segment, check_phases, segments
 from minitron_nemo.distillation.schedule import Schedule
@@ -27,6 +34,9 @@ from minitron_nemo.distillation.train import correction_config
 from minitron_nemo.errors import UserError
 from minitron_nemo.models.groups import padding
 from minitron_nemo.parallel.layout import Layout
+from minitron_nemo.planning.devices import Device
+from minitron_nemo.planning.estimate import Estimate
+from minitron_nemo.planning.job import Job
 from minitron_nemo.pruning import depth
 from minitron_nemo.pruning.repair import fits, repair_warnings
 from minitron_nemo.pruning.target import target_architecture
@@ -122,15 +132,26 @@ class Preflight:
         """By pipeline rank, what one of its ranks communicates in the distillation's largest update, if any."""
         if not self.segments:
             return []
-        update = Update.of_recipe(
+        update = self.job.distillation(max(self.segments, key=lambda segment: segment.tokens_per_step))
+        return [transfers(update, rank) for rank in range(self.layout.pipeline_model_parallel_size)]
+
+    @property
+    def job(self) -> Job:
+        return Job(
             self.recipe,
+            self.source,
             self.teacher,
             self.student,
             self.layout,
             self.teacher_layout,
-            self.worlds.student.processes if self.worlds else self.world_size,
+            self.world_size,
+            self.worlds,
         )
-        return [transfers(update, rank) for rank in range(self.layout.pipeline_model_parallel_size)]
+
+    @cached_property
+    def estimate(self) -> Estimate:
+        """Memory, time and disk on the device of `cluster.gpu`."""
+        return Estimate(self.job, Device.of_recipe(self.recipe), self.flops)
 
     @property
     def padding(self) -> dict[str, dict[str, Any] | None]:
@@ -159,6 +180,7 @@ class Preflight:
             "data_parallel_size": self.layout.data_parallel_size(self.world_size),
             "distillation": None if self.worlds is None else self.worlds.to_dict(),
             "padding": self.padding,
+            **self.estimate.to_dict(),
             "warnings": list(self.warnings),
         }
 
@@ -258,84 +280,11 @@ def teacher_architecture(recipe: Recipe) -> Architecture:
     return found
 
 
-def text(plan: Preflight) -> str:
-    """The plan as a person reads it."""
-    recipe, layout = plan.recipe, plan.layout
-    kept = parameters(plan.student) / parameters(plan.source)
-    kept_inside = non_embedding_parameters(plan.student) / non_embedding_parameters(plan.source)
-    data_parallel_size = layout.data_parallel_size(plan.world_size)
-    rows = [
-        ("recipe", recipe.name),
-        ("teacher", _shape(plan.teacher)),
-        *(() if plan.source == plan.teacher else (("cut from", _shape(plan.source)),)),
-        ("student", _shape(plan.student)),
-        ("kept", f"{kept:.1%} of the parameters, {kept_inside:.1%} without embeddings"),
-        *(("steps", f"{part.steps} of {part.tokens_per_step:,} tokens ({part})") for part in plan.segments),
-        *((f"tokens, {name}", f"{count:,}") for name, count in plan.tokens.items()),
-        *((f"FLOPs, {name}", f"{count:.3e} (arithmetic)") for name, count in plan.flops.items()),
-        *((("depth search", _searched(plan)),) if plan.drop else ()),
-        ("processes", f"{plan.world_size}: {layout} dp={data_parallel_size}"),
-        *(() if plan.worlds is None else (("distillation", str(plan.worlds)),)),
-        *(
-            [("teacher's layout", str(plan.teacher_layout))]
-            if not plan.worlds and plan.teacher_layout != layout
-            else []
-        ),
-        *((f"{name}, padded", _padded(cost)) for name, cost in plan.padding.items() if cost is not None),
-        ("sent per update", _sent(plan.communication)),
-        *(("warning", warning) for warning in plan.warnings),
-    ]
-    return "\n".join(f"{name:<22}{value}" for name, value in rows)
-
-
-def _padded(cost: dict[str, Any]) -> str:
-    """Groups of zeros and what they cost."""
-    return (
-        f"to {cost['num_attention_heads']} heads in {cost['num_query_groups']} groups, by zeros: "
-        f"{cost['parameters']:.1%} more parameters, {cost['flops']:.1%} more FLOPs (arithmetic)"
-    )
-
-
-def _searched(plan: Preflight) -> str:
-    config, found = plan.recipe.prune.depth, plan.depth_search
-    sequences = f"{config.samples} sequences" if config.metric == "loss" else f"the choices of {config.task}"
-    return (
-        f"{found['models']} models, {found['forward_passes']:g} passes through the layers and {found['models']} "
-        f"through the output, each of {sequences}"
-    )
-
-
-def _sent(communication: list[list[Transfer]]) -> str:
-    """Of a rank of the stage that sends most."""
-    if not communication:
-        return "nothing: no distillation"
-    totals = [wire_bytes(of_rank) for of_rank in communication]
-    stage = max(range(len(totals)), key=lambda rank: sum(totals[rank].values()))
-    if not totals[stage]:
-        return "nothing: one process"
-    parts = ", ".join(f"{group} {amount / 1e9:.3g} GB" for group, amount in totals[stage].items())
-    return f"{parts}, by each rank of pipeline rank {stage} (arithmetic)"
-
-
 def _model(architecture: Architecture) -> dict[str, Any]:
     return {
         "parameters": parameters(architecture),
         "non_embedding_parameters": non_embedding_parameters(architecture),
         "active_parameters": active_parameters(architecture),
+        "parameters_by_part": parameters_by_part(architecture),
         "architecture": architecture.to_dict(),
     }
-
-
-def _shape(architecture: Architecture) -> str:
-    heads = f"{architecture.num_attention_heads} heads of {architecture.kv_channels}"
-    active, mlps = "", f"ffn {architecture.ffn_hidden_size}"
-    if architecture.num_moe_experts:
-        active = f"{active_parameters(architecture):,} for each token, "
-        mlps = f"{architecture.moe_router_topk} of {architecture.num_moe_experts} experts of {mlps}"
-    if architecture.moe_shared_expert_intermediate_size:
-        mlps += f" and one of {architecture.moe_shared_expert_intermediate_size} for all tokens"
-    return (
-        f"{parameters(architecture):,} parameters, {active}{non_embedding_parameters(architecture):,} without "
-        f"embeddings: {architecture.num_layers} layers, hidden {architecture.hidden_size}, {mlps}, "
-        f"{heads} in {architecture.num_query_groups} groups"
-    )

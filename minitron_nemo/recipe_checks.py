@@ -10,6 +10,7 @@ from minitron_nemo.distillation.balance import DYNAMIC, check_weight
 from minitron_nemo.distillation.cache import DTYPES
 from minitron_nemo.errors import UserError
 from minitron_nemo.kernels.objective import DIVERGENCES
+from minitron_nemo.parallel.gpus import GPUS
 from minitron_nemo.pruning import depth
 from minitron_nemo.pruning.target import DEPTH_METHODS
 
@@ -29,6 +30,7 @@ CHOICES = {
     "teacher.placement": ("colocated", "separate", "cached"),
     "teacher.cache.precision": tuple(DTYPES),
     "cluster.launcher": ("none", "local"),
+    "cluster.gpu": (None, *GPUS),
     "model.dtype": (None, "bfloat16", "float32", "float16"),
     "export.dtype": (None, "bfloat16", "float32", "float16"),
 }
@@ -108,6 +110,10 @@ def _check_cluster(cluster: ClusterConfig) -> None:
             f"cluster.gpus_per_node: {cluster.gpus_per_node} is not the {cluster.processes_per_node} of "
             "cluster.processes_per_node; every GPU gets one process"
         )
+    if cluster.gpu_memory_bytes is not None and cluster.gpu_memory_bytes <= 0:
+        raise UserError(f"cluster.gpu_memory_bytes: {cluster.gpu_memory_bytes:g} must be greater than 0")
+    if cluster.mfu is not None and not 0 < cluster.mfu <= 1:
+        raise UserError(f"cluster.mfu: {cluster.mfu:g} must be a share, above 0 and up to 1")
     if cluster.prune_nodes is not None and cluster.prune_nodes <= 0:
         raise UserError(f"cluster.prune_nodes: {cluster.prune_nodes} must be greater than 0")
     if cluster.max_requeues < 0:

@@ -18,8 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from minitron_nemo.config import WHOLE, CorrectionConfig, Recipe, said
 from minitron_nemo.errors import UserError
+from minitron_nemo.plan_text import text as text_of_one
 from minitron_nemo.preflight import Preflight, preflight
-from minitron_nemo.preflight import text as text_of_one
 
 STAGES = "stages"  # directory below the run's, with one for each stage
 SHARED = ("convert", "prepare", "correct")  # steps that all stages have in common
@@ -105,19 +105,22 @@ def to_dict(found: list[Preflight]) -> dict[str, Any]:
     return {"name": found[0].recipe.name, "stages": stages, **total}
 
 
-def text(found: list[Preflight]) -> str:
-    """The plans as a person reads them."""
+def text(found: list[Preflight], layouts: bool = False) -> str:
+    """The plans as a person reads them, with tables of other layouts if asked for."""
     if found[0].stage is None:
-        return text_of_one(found[0])
+        return text_of_one(found[0], layouts)
     parts = [
-        f"{f'stage {number} of {len(found)}':<22}{plan.stage}\n{text_of_one(plan)}"
+        f"{f'stage {number} of {len(found)}':<26}{plan.stage}\n{text_of_one(plan, layouts)}"
         for number, plan in enumerate(found, start=1)
     ]
     rows = [
         *((f"tokens, {name}", f"{count:,}") for name, count in _total(found, "tokens").items()),
         *((f"FLOPs, {name}", f"{count:.3e} (arithmetic)") for name, count in _total(found, "flops").items()),
     ]
-    parts.append("\n".join([f"{'all stages':<22}{len(found)}", *(f"{name:<22}{value}" for name, value in rows)]))
+    if (seconds := _seconds(found)) is not None:
+        hours = seconds / 3600 * found[0].world_size
+        rows.append(("time", f"{seconds / 86400:.3g} days, {hours:,.1f} device-hours (arithmetic)"))
+    parts.append("\n".join([f"{'all stages':<26}{len(found)}", *(f"{name:<26}{value}" for name, value in rows)]))
     return "\n\n".join(parts)
 
 
@@ -127,3 +130,9 @@ def _total(found: list[Preflight], kind: str) -> dict[str, int]:
     for plan in found:
         total.update(getattr(plan, kind))
     return dict(total)
+
+
+def _seconds(found: list[Preflight]) -> float | None:
+    """Of all steps that run a model, over all stages; None where it is not known of one."""
+    known = [plan.estimate.seconds for plan in found]
+    return sum(sum(seconds.values()) for seconds in known if seconds is not None) if None not in known else None

@@ -22,7 +22,7 @@ from minitron_nemo.arch import Architecture, Axis
 from minitron_nemo.config import Recipe
 from minitron_nemo.distillation.intermediate import Pair, resolve_pairs
 from minitron_nemo.distillation.optimizer import params_dtype
-from minitron_nemo.distillation.phases import segments
+from minitron_nemo.distillation.phases import Segment, segments
 from minitron_nemo.distillation.stages import buffer_elements, held_elements, layers_of
 from minitron_nemo.kernels.rows import ALL_COLUMNS, STUDENT_COLUMNS
 from minitron_nemo.models.build import padded_vocab_size
@@ -88,10 +88,12 @@ class Update:
         layout: Layout,
         teacher_layout: Layout,
         world_size: int,
+        segment: Segment | None = None,
     ) -> Update:
-        """The distillation's update of most tokens."""
-        run = segments(recipe.train, recipe.data.sequence_length)
-        segment = max(run, key=lambda segment: segment.tokens_per_step)
+        """An update of a segment of the distillation; None: of the one whose updates have most tokens."""
+        if segment is None:
+            run = segments(recipe.train, recipe.data.sequence_length)
+            segment = max(run, key=lambda segment: segment.tokens_per_step)
         has_teacher = recipe.distill.logits_weight != 0
         return Update(
             student,

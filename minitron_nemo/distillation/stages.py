@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import lcm, prod
 
-from minitron_nemo.arch import Architecture
-from minitron_nemo.arch.tensors import NamedTensor, tensors
+from minitron_nemo.arch import Architecture, Axis
+from minitron_nemo.arch.tensors import table
 from minitron_nemo.models.build import padded_vocab_size
 from minitron_nemo.parallel.layout import Layout
 
@@ -20,38 +20,35 @@ def layers_of(model: Architecture, layout: Layout, rank: int) -> int:
 
 
 def held_elements(model: Architecture, layout: Layout, stage: int) -> list[tuple[str, int]]:
-    """Parameters of one stage on one tensor-parallel rank, padding included: part of the model and number."""
+    """Parameters of one stage on one tensor-parallel rank, padding included: part of the model and number.
+
+    With several stages, a tied embedding is on the first and on the last.
+    """
     tp, rows = layout.tensor_model_parallel_size, padded_vocab_size(model, layout)
     model = layout.padded(model)
-    found = []
-    for tensor in _held(model, layout, stage):
-        part, shape = tensor.spec.part, tensor.spec.shape(model)
+    last = stage == layout.stages - 1
+    before: list[tuple[str, int]] = []
+    of_layer: list[tuple[str, int]] = []
+    behind: list[tuple[str, int]] = []
+    for spec in table(model):
+        part, shape = spec.part, spec.shape(model)
         if part in ("embedding", "output"):
             shape = (rows, *shape[1:])
-        found.append((part, prod(shape) // (1 if tensor.spec.tp_dim is None else tp)))
-    return found
+        held = part, prod(shape) // (1 if spec.tp_dim is None else tp)
+        if spec.per_layer:
+            of_layer += [held] * (model.size(Axis.EXPERTS) if spec.per_expert else 1)
+        elif part == "embedding":
+            if stage == 0 or (last and model.share_embeddings_and_output_weights):
+                before.append(held)
+        elif last:
+            behind.append(held)
+    return before + of_layer * layout.layers_per_stage(model.num_layers)[stage] + behind
 
 
 def buffer_elements(sizes: Sequence[int], data_parallel_size: int) -> int:
     """Length of the buffer in which Megatron-core reduces the gradients of parameters of these sizes."""
     end = sum(_aligned(size, PARAMETER_ALIGNMENT) for size in sizes)
     return _aligned(end, lcm(data_parallel_size, BUFFER_ALIGNMENT))
-
-
-def _held(model: Architecture, layout: Layout, stage: int) -> Iterator[NamedTensor]:
-    """The tensors of one stage; with several, a tied embedding is on the first and on the last."""
-    counts = layout.layers_per_stage(model.num_layers)
-    first_layer = sum(counts[:stage])
-    last = stage == layout.stages - 1
-    for tensor in tensors(model):
-        if tensor.layer is not None:
-            held = first_layer <= tensor.layer < first_layer + counts[stage]
-        elif tensor.spec.part == "embedding":
-            held = stage == 0 or (last and model.share_embeddings_and_output_weights)
-        else:
-            held = last
-        if held:
-            yield tensor
 
 
 def _aligned(size: int, multiple: int) -> int:

@@ -23,6 +23,7 @@ import torch
 from torch.distributed import Store
 
 from minitron_nemo.errors import UserError
+from minitron_nemo.parallel.gpus import peak_flops_of
 
 TESTED_VERSIONS = ("0.15.3", "0.16.1")
 
@@ -68,21 +69,6 @@ CPU_NAMES = {
     "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
 }
 
-# Dense bf16 FLOP/s of NVIDIA's data sheets, by a part of the device's name; the first that fits counts.
-PEAK_FLOPS = {
-    "GB200": 2500e12,
-    "B200": 2250e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H800": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-}
-
 _installed = False
 
 
@@ -122,8 +108,7 @@ def has_transformer_engine() -> bool:
 
 def peak_flops() -> float | None:
     """bf16 FLOP/s that the device of this process can reach at most; None for a CPU and for an unknown GPU."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    return peak_flops_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
 def memory() -> dict[str, float]:

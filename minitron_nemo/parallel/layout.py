@@ -63,6 +63,8 @@ class Layout:
         """The shape that is built: query groups up to a multiple of the tensor-parallel size, those added of zeros."""
         tp = self.tensor_model_parallel_size
         groups = -(-architecture.num_query_groups // tp) * tp
+        if groups == architecture.num_query_groups:
+            return architecture
         return architecture.resized({Axis.GROUPS: groups, Axis.HEADS: groups * architecture.heads_per_group})
 
     def __str__(self) -> str:

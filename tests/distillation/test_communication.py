@@ -23,7 +23,8 @@ from minitron_nemo.kernels import SparseTeacher
 from minitron_nemo.models.build import build_model
 from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
-from minitron_nemo.preflight import preflight, text
+from minitron_nemo.plan_text import text
+from minitron_nemo.preflight import preflight
 from tests.distillation.reference import random_microbatches
 from tests.models.support import architecture
 from tests.pool import run_distributed

@@ -23,7 +23,8 @@ from minitron_nemo.distillation.train import correction_config
 from minitron_nemo.errors import UserError
 from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
-from minitron_nemo.preflight import preflight, text
+from minitron_nemo.plan_text import text
+from minitron_nemo.preflight import preflight
 from minitron_nemo.run import Chain
 from tests.data.corpus import make_texts, prepare, write_jsonl
 from tests.distillation.reference import expected_step

@@ -191,7 +191,12 @@ def test_plan_prices_every_stage_and_the_total(capsys: pytest.CaptureFixture[str
             assert total == sum(plan[kind][name] for plan in found["stages"].values()), (kind, name)
     assert main(["plan", str(recipe)]) == 0
     said = capsys.readouterr().out
-    for line in ("stage 2 of 3          smaller", "cut from", "all stages            3", "nothing: no distillation"):
+    for line in (
+        "stage 2 of 3              smaller",
+        "cut from",
+        "all stages                3",
+        "nothing: no distillation",
+    ):
         assert line in said, line
 
 

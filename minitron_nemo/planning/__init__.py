@@ -1,0 +1,1 @@
+"""What a recipe will cost on a device, by arithmetic: memory of every rank, time, disk, other layouts."""

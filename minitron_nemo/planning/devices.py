@@ -1,0 +1,52 @@
+"""The device that a plan counts with: what the recipe says about it, and how layers run there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minitron_nemo.config import Recipe
+from minitron_nemo.parallel.device import has_transformer_engine
+from minitron_nemo.parallel.gpus import GPUS
+
+# Share of its memory that a job may fill by arithmetic. The rest is for what arithmetic leaves out: the driver's
+# context, NCCL's buffers, workspaces of cuBLAS, and gaps between blocks of torch's allocator.
+USABLE = 0.9
+
+
+@dataclass(frozen=True)
+class Device:
+    """Bytes, FLOP/s and bytes/s of one device; None for what is not known, which then is not predicted.
+
+    With `transformer_engine` layers are TransformerEngine's, and attention of 16-bit numbers keeps no scores.
+    """
+
+    memory_bytes: float | None = None
+    peak_flops: float | None = None
+    memory_bandwidth: float | None = None
+    link: float | None = None  # between processes of a node, one way
+    network: float | None = None  # between nodes
+    transformer_engine: bool = False
+    name: str = "device"
+
+    @staticmethod
+    def of_recipe(recipe: Recipe) -> Device:
+        """That of `cluster.gpu`, where TransformerEngine is taken for granted, with the recipe's own figures on top.
+
+        Without `cluster.gpu`, layers are those of the machine that plans.
+        """
+        cluster, train = recipe.cluster, recipe.train
+        gpu = None if cluster.gpu is None else GPUS[cluster.gpu]
+        known = gpu.peak_flops if gpu is not None and train.precision == "bf16" else None
+        return Device(
+            memory_bytes=cluster.gpu_memory_bytes or (gpu.memory_bytes if gpu else None),
+            peak_flops=train.peak_flops or known,
+            memory_bandwidth=gpu.memory_bandwidth if gpu else None,
+            link=gpu.link if gpu else None,
+            network=gpu.network if gpu else None,
+            transformer_engine=gpu is not None or has_transformer_engine(),
+            name=cluster.gpu or "device",
+        )
+
+    def fits(self, amount: float) -> bool | None:
+        """Whether `amount` bytes go into the usable part; None where the memory is not known."""
+        return None if self.memory_bytes is None else amount <= USABLE * self.memory_bytes

@@ -1,0 +1,67 @@
+"""Bytes that a run directory grows to: every checkpoint of the chain, with what is kept of trainings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minitron_nemo.arch import Architecture
+from minitron_nemo.arch.counts import parameters
+from minitron_nemo.planning.job import Job
+
+SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
+OPTIMIZER_BYTES = 12  # main parameter and two moments in fp32, whatever the model's data type
+ENTRY_BYTES = {"fp32": 4 + 4, "fp16": 4 + 2}  # of the teacher's cache: token id and log-probability
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One kind of file: bytes of each, and how many there are at most at once."""
+
+    what: str
+    bytes: int
+    count: int = 1
+
+    @property
+    def total(self) -> int:
+        return self.bytes * self.count
+
+
+def disk(job: Job) -> list[Kept]:
+    """By arithmetic; the tokenised text, logs and a cut's Plan are left out, and the cache is not compressed here."""
+    recipe, trained = job.recipe, job.element_size
+    stored = SIZES[recipe.model.dtype or "bfloat16"]
+    found = [Kept("teacher, converted", parameters(job.source) * stored)]
+    if recipe.teacher.correction.steps:
+        found.append(_training("teacher's correction, checkpoints", job.source, job))
+        found.append(Kept("teacher, corrected", parameters(job.source) * trained))
+        stored = trained
+    found.append(Kept("student, pruned", parameters(job.student) * stored))
+    if recipe.teacher.placement == "cached" and recipe.train.steps:
+        found.append(Kept("teacher's cache, at most", _cache_bytes(job)))
+    if recipe.train.steps:
+        found.append(_training("distillation, checkpoints", job.student, job))
+        found.append(Kept("student, distilled", parameters(job.student) * trained))
+        stored = trained
+    for name in recipe.export.formats:
+        size = SIZES[recipe.export.dtype] if recipe.export.dtype else stored
+        found.append(Kept(f"student, exported ({name})", parameters(job.student) * size))
+    return found
+
+
+def training_checkpoint_bytes(model: Architecture, element_size: int) -> int:
+    """Weights and the optimizer's state."""
+    return parameters(model) * (element_size + OPTIMIZER_BYTES)
+
+
+def _training(what: str, model: Architecture, job: Job) -> Kept:
+    """`train.keep_last`, the best one where updates are validated, and the next one while it is written."""
+    train = job.recipe.train
+    best = train.eval_interval > 0
+    return Kept(what, training_checkpoint_bytes(model, job.element_size), train.keep_last + best + 1)
+
+
+def _cache_bytes(job: Job) -> int:
+    cache = job.recipe.teacher.cache
+    entries = min(cache.top_k, job.teacher.vocab_size) + cache.tail_samples
+    tokens = sum(segment.samples * segment.sequence_length for segment in job.segments)
+    return tokens * (entries * ENTRY_BYTES[cache.precision] + 4)

@@ -1,0 +1,151 @@
+"""What a plan says of shipped recipes: time, fit, layouts, disk, and the keys that decide them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from minitron_nemo.cli import main
+from minitron_nemo.config import load_recipe
+from minitron_nemo.errors import UserError
+from minitron_nemo.planning.disk import disk, training_checkpoint_bytes
+from minitron_nemo.preflight import Preflight, preflight
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+WIDTH = "llama31_8b_to_4b_width"
+
+
+def plan(name: str, *overrides: str) -> Preflight:
+    return preflight(load_recipe(RECIPES / f"{name}.yaml", overrides))
+
+
+def test_an_update_takes_its_flops_at_the_efficiency_and_its_messages() -> None:
+    """Llama 3.1 8B -> 4B on one pipeline stage: a student's and a teacher's forward and backward, 267 GB of TP."""
+    found = plan(WIDTH)
+    update = found.estimate.update
+    assert update is not None
+    computing = update.flops / 256 / (0.5 * 989e12)
+    sent = sum(each.wire_bytes for each in found.communication[0] if each.group == "tp" and each.part != "gradients")
+    assert update.parts["teacher"] + update.parts["student"] == pytest.approx(computing + sent / 450e9, rel=0.002)
+    assert update.mfu(989e12) == pytest.approx(update.flops / update.seconds / 256 / 989e12)
+
+
+def test_a_stated_utilisation_is_what_the_plan_has() -> None:
+    update = plan(WIDTH, "cluster.mfu=0.31").estimate.update
+    assert update is not None
+    assert update.mfu(989e12) == pytest.approx(0.31)
+    assert update.seconds == pytest.approx(update.flops / 256 / 989e12 / 0.31)
+
+
+def test_recomputation_costs_a_third_of_the_students_layers_and_saves_activations() -> None:
+    kept, again = plan(WIDTH).estimate, plan(WIDTH, "train.recompute=true").estimate
+    assert kept.update is not None and again.update is not None
+    ratio = again.update.parts["student"] / kept.update.parts["student"]
+    assert 1.2 < ratio < 4 / 3
+    activations = [each.fullest[0].parts["activations"] for each in (kept, again)]
+    assert activations[1] < 0.2 * activations[0]
+
+
+def test_pipeline_bubbles_are_those_of_the_schedules() -> None:
+    """36 microbatches: (p - 1) / m, a half with two virtual stages; windows each fill the pipeline anew."""
+    deep = ("parallel.pipeline_model_parallel_size=4", "parallel.tensor_model_parallel_size=2")
+    virtual = "parallel.virtual_pipeline_model_parallel_size=2"
+    for overrides, share in (((), 3 / 36), ((virtual,), 3 / 72)):
+        update = plan(WIDTH, *deep, *overrides).estimate.update
+        assert update is not None
+        assert update.bubbles == pytest.approx({"student": share, "teacher": share})
+    update = plan(WIDTH, *deep, f"teacher.buffer_bytes={9 * 8192 * 4096}").estimate.update
+    assert update is not None
+    assert update.bubbles["student"] == pytest.approx(3 / 9)
+
+
+def test_layouts_are_ranked_fit_and_pass_every_check_of_a_recipe() -> None:
+    small = (
+        "cluster.nodes=1",
+        "cluster.processes_per_node=4",
+        "train.global_batch_size=32",
+        "data.sequence_length=4096",
+    )
+    own = "parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false"
+    found = plan(WIDTH, *small, *own).estimate.layouts
+    assert [each.seconds for each in found] == sorted(each.seconds for each in found)
+    assert [each.own for each in found].count(True) == 1
+    for each in found:
+        virtual = each.layout.virtual_pipeline_model_parallel_size
+        keys = (
+            f"parallel.tensor_model_parallel_size={each.layout.tensor_model_parallel_size}",
+            f"parallel.pipeline_model_parallel_size={each.layout.pipeline_model_parallel_size}",
+            f"parallel.virtual_pipeline_model_parallel_size={virtual or 'null'}",
+            f"parallel.sequence_parallel={each.layout.sequence_parallel}",
+            f"train.recompute={each.recompute}",
+        )
+        alone = plan(WIDTH, *small, *keys).estimate
+        assert alone.update is not None
+        assert alone.update.seconds == pytest.approx(each.seconds)
+        assert alone.fullest[0].total == each.fullest.total
+        assert each.own or each.fullest.total <= 0.9 * 80e9
+
+
+def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(RECIPES / f"{WIDTH}.yaml")
+    assert main(["plan", recipe, "cluster.gpu_memory_bytes=20e9"]) == 0
+    assert "DOES NOT FIT into 90% of the 20 GB" in capsys.readouterr().out
+    assert main(["plan", recipe, "cluster.gpu=null"]) == 0
+    out = capsys.readouterr().out
+    assert "set cluster.gpu or cluster.gpu_memory_bytes" in out and "not known: set cluster.gpu" in out
+
+
+def test_json_has_memory_of_every_rank_and_the_layouts(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(RECIPES / "quickstart.yaml")
+    assert main(["plan", recipe, "--json", "train.peak_flops=1e12"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {(each["step"], each["pipeline_rank"]) for each in found["memory"]} == {
+        (step, rank) for step in ("calibrate", "correct", "distill") for rank in (0, 1)
+    }
+    assert all(sum(each["parts"].values()) == each["total"] for each in found["memory"])
+    assert found["device_hours"] == pytest.approx(2 * sum(found["seconds"].values()) / 3600)
+    assert [each["own"] for each in found["layouts"]].count(True) == 1
+
+
+def test_a_separate_teacher_is_waited_for_where_it_is_slower() -> None:
+    separate = (
+        "teacher.placement=separate",
+        "teacher.processes=16",
+        "teacher.layout.tensor_model_parallel_size=8",
+        "teacher.layout.sequence_parallel=true",
+        "cluster.nodes=34",
+    )
+    found = plan(WIDTH, *separate).estimate
+    assert found.update is not None
+    # 16 GPUs for what 256 would do beside the student.
+    assert found.update.parts["waiting"] > found.update.parts["student"]
+    assert {each.step for each in found.memory} == {"calibrate", "correct", "distill", "distill (teacher)"}
+
+
+def test_a_training_checkpoint_is_as_large_as_one_that_was_written() -> None:
+    """The quickstart's student has one of 1,399 MiB (docs/evidence/costs.md)."""
+    found = plan("quickstart")
+    assert training_checkpoint_bytes(found.student, 2) / 2**20 == pytest.approx(1399, rel=0.005)
+    kept = {each.what: each for each in disk(found.job)}
+    assert kept["distillation, checkpoints"].count == 3
+    validated = replace(found.recipe, train=replace(found.recipe.train, eval_interval=10))
+    assert {each.what: each for each in disk(replace(found.job, recipe=validated))}[
+        "distillation, checkpoints"
+    ].count == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("cluster.gpu=h100", "cluster.gpu: 'h100' is not one of None, gb200, .*h100-80gb"),
+        ("cluster.gpu_memory_bytes=0", "cluster.gpu_memory_bytes: 0 must be greater than 0"),
+        ("cluster.mfu=41", "cluster.mfu: 41 must be a share, above 0 and up to 1"),
+        ("cluster.mfu=0.99", r"cluster.mfu: 0.99 is more than the 0\.\d+ that this layout has"),
+    ],
+)
+def test_figures_of_a_device_that_cannot_be_are_refused(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        assert plan(WIDTH, override).estimate.update
