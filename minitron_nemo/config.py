@@ -254,7 +254,12 @@ class EvaluateConfig:
     documents: int = 48  # held-out documents, one sequence each
     sequence_length: int | None = None  # None: data.sequence_length
     micro_batch_size: int = 1
-    generate_tokens: int = 32  # for the generation speed; 0: not measured
+    generate_tokens: int = 32  # by which each model continues documents' beginnings; 0: nothing is generated
+    # Rows at once, for each of which the generation speed is measured; the first gives generation_tokens_per_second.
+    generate_batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
+    # Files of tasks for `minitron tasks`: lm-evaluation-harness's .yaml (or the name of one of its tasks), or .jsonl
+    # with context, choices and answer on each line.
+    tasks: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -87,6 +87,9 @@ def check_values(recipe: Recipe) -> None:
             "distill: logits_weight is 0, and ce_weight is 0 or dynamic, which is in proportion to L_logits; there is "
             "nothing to train on"
         )
+    sizes = recipe.evaluate.generate_batch_sizes
+    if not sizes or min(sizes) < 1:
+        raise UserError(f"evaluate.generate_batch_sizes: {sizes} must be sizes of batches, at least one; e.g. [1, 8]")
     _check_training(recipe.train)
     _check_cluster(recipe.cluster)
 
