@@ -367,6 +367,16 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path}: no such recipe") from None
     except (YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    return _merged(loaded, overrides, str(path))
+
+
+def recipe_of(overrides: Sequence[str]) -> Recipe:
+    """`key=value` alone, for commands that need some keys of a recipe and none of its models. Raises UserError."""
+    unused = {"name": "none", "model": {"source": "none"}, "train": {"steps": 0, "global_batch_size": 1}}
+    return _merged(OmegaConf.create(unused), overrides, "key=value")
+
+
+def _merged(loaded: Any, overrides: Sequence[str], path: str) -> Recipe:
     for override in overrides:
         if "=" not in override:
             raise UserError(f"override {override!r}: expected key=value, e.g. train.lr=1e-4")

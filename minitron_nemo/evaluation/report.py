@@ -10,6 +10,7 @@ on, token by token.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from math import exp, sqrt
@@ -82,7 +83,7 @@ def summarise(measured: Mapping[str, Measured]) -> Evaluation:
     losses = {name: _per_document(model, model.ce, counted) for name, model in measured.items()}
     result: Evaluation = {}
     for name, model in measured.items():
-        loss, error = _mean(losses[name])
+        loss, error = mean_with_error(losses[name])
         result[name] = {
             "loss": loss,
             "loss_se": error,
@@ -95,12 +96,23 @@ def summarise(measured: Mapping[str, Measured]) -> Evaluation:
             "kl_by_position": _by_position(model),
         }
         for key, sums in (("kl_to_teacher", model.kl_to_teacher), ("top1_agreement", model.agreement)):
-            result[name][key], result[name][f"{key}_se"] = _mean(_per_document(model, sums, counted))
+            result[name][key], result[name][f"{key}_se"] = mean_with_error(_per_document(model, sums, counted))
         for other in DELTAS.get(name, ()):
             if other in losses:
-                delta, error = _mean(losses[name] - losses[other])
+                delta, error = mean_with_error(losses[name] - losses[other])
                 result[name] |= {f"delta_vs_{other}": delta, f"delta_vs_{other}_se": error}
     return result
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """An evaluation.json. Raises UserError for a damaged one."""
+    try:
+        content: Evaluation = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable ({error}); run `minitron evaluate` again") from None
+    if not isinstance(content, dict) or not all("losses_per_document" in record for record in content.values()):
+        raise UserError(f"{path}: not what `minitron evaluate` writes; give a run directory")
+    return content
 
 
 def samples(model: Measured, tokenizer: Tokenizer) -> list[dict[str, str]]:
@@ -159,13 +171,13 @@ def _by_position(model: Measured) -> list[dict[str, Any]]:
     for start, stop, kl, weight in spans:
         counted = weight > 0
         if counted.any():
-            mean, error = _mean(kl[counted] / weight[counted])
+            mean, error = mean_with_error(kl[counted] / weight[counted])
             found.append({"from": start, "to": stop, "kl": mean, "se": error})
     return found
 
 
-def _mean(values: NDArray[np.float64]) -> tuple[float, float | None]:
-    """Mean and its standard error."""
+def mean_with_error(values: NDArray[np.float64]) -> tuple[float, float | None]:
+    """Mean and its standard error, None of a single value."""
     error = float(values.std(ddof=1)) / sqrt(len(values)) if len(values) > 1 else None
     return float(values.mean()), error
 
