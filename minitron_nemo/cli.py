@@ -6,12 +6,9 @@ Exit codes: 0 done; 2 the input is wrong; 75 stopped early with state saved; 1 a
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,11 +17,11 @@ from types import FrameType
 
 from minitron_nemo.config import Recipe, load_recipe, recipe_of
 from minitron_nemo.errors import SaidByRankZero, UserError
+from minitron_nemo.processes import die_with_parent, launch_locally, launched
 
 EXIT_DIFFERS = 1
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
-LOCAL = "MINITRON_LOCAL"  # set in the processes that cluster.launcher=local and search.launcher=local start
 
 STEPS = {
     "correct": "fine-tune the teacher with cross-entropy on the distillation data",
@@ -307,20 +304,15 @@ def _apart(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _in_job(recipe: Recipe, options: argparse.Namespace, work: Callable[[], None]) -> int:
     """Do `work` in the processes of the job, or in those that cluster.launcher says."""
-    if LOCAL in os.environ:
-        _die_with_parent()
-    if recipe.cluster.launcher == "local" and not _launched():
-        return _launch_locally(recipe, options)
+    die_with_parent()
+    if recipe.cluster.launcher == "local" and not launched():
+        return launch_locally(recipe.cluster.processes_per_node, options.arguments, EXIT_STOPPED)
     from minitron_nemo.parallel import launch
 
     launch.join_job()
     work()
     launch.shutdown()
     return 0
-
-
-def _launched() -> bool:
-    return "RANK" in os.environ or "SLURM_PROCID" in os.environ
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -354,15 +346,14 @@ def _merge_scores(options: argparse.Namespace) -> int:
 
 def _steps(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
-    if LOCAL in os.environ:
-        _die_with_parent()
+    die_with_parent()
     in_job = options.verb != "search" or recipe.search.launcher == "none"
-    if recipe.cluster.launcher == "local" and in_job and not _launched():
+    if recipe.cluster.launcher == "local" and in_job and not launched():
         from minitron_nemo.stages import check_choice, plans
 
         check_choice(recipe, None if options.verb == "run" else options.verb, options.until, options.stage)
         plans(recipe)  # wrong input is said here, once, before any process starts
-        return _launch_locally(recipe, options)
+        return launch_locally(recipe.cluster.processes_per_node, options.arguments, EXIT_STOPPED)
     _stop_outside_steps(Path(recipe.run_dir) if in_job else Path(recipe.run_dir) / "search" / "driver")
     from minitron_nemo.parallel import launch
 
@@ -400,53 +391,6 @@ def _stop_outside_steps(run_dir: Path) -> None:
 
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, stop)
-
-
-def _launch_locally(recipe: Recipe, options: argparse.Namespace) -> int:
-    """Start this same command in `cluster.processes_per_node` processes of this machine, as torchrun would.
-
-    Signals are passed on. Returns the exit code of the first process that fails; the others are killed then, since
-    they would wait for it. 75 is no failure: every process saves and stops by itself.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    size = str(recipe.cluster.processes_per_node)
-    common = {
-        "WORLD_SIZE": size,
-        "LOCAL_WORLD_SIZE": size,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        LOCAL: "1",
-    }
-    common = {"OMP_NUM_THREADS": "1", **os.environ, **common}
-    command = [sys.executable, "-m", "minitron_nemo.cli", *options.arguments]
-    workers = [
-        subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(recipe.cluster.processes_per_node)
-    ]
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, lambda received, frame: _pass_on(received, workers))
-    codes = [worker.poll() for worker in workers]
-    while None in codes and not set(codes) - {None, 0, EXIT_STOPPED}:
-        time.sleep(0.05)
-        codes = [worker.poll() for worker in workers]
-    for worker in workers:
-        if worker.poll() is None:
-            worker.kill()
-        worker.wait()
-    failed = [code for code in codes if code]
-    return 0 if not failed else max(failed[0], 1)  # killed by a signal: negative
-
-
-def _pass_on(received: int, workers: Sequence[subprocess.Popen[bytes]]) -> None:
-    for worker in workers:
-        worker.send_signal(received)
-
-
-def _die_with_parent() -> None:
-    """Ask Linux for SIGKILL when the launcher is gone, so that no worker is left to write beside a rerun."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of Linux
 
 
 if __name__ == "__main__":

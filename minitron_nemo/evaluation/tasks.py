@@ -73,20 +73,26 @@ class ChoiceTask:
         return record_of(len(questions), metrics, {name: answers.tolist() for name, answers in right.items()})
 
 
+def check_tasks(specs: Sequence[str]) -> None:
+    """What can be said without reading them. Raises UserError for a file that is not there, and without lm_eval."""
+    for spec in specs:
+        if spec.endswith((".jsonl", ".yaml", ".yml")) and not Path(spec).is_file():
+            raise UserError(f"evaluate.tasks: {spec}: no such file")
+        if not spec.endswith(".jsonl") and find_spec("lm_eval") is None:
+            raise UserError(
+                f"evaluate.tasks: {spec} is a task of lm-evaluation-harness, which is not installed; "
+                "pip install 'minitron_nemo[eval]', or give a .jsonl file"
+            )
+
+
 def open_tasks(specs: Sequence[str]) -> list[Task]:
     """Raises UserError for what is not there, what is no task, and two of one name."""
+    check_tasks(specs)
     tasks: list[Task] = []
     for spec in specs:
         if spec.endswith(".jsonl"):
             read_questions(Path(spec))
             tasks.append(ChoiceTask(Path(spec)))
-        elif spec.endswith((".yaml", ".yml")) and not Path(spec).is_file():
-            raise UserError(f"evaluate.tasks: {spec}: no such file")
-        elif find_spec("lm_eval") is None:
-            raise UserError(
-                f"evaluate.tasks: {spec} is a task of lm-evaluation-harness, which is not installed; "
-                "pip install 'minitron_nemo[eval]', or give a .jsonl file"
-            )
         else:
             from minitron_nemo.evaluation.harness import open_harness_tasks
 
@@ -110,7 +116,7 @@ def measure_tasks(
 
     Every rank gets the same. Raises UserError for what does not fit together.
     """
-    check_layout(layout, layout.tensor_model_parallel_size)
+    check_layout(layout, layout.tensor_model_parallel_size)  # a length that divides: requests are padded to one
     launch.from_rank_0(lambda: open_tasks(specs))  # one rank says what is wrong, and prepares the data of all
     tasks = open_tasks(specs)
     content = launch.from_rank_0(partial(_identified, models, precision, path))

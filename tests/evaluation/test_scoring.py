@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from minitron_nemo.config import recipe_of
 from minitron_nemo.errors import UserError
 from minitron_nemo.evaluation.scoring import Continuation
 from minitron_nemo.evaluation.tasks import FILE_NAME, measure_tasks, open_tasks, read_tasks, table
@@ -133,8 +134,22 @@ def test_a_task_of_questions_is_what_hugging_face_answers_and_is_not_measured_tw
     assert anew["pruned"]["tasks"]["opposites"]["questions"] == 20
 
 
+def test_a_checkpoint_of_another_format_is_converted_for_the_time_being(tiny: TinyModel, tmp_path: Path) -> None:
+    options = [f"evaluate.tasks=[{QUESTIONS}]", "train.precision=fp32", "evaluate.micro_batch_size=4"]
+    run_distributed(2, _of_directories, [tiny.huggingface, tiny.megatron], options, tmp_path / "tasks.json")
+    theirs, ours = read_tasks(tmp_path / "tasks.json").values()
+    assert theirs["tasks"] == ours["tasks"] and theirs["tasks"]["opposites"]["questions"] == 20
+    assert [path.name for path in tmp_path.iterdir()] == ["tasks.json"]
+
+
+def _of_directories(directories: list[Path], options: list[str], out: Path) -> None:
+    from minitron_nemo.measuring import measure_tasks
+
+    measure_tasks(directories, recipe_of(options), out)
+
+
 def test_bad_tasks_are_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"nowhere\.jsonl: not readable as a task"):
+    with pytest.raises(UserError, match=r"evaluate\.tasks: .*nowhere\.jsonl: no such file"):
         open_tasks([str(tmp_path / "nowhere.jsonl")])
     with pytest.raises(UserError, match=r"evaluate\.tasks: nowhere\.yaml: no such file"):
         open_tasks(["nowhere.yaml"])
