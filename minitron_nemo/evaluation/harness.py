@@ -16,15 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm_eval import simple_evaluate
+from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.evaluator import evaluate
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from megatron.core import parallel_state
 from torch import distributed
 from transformers import AutoTokenizer
+from yaml import YAMLError
 
 from minitron_nemo.checkpoint import tokenizer
 from minitron_nemo.errors import UserError
@@ -34,6 +37,10 @@ from minitron_nemo.models.build import Model
 from minitron_nemo.models.generation import generate
 
 MOST_NEW_TOKENS = 256  # where a task does not say; the harness's own
+FEWSHOT_SEED = 1234  # the harness's own
+BOOTSTRAPS = 1000  # for standard errors of what is no mean
+
+WRONG = (KeyError, ValueError, TypeError, AttributeError, OSError, YAMLError, TemplateError, DatasetsError)  # in a task
 
 
 class MegatronLM(TemplateLM):
@@ -154,11 +161,8 @@ class HarnessTask:
     def measure(self, model: Model, directory: Path, micro_batch_size: int) -> Record:
         """What the harness measures. Collective; every rank gets the same."""
         adapter = MegatronLM(model, directory, micro_batch_size)
-        # It says nothing of its results where LOCAL_RANK is another than 0, which here are as good as any.
-        with _as_local_rank_0():
-            found = simple_evaluate(
-                adapter, tasks=[self.task], task_manager=TaskManager(include_defaults=False), bootstrap_iters=1000
-            )
+        self.task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        found = evaluate(adapter, {"tasks": {self.name: self.task}}, bootstrap_iters=BOOTSTRAPS)
         samples = sorted(found["samples"][self.name], key=lambda sample: int(sample["doc_id"]))
         metrics = {
             _metric(key): (float(value), _number(found["results"][self.name].get(key.replace(",", "_stderr,", 1))))
@@ -178,8 +182,11 @@ def open_harness_tasks(spec: str) -> list[HarnessTask]:
     try:
         with _in_directory(path.resolve().parent if path.is_file() else Path.cwd()):
             tasks = manager.load([str(path.resolve()) if path.is_file() else spec])["tasks"]
-    except (KeyError, ValueError, TypeError, OSError) as error:
+    except WRONG as error:
         raise UserError(f"evaluate.tasks: {spec}: {' '.join(str(error).split())[:300]}") from None
+    for task in tasks.values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
     settings = path.read_text() if path.is_file() else spec
     return [HarnessTask(name, _fingerprint(settings, task), task) for name, task in tasks.items()]
 
@@ -218,16 +225,3 @@ def _in_directory(directory: Path) -> Iterator[None]:
         yield
     finally:
         os.chdir(before)
-
-
-@contextmanager
-def _as_local_rank_0() -> Iterator[None]:
-    before = os.environ.get("LOCAL_RANK")
-    os.environ["LOCAL_RANK"] = "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["LOCAL_RANK"]
-        else:
-            os.environ["LOCAL_RANK"] = before
