@@ -93,8 +93,10 @@ def _whole_sequences(model: Model) -> Iterator[None]:
     Not Megatron-core's `set_model_to_sequence_parallel`, which remembers modules by their address in memory and so
     takes a model for one that was freed before.
     """
+    parts = [part for module in model.modules for part in module.modules()]
+    configs = {id(part.config): part.config for part in parts if hasattr(part, "config")}  # some have copies
     changed: list[tuple[Any, str]] = []
-    for owner in (model.config, *(part for module in model.modules for part in module.modules())):
+    for owner in (*configs.values(), *parts):
         changed += [(owner, name) for name in SEQUENCE_PARALLEL if getattr(owner, name, None) is True]
     for owner, name in changed:
         setattr(owner, name, False)
