@@ -117,7 +117,11 @@ def measure_tasks(
     Every rank gets the same. Raises UserError for what does not fit together.
     """
     check_layout(layout, layout.tensor_model_parallel_size)  # a length that divides: requests are padded to one
-    launch.from_rank_0(lambda: open_tasks(specs))  # one rank says what is wrong, and prepares the data of all
+
+    def prepare() -> None:  # one rank says what is wrong, and fetches what all read
+        open_tasks(specs)
+
+    launch.from_rank_0(prepare)
     tasks = open_tasks(specs)
     content = launch.from_rank_0(partial(_identified, models, precision, path))
     launch.initialize(layout, seed=0)  # nothing is random here

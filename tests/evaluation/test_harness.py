@@ -68,7 +68,7 @@ def test_requests_are_answered_as_by_its_own_adapter(tiny: TinyModel, theirs: HF
         assert [greedy for _, greedy in found[0]] == [greedy for _, greedy in pairs]
         assert found[1] == pytest.approx(texts, abs=1e-3)  # sums over hundreds of tokens
         assert found[2] == generations
-    assert "e" not in generations[0] and len(generations[1]) >= 12
+    assert "e" not in generations[0] and len(generations[1]) > len(generations[0])
 
 
 def _measured(directory: Path, spec: str, layout: Layout, path: Path) -> Any:
