@@ -151,8 +151,8 @@ A task is a .jsonl file with context, choices and answer on each line, a .yaml t
 the name of one of its own tasks; these two need pip install 'minitron_nemo[eval]'.
 
   minitron tasks recipes/quickstart.yaml --tasks recipes/tasks/opposites.yaml
-  minitron tasks runs/quickstart/distilled --tasks recipes/tasks/opposites.jsonl train.precision=fp32
-  torchrun --nproc-per-node 2 -m minitron_nemo.cli tasks DIR --tasks FILE parallel.tensor_model_parallel_size=2"""
+  minitron tasks runs/quickstart/distilled train.precision=fp32 --tasks recipes/tasks/opposites.jsonl
+  torchrun --nproc-per-node 2 -m minitron_nemo.cli tasks DIR parallel.tensor_model_parallel_size=2 --tasks FILE"""
 
 COMPARE = """Models side by side: parameters, loss, KL and agreement, tasks; differences with standard errors over the
 documents that all were measured on. Run directories are read (evaluation.json, tasks.json). With --data, checkpoints of
