@@ -25,7 +25,12 @@ def buildable(checkpoints: Sequence[Path], workspace: Path) -> Iterator[dict[str
     if not others:
         yield found
         return
-    directory = launch.from_rank_0(lambda: Path(tempfile.mkdtemp(prefix=".converted-", dir=workspace)))
+
+    def make() -> Path:
+        workspace.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=".converted-", dir=workspace))
+
+    directory = launch.from_rank_0(make)
     try:
         for number, path in enumerate(others):
             found[str(path)] = directory / str(number)

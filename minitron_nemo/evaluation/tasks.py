@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -128,18 +128,27 @@ def measure_tasks(
     for name, directory in models.items():
         known = content[name]["tasks"]
         missing = [task for task in tasks if known.get(task.name, {}).get("fingerprint") != task.fingerprint]
-        if missing:
-            model = open_model(directory, layout, DTYPES[precision])
-        for task in missing:
-            if launch.rank() == 0:
-                print(f"[tasks] {name}: {task.name}", flush=True)
-            known[task.name] = {"fingerprint": task.fingerprint, **task.measure(model, directory, micro_batch_size)}
+        for task, record in _measured(name, directory, missing, layout, precision, micro_batch_size):
+            known[task.name] = {"fingerprint": task.fingerprint, **record}
             launch.from_rank_0(partial(_write, path, content))
     wanted = {task.name for task in tasks}
     for model_record in content.values():
         model_record["tasks"] = {name: record for name, record in model_record["tasks"].items() if name in wanted}
     launch.from_rank_0(partial(_write, path, content))
     return content
+
+
+def _measured(
+    name: str, directory: Path, tasks: Sequence[Task], layout: Layout, precision: str, micro_batch_size: int
+) -> Iterator[tuple[Task, Record]]:
+    """One model, gone again when it is done with its tasks."""
+    if not tasks:
+        return
+    model = open_model(directory, layout, DTYPES[precision])
+    for task in tasks:
+        if launch.rank() == 0:
+            print(f"[tasks] {name}: {task.name}", flush=True)
+        yield task, task.measure(model, directory, micro_batch_size)
 
 
 def read_tasks(path: Path) -> Content:
