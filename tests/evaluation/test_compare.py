@@ -10,8 +10,15 @@ import numpy as np
 import pytest
 
 from minitron_nemo.cli import main
+from minitron_nemo.config import DataConfig, TextSource, recipe_of
+from minitron_nemo.data.prepare import prepare_data
 from minitron_nemo.errors import UserError
+from minitron_nemo.evaluation.compare import compared, measured
 from minitron_nemo.measuring import compare_recorded
+from minitron_nemo.parallel.layout import Layout
+from tests.models.support import TinyModel
+from tests.pool import run_distributed
+from tests.text import write_documents
 
 
 def _run(directory: Path, losses: dict[str, list[float]], answers: dict[str, list[int]], **changed: Any) -> Path:
@@ -105,3 +112,29 @@ def test_what_cannot_be_paired_is_refused_in_one_line(runs: list[Path], tmp_path
 def test_changes_without_data_are_refused(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(runs[0]), "evaluate.documents=3"]) == 2
     assert "compare: evaluate.documents=3 changes what is measured, and nothing is" in capsys.readouterr().err
+
+
+def _measured(models: dict[str, Path], prepared: Path, layout: Layout, against: str) -> Any:
+    options = ["evaluate.documents=4", "evaluate.sequence_length=32", "train.precision=fp32"]
+    return measured(models, prepared, recipe_of(options), layout, against)
+
+
+def test_checkpoints_are_measured_against_the_one_that_is_named(tmp_path: Path) -> None:
+    tiny = {name: TinyModel(tmp_path / name, tied=tied) for name, tied in (("one", False), ("two", True))}
+    config = DataConfig(train=[TextSource(str(write_documents(tmp_path / "text")))], heldout_fraction=0.2)
+    prepare_data(config, tiny["one"].huggingface, tmp_path / "data")
+    models = {name: model.megatron for name, model in tiny.items()}
+    layout = Layout(pipeline_model_parallel_size=2)
+    first, second = run_distributed(2, _measured, models, tmp_path / "data", layout, "two")
+    assert first == second and list(first) == ["one", "two"]
+    found = compared(first, "two")["models"]
+    assert found["two"]["kl_to_teacher"] < 1e-9 < found["one"]["kl_to_teacher"]
+    assert found["one"]["delta"] == pytest.approx(found["one"]["loss"] - found["two"]["loss"])
+    assert len(first["one"]["losses_per_document"]) == 4
+
+    tokenizer = models["two"] / "tokenizer" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace("<|pad|>", "<|fill|>"))
+    config_file = tokenizer.with_name("tokenizer_config.json")
+    config_file.write_text(config_file.read_text().replace("<|pad|>", "<|fill|>"))
+    with pytest.raises(UserError, match="two: its tokenizer is not the one that .*data was prepared with"):
+        run_distributed(1, _measured, models, tmp_path / "data", Layout(), "two")
