@@ -37,7 +37,7 @@ from minitron_nemo.config import Recipe, load_recipe
 from minitron_nemo.data.dataset import open_heldout
 from minitron_nemo.data.sampler import Microbatch
 from minitron_nemo.distillation.train import train
-from minitron_nemo.evaluation.evaluate import document_sums, share
+from minitron_nemo.evaluation.documents import document_sums, share
 from minitron_nemo.importance.scores import Array, Scores
 from minitron_nemo.models.build import Model, build_model
 from minitron_nemo.models.checkpoint import load_model
@@ -205,8 +205,8 @@ def load(directory: Path) -> Model:
 
 
 def document_losses(model: Model, batches: list[Microbatch], documents: int) -> Array:
-    ce, _, _, weight = document_sums(model, None, batches, documents)
-    losses: Array = ce / weight
+    sums = document_sums(model, None, batches, documents)
+    losses: Array = sums.ce / sums.weight
     return losses
 
 

@@ -139,7 +139,7 @@ def resumed(
 def answered(scores: DepthScores, branch: Branch) -> Array:
     """1 for each question that is answered right, 0 for the others, [questions]."""
     assert scores.choices is not None, "the scores are of a task"
-    return scores.choices.by_question(-scores.sums[branch], normalize=False)[0].astype(np.float64)
+    return scores.choices.right(-scores.sums[branch], normalize=False).astype(np.float64)
 
 
 def search(

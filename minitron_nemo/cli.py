@@ -6,25 +6,22 @@ Exit codes: 0 done; 2 the input is wrong; 75 stopped early with state saved; 1 a
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
-from minitron_nemo.config import Recipe, load_recipe
+from minitron_nemo.config import Recipe, load_recipe, recipe_of
 from minitron_nemo.errors import SaidByRankZero, UserError
+from minitron_nemo.processes import die_with_parent, launch_locally, launched
 
 EXIT_DIFFERS = 1
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
-LOCAL = "MINITRON_LOCAL"  # set in the processes that cluster.launcher=local and search.launcher=local start
 
 STEPS = {
     "correct": "fine-tune the teacher with cross-entropy on the distillation data",
@@ -52,6 +49,7 @@ EXAMPLE = """examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code."""
     options = command_line().parse_args(arguments)
+    options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     try:
         return int(options.function(options))
@@ -83,6 +81,28 @@ def command_line() -> argparse.ArgumentParser:
         step.add_argument("--stage", metavar="NAME", help="of a recipe with stages: only what belongs to this one")
         step.set_defaults(function=_steps, until=None)
     verbs.choices["run"].add_argument("--until", choices=("prune",), help="end after this step")
+    on_tasks = verbs.add_parser(
+        "tasks",
+        help="measure models on benchmark tasks",
+        description=TASKS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    on_tasks.add_argument("models", nargs="+", metavar="RECIPE | DIR | key=value", help="what to measure; keys' values")
+    on_tasks.add_argument("--tasks", action="append", metavar="FILE", help="a task; may be repeated")
+    on_tasks.add_argument("--out", type=Path, default=Path("tasks.json"), help="of DIRs: file to write [tasks.json]")
+    on_tasks.add_argument("--stage", metavar="NAME", help="of a recipe with stages: only what belongs to this one")
+    on_tasks.set_defaults(function=_tasks, until=None)
+    compare = verbs.add_parser(
+        "compare",
+        help="models side by side, differences paired by document",
+        description=COMPARE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    compare.add_argument("models", nargs="+", metavar="RUN | DIR | key=value", help="what to compare; keys' values")
+    compare.add_argument("--data", type=Path, metavar="RECIPE | DIR", help="documents to measure on")
+    compare.add_argument("--against", metavar="MODEL", help="what others are compared with; default: the first")
+    compare.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    compare.set_defaults(function=_compare)
     submit = _recipe_verb(verbs, "submit", "check a recipe and submit it to Slurm by its `cluster` section")
     submit.add_argument("--dry-run", action="store_true", help="print the command lines of sbatch instead")
     submit.set_defaults(function=_submit)
@@ -129,6 +149,25 @@ def command_line() -> argparse.ArgumentParser:
 CONVERT = """Convert SRC DST --to FORMAT: one read and one write, slice by slice, in bounded memory. Reads Hugging Face
 safetensors, Megatron torch_dist, NeMo 2, Megatron-Bridge, legacy Megatron-LM and GGUF; writes Hugging Face (hf),
 Megatron torch_dist (megatron), NeMo 2 (nemo) and Megatron-Bridge (bridge)."""
+
+TASKS = """Measure models on tasks. RECIPE: its teacher, pruned and distilled student on evaluate.tasks, into
+RUN/tasks.json. DIR ...: checkpoints of any format, on the tasks given here, into --out; what is no Megatron
+checkpoint is converted for the time being. What was measured already is not measured again.
+
+A task is a .jsonl file with context, choices and answer on each line, a .yaml task file of lm-evaluation-harness, or
+the name of one of its own tasks; these two need pip install 'minitron_nemo[eval]'.
+
+  minitron tasks recipes/quickstart.yaml --tasks recipes/tasks/opposites.yaml
+  minitron tasks runs/quickstart/distilled train.precision=fp32 --tasks recipes/tasks/opposites.jsonl
+  torchrun --nproc-per-node 2 -m minitron_nemo.cli tasks DIR parallel.tensor_model_parallel_size=2 --tasks FILE"""
+
+COMPARE = """Models side by side: parameters, loss, KL and agreement, tasks; differences with standard errors over the
+documents that all were measured on. Run directories are read (evaluation.json, tasks.json). With --data, checkpoints of
+any format are measured, and those of run directories again: on the held-out documents of a recipe, which are prepared
+already, or of a directory of prepared data (then evaluate.sequence_length=N says how much of each).
+
+  minitron compare runs/a runs/b
+  minitron compare runs/a/distilled runs/b/export/hf --data recipes/quickstart.yaml --against runs/a/distilled"""
 
 VERIFY = """Read weights again, slice by slice, in bounded memory. DIR: compare with the hashes that were taken when it
 was written (fingerprints.json). SRC DST: compare, bit for bit, with what the Plan makes of SRC, or with SRC itself.
@@ -225,6 +264,67 @@ def _convert(options: argparse.Namespace) -> int:
     return 0
 
 
+def _tasks(options: argparse.Namespace) -> int:
+    recipes = [name for name in options.models if name.endswith((".yaml", ".yml"))]
+    models, overrides = _apart(options.models)
+    overrides += [f"evaluate.tasks=[{','.join(options.tasks)}]"] if options.tasks else []
+    if recipes:
+        if models != recipes[:1]:
+            raise UserError("tasks: give one RECIPE, or DIR ...")
+        options.recipe, options.overrides = Path(recipes[0]), overrides
+        return _steps(options)
+    recipe = recipe_of(overrides)
+
+    def work() -> None:
+        from minitron_nemo.measuring import measure_tasks
+
+        measure_tasks(list(map(Path, models)), recipe, options.out)
+
+    return _in_job(recipe, options, work)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    models, overrides = _apart(options.models)
+    paths = list(map(Path, models))
+    if options.data is None:
+        from minitron_nemo.measuring import compare_recorded
+
+        if overrides:
+            raise UserError(f"compare: {overrides[0]} changes what is measured, and nothing is without --data")
+        print(compare_recorded(paths, options.against, options.json))
+        return 0
+    if options.data.suffix in (".yaml", ".yml"):
+        recipe = load_recipe(options.data, overrides)
+        prepared = Path(recipe.from_run or recipe.run_dir) / "data"
+    else:
+        recipe, prepared = recipe_of(overrides), options.data
+
+    def work() -> None:
+        from minitron_nemo.measuring import compare_measured
+
+        compare_measured(paths, prepared, recipe, options.against, options.json)
+
+    return _in_job(recipe, options, work)
+
+
+def _apart(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Paths, and changes to keys of a recipe."""
+    return [word for word in words if "=" not in word], [word for word in words if "=" in word]
+
+
+def _in_job(recipe: Recipe, options: argparse.Namespace, work: Callable[[], None]) -> int:
+    """Do `work` in the processes of the job, or in those that cluster.launcher says."""
+    die_with_parent()
+    if recipe.cluster.launcher == "local" and not launched():
+        return launch_locally(recipe.cluster.processes_per_node, options.arguments, EXIT_STOPPED)
+    from minitron_nemo.parallel import launch
+
+    launch.join_job()
+    work()
+    launch.shutdown()
+    return 0
+
+
 def _verify(options: argparse.Namespace) -> int:
     if options.source.endswith((".yaml", ".yml")):
         options.recipe, options.overrides = Path(options.source), options.rest
@@ -267,12 +367,14 @@ def _make_task(options: argparse.Namespace) -> int:
 
 def _steps(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
-    if LOCAL in os.environ:
-        _die_with_parent()
+    die_with_parent()
     in_job = options.verb != "search" or recipe.search.launcher == "none"
-    launched = "RANK" in os.environ or "SLURM_PROCID" in os.environ
-    if recipe.cluster.launcher == "local" and in_job and not launched:
-        return _launch_locally(recipe, options)
+    if recipe.cluster.launcher == "local" and in_job and not launched():
+        from minitron_nemo.stages import check_choice, plans
+
+        check_choice(recipe, None if options.verb == "run" else options.verb, options.until, options.stage)
+        plans(recipe)  # wrong input is said here, once, before any process starts
+        return launch_locally(recipe.cluster.processes_per_node, options.arguments, EXIT_STOPPED)
     _stop_outside_steps(Path(recipe.run_dir) if in_job else Path(recipe.run_dir) / "search" / "driver")
     from minitron_nemo.parallel import launch
 
@@ -310,60 +412,6 @@ def _stop_outside_steps(run_dir: Path) -> None:
 
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, stop)
-
-
-def _launch_locally(recipe: Recipe, options: argparse.Namespace) -> int:
-    """Start this same command in `cluster.processes_per_node` processes of this machine, as torchrun would.
-
-    Signals are passed on. Returns the exit code of the first process that fails; the others are killed then, since
-    they would wait for it. 75 is no failure: every process saves and stops by itself.
-    """
-    from minitron_nemo.stages import check_choice, plans
-
-    check_choice(recipe, None if options.verb == "run" else options.verb, options.until, options.stage)
-    plans(recipe)  # wrong input is said here, once, before any process starts
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    size = str(recipe.cluster.processes_per_node)
-    common = {
-        "WORLD_SIZE": size,
-        "LOCAL_WORLD_SIZE": size,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        LOCAL: "1",
-    }
-    common = {"OMP_NUM_THREADS": "1", **os.environ, **common}
-    command = [sys.executable, "-m", "minitron_nemo.cli", options.verb, str(options.recipe), *options.overrides]
-    for flag in ("until", "stage"):
-        if (value := getattr(options, flag)) is not None:
-            command += [f"--{flag}", value]
-    workers = [
-        subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(recipe.cluster.processes_per_node)
-    ]
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, lambda received, frame: _pass_on(received, workers))
-    codes = [worker.poll() for worker in workers]
-    while None in codes and not set(codes) - {None, 0, EXIT_STOPPED}:
-        time.sleep(0.05)
-        codes = [worker.poll() for worker in workers]
-    for worker in workers:
-        if worker.poll() is None:
-            worker.kill()
-        worker.wait()
-    failed = [code for code in codes if code]
-    return 0 if not failed else max(failed[0], 1)  # killed by a signal: negative
-
-
-def _pass_on(received: int, workers: Sequence[subprocess.Popen[bytes]]) -> None:
-    for worker in workers:
-        worker.send_signal(received)
-
-
-def _die_with_parent() -> None:
-    """Ask Linux for SIGKILL when the launcher is gone, so that no worker is left to write beside a rerun."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of Linux
 
 
 if __name__ == "__main__":

@@ -254,7 +254,12 @@ class EvaluateConfig:
     documents: int = 48  # held-out documents, one sequence each
     sequence_length: int | None = None  # None: data.sequence_length
     micro_batch_size: int = 1
-    generate_tokens: int = 32  # for the generation speed; 0: not measured
+    generate_tokens: int = 32  # by which each model continues documents' beginnings; 0: nothing is generated
+    # Rows at once, for each of which the generation speed is measured; the first gives generation_tokens_per_second.
+    generate_batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
+    # Files of tasks for `minitron tasks`: lm-evaluation-harness's .yaml (or the name of one of its tasks), or .jsonl
+    # with context, choices and answer on each line.
+    tasks: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -367,6 +372,16 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path}: no such recipe") from None
     except (YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    return _merged(loaded, overrides, str(path))
+
+
+def recipe_of(overrides: Sequence[str]) -> Recipe:
+    """`key=value` alone, for commands that need some keys of a recipe and none of its models. Raises UserError."""
+    unused = {"name": "none", "model": {"source": "none"}, "train": {"steps": 0, "global_batch_size": 1}}
+    return _merged(OmegaConf.create(unused), overrides, "key=value")
+
+
+def _merged(loaded: Any, overrides: Sequence[str], path: str) -> Recipe:
     for override in overrides:
         if "=" not in override:
             raise UserError(f"override {override!r}: expected key=value, e.g. train.lr=1e-4")

@@ -9,6 +9,7 @@ from minitron_nemo.config import ClusterConfig, Recipe, TrainConfig
 from minitron_nemo.distillation.balance import DYNAMIC, check_weight
 from minitron_nemo.distillation.cache import DTYPES
 from minitron_nemo.errors import UserError
+from minitron_nemo.evaluation.tasks import check_tasks
 from minitron_nemo.kernels.objective import DIVERGENCES
 from minitron_nemo.parallel.gpus import GPUS
 from minitron_nemo.pruning import depth
@@ -89,6 +90,10 @@ def check_values(recipe: Recipe) -> None:
             "distill: logits_weight is 0, and ce_weight is 0 or dynamic, which is in proportion to L_logits; there is "
             "nothing to train on"
         )
+    sizes = recipe.evaluate.generate_batch_sizes
+    if not sizes or min(sizes) < 1:
+        raise UserError(f"evaluate.generate_batch_sizes: {sizes} must be sizes of batches, at least one; e.g. [1, 8]")
+    check_tasks(recipe.evaluate.tasks)
     _check_training(recipe.train)
     _check_cluster(recipe.cluster)
 

@@ -1,7 +1,7 @@
 """The chain of steps.
 
     convert -> prepare -> (correct) -> calibrate -> (score-depth) -> (repair) -> prune -> (cache-teacher) -> (distill)
-        -> evaluate -> export -> report
+        -> evaluate -> (tasks) -> export -> report
 
 The chain runs inside the job: every rank walks the same steps, whether torchrun, srun or a plain start made it. Rank 0
 decides whether a step has to run, and records it. A step that was killed is started again and resumes by itself.
@@ -33,6 +33,7 @@ from minitron_nemo.distillation.cache_teacher import cache_teacher
 from minitron_nemo.distillation.status import write_failure, write_status
 from minitron_nemo.distillation.train import correction_config, train
 from minitron_nemo.errors import SaidByRankZero, UserError
+from minitron_nemo.evaluation import tasks
 from minitron_nemo.evaluation.heldout import HeldOut
 from minitron_nemo.evaluation.report import evaluate_models, table
 from minitron_nemo.importance.scores import Scores
@@ -57,6 +58,7 @@ ABSENT = {
     "correct": "teacher.correction.steps is 0",
     "distill": "train.steps is 0",
     "cache-teacher": "teacher.placement is not cached, or distill.logits_weight or train.steps is 0",
+    "tasks": "evaluate.tasks is empty",
     "export": "export.formats is empty",
 }
 
@@ -84,6 +86,7 @@ class Chain:
         self.cached = directory / "teacher_cache.json"
         self.distilled = directory / "distilled"
         self.evaluation = directory / "evaluation.json"
+        self.on_tasks = directory / tasks.FILE_NAME
         self.exports = directory / "export"
         self.student = self.distilled if self.recipe.train.steps else self.pruned
         self.own_text = before is not None and not same_text(before.recipe.data, self.recipe.data)
@@ -125,19 +128,23 @@ class Chain:
             Step("prune", {**source, **chosen}, self._cut(), self.pruned, self._prune),
             *self._caching({**teacher, **data}),
         ]
-        evaluated = asdict(recipe.evaluate)
+        evaluated = {key: value for key, value in asdict(recipe.evaluate).items() if key != "tasks"}
         if recipe.train.steps:
             inputs = {**teacher, "pruned": self.pruned, **data, **({"cache": self.cached} if self._reads_cache else {})}
             settings = {"distill": asdict(recipe.distill), "train": _numerics(recipe.train), "data": visits}
             steps.append(Step("distill", inputs, settings, self.distilled, self._distill))
         else:
             evaluated |= {"precision": recipe.train.precision, "data": visits}
+        shown = {"recipe": self.run_dir / RECIPE_FILE, "evaluation": self.evaluation, "scores": self.scores}
         steps.append(Step("evaluate", {**self._models(), **data}, evaluated, self.evaluation, self._evaluate))
         for to in recipe.export.formats:
             output = self.exports / to
             written = {"to": to, "dtype": recipe.export.dtype}
             steps.append(Step("export", {"student": self.student}, written, output, self._export(to, output)))
-        shown = {"recipe": self.run_dir / RECIPE_FILE, "evaluation": self.evaluation, "scores": self.scores}
+        if recipe.evaluate.tasks:  # looks itself: what a task's file reads is not known here
+            on = {"tasks": recipe.evaluate.tasks, "precision": recipe.train.precision}
+            steps.append(Step("tasks", self._models(), on, self.on_tasks, self._measure_tasks, finds_out=True))
+            shown["tasks"] = self.on_tasks
         page = self.directory / REPORT_FILE
         return [*steps, Step("report", {**shown, **self._models()}, {}, page, self._report)]
 
@@ -332,6 +339,18 @@ class Chain:
         if launch.rank() == 0:
             write_atomic(self.evaluation, json.dumps(evaluation, indent=2) + "\n")
             print(table(evaluation), flush=True)
+
+    def _measure_tasks(self, key: str) -> None:
+        content = tasks.measure_tasks(
+            self._models(),
+            self.recipe.evaluate.tasks,
+            self.plan.layout,
+            self.on_tasks,
+            precision=self.recipe.train.precision,
+            micro_batch_size=self.recipe.evaluate.micro_batch_size,
+        )
+        if launch.rank() == 0:
+            print(tasks.table(content), flush=True)
 
     def _export(self, to: str, output: Path) -> Callable[[str], None]:
         return lambda key: self._transform(self.student, output, to, self.recipe.export.dtype)

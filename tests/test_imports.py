@@ -1,11 +1,11 @@
-"""What importing the package pulls in: NeMo never, whether it is installed or not, and torch when it is needed."""
+"""What importing the package pulls in: NeMo and other extras never, installed or not, and torch when it is needed."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
-FOREIGN = ("nemo", "nemo_run", "lightning", "pytorch_lightning", "fiddle", "modelopt", "transformer_engine")
+FOREIGN = ("nemo", "nemo_run", "lightning", "pytorch_lightning", "fiddle", "modelopt", "transformer_engine", "lm_eval")
 # The modules that the command line and every command of it begin with.
 EVERYTHING = """
 from pathlib import Path
@@ -13,7 +13,7 @@ import minitron_nemo
 root = Path(minitron_nemo.__file__).parent
 for path in root.rglob("*.py"):
     name = ".".join(["minitron_nemo", *path.relative_to(root).with_suffix("").parts]).removesuffix(".__init__")
-    if not name.startswith(("minitron_nemo.nemo", "minitron_nemo.kernels.triton")):
+    if not name.startswith(("minitron_nemo.nemo", "minitron_nemo.kernels.triton", "minitron_nemo.evaluation.harness")):
         __import__(name)
 """
 

@@ -12,7 +12,7 @@ lm-evaluation-harness's `multiple_choice`: `acc`, or `acc_norm` with `normalize`
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,23 +113,26 @@ class Choices:
             np.array([len(choice.lstrip()) for question in questions for choice in question.choices]),
         )
 
-    def score(self, log_probabilities: NDArray[np.float64], normalize: bool) -> tuple[float, float]:
-        """Accuracy, and the mean margin of the right choice over the best wrong one, in nats; ties go to the first.
+    def right(self, log_probabilities: NDArray[np.float64], normalize: bool) -> NDArray[np.bool_]:
+        """Whether each question's answer is the likeliest choice, [questions]; ties go to the first.
 
         `log_probabilities` [choices]. With `normalize` they are divided by the choice's characters.
         """
-        right, margins = self.by_question(log_probabilities, normalize)
-        return float(right.mean()), float(margins.mean())
+        return np.array([values.argmax() == answer for values, answer in self._questions(log_probabilities, normalize)])
 
-    def by_question(
+    def score(self, log_probabilities: NDArray[np.float64], normalize: bool) -> tuple[float, float]:
+        """Accuracy, and the mean margin of the right choice over the best wrong one, in nats; see `right`."""
+        margins = sum(
+            float(values[answer] - np.delete(values, answer).max())
+            for values, answer in self._questions(log_probabilities, normalize)
+        )
+        return float(self.right(log_probabilities, normalize).mean()), margins / len(self.answers)
+
+    def _questions(
         self, log_probabilities: NDArray[np.float64], normalize: bool
-    ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-        """What `score` takes the means of: which questions are answered right, and the margins; both [questions]."""
+    ) -> Iterator[tuple[NDArray[np.float64], int]]:
+        """What the choices of each question are compared by, and the place of the right one."""
         values = log_probabilities / self.characters if normalize else log_probabilities
-        right, margins = np.empty(len(self.answers), bool), np.empty(len(self.answers))
         ends = np.cumsum(self.counts)
-        for number, (start, end) in enumerate(zip(ends - self.counts, ends, strict=True)):
-            of_question, answer = values[start:end], self.answers[number]
-            right[number] = of_question.argmax() == answer
-            margins[number] = of_question[answer] - np.delete(of_question, answer).max()
-        return right, margins
+        for start, end, answer in zip(ends - self.counts, ends, self.answers, strict=True):
+            yield values[start:end], int(answer)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from minitron_nemo.config import Recipe
 from minitron_nemo.data.dataset import open_heldout
-from minitron_nemo.evaluation.evaluate import Measured, TeacherStates, check_layout, document_sums, share
+from minitron_nemo.evaluation.documents import TeacherStates, check_layout, document_sums, share
+from minitron_nemo.evaluation.evaluate import Measured
 from minitron_nemo.evaluation.report import summarise
 from minitron_nemo.models.build import Model
 from minitron_nemo.parallel.layout import Layout
@@ -45,7 +46,7 @@ class HeldOut:
         [padded_vocab/tp, h]. None as states: there is no teacher, and nothing is compared with it.
         """
         teacher = None if teacher_states is None else TeacherStates(teacher_states, output_weight)
-        ce, kl, agreement, weight = document_sums(model, teacher, self.batches, self.documents)
-        record = summarise({"model": Measured(model.architecture, ce, kl, agreement, weight)})["model"]
+        sums = document_sums(model, teacher, self.batches, self.documents)
+        record = summarise({"model": Measured(**vars(sums), architecture=model.architecture)})["model"]
         names = METRICS if teacher is None else METRICS + AGAINST_TEACHER
         return {name: float(value) for name in names if (value := record[name]) is not None}

@@ -2,19 +2,22 @@
 
 A document's loss is the weighted mean over its tokens; a model's loss is the mean over documents, so that long
 documents do not outvote short ones and documents are the independent observations: `_se` are standard errors over
-documents, and differences between models are paired by document. KL and agreement are averaged the same way.
-`samples` are continuations of the beginnings of held-out documents, as text.
+documents, and differences between models are paired by document. KL and agreement are averaged the same way, and so
+is KL within each bucket of positions (`kl_by_position`), over the documents that have tokens there.
+`samples` are continuations of the beginnings of held-out documents, as text; `documents` stands for what was measured
+on, token by token.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from math import exp, sqrt
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from minitron_nemo.arch.counts import non_embedding_parameters, parameters
@@ -23,10 +26,10 @@ from minitron_nemo.config import Recipe
 from minitron_nemo.data.dataset import open_heldout
 from minitron_nemo.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_nemo.errors import UserError
-from minitron_nemo.evaluation.evaluate import Measured, evaluate
+from minitron_nemo.evaluation.documents import fingerprint_of
+from minitron_nemo.evaluation.evaluate import DTYPES, Measured, evaluate
+from minitron_nemo.evaluation.markdown import aligned, with_error
 from minitron_nemo.parallel.layout import Layout
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # Paired differences of loss that a model's record holds, where both models were measured.
 DELTAS = {"pruned": ("teacher",), "distilled": ("teacher", "pruned")}
@@ -56,11 +59,13 @@ def evaluate_models(models: Mapping[str, Path], prepared: Path, recipe: Recipe, 
         dtype=DTYPES[recipe.train.precision],
         micro_batch_size=config.micro_batch_size,
         generate_tokens=config.generate_tokens,
+        generate_batch_sizes=config.generate_batch_sizes,
     )
     evaluation = summarise(measured)
+    content = fingerprint_of(documents)
     tokenizer = load_tokenizer(directory_of(models["teacher"]))
     for name, model in measured.items():
-        evaluation[name]["samples"] = samples(model, tokenizer)
+        evaluation[name] |= {"documents": content, "samples": samples(model, tokenizer)}
     return evaluation
 
 
@@ -78,7 +83,7 @@ def summarise(measured: Mapping[str, Measured]) -> Evaluation:
     losses = {name: _per_document(model, model.ce, counted) for name, model in measured.items()}
     result: Evaluation = {}
     for name, model in measured.items():
-        loss, error = _mean(losses[name])
+        loss, error = mean_with_error(losses[name])
         result[name] = {
             "loss": loss,
             "loss_se": error,
@@ -86,15 +91,28 @@ def summarise(measured: Mapping[str, Measured]) -> Evaluation:
             "perplexity": exp(loss),
             "parameters": parameters(model.architecture),
             "non_embedding_parameters": non_embedding_parameters(model.architecture),
-            "generation_tokens_per_second": model.tokens_per_second,
+            "generation": [asdict(speed) for speed in model.speeds],
+            "generation_tokens_per_second": model.speeds[0].tokens_per_second if model.speeds else None,
+            "kl_by_position": _by_position(model),
         }
         for key, sums in (("kl_to_teacher", model.kl_to_teacher), ("top1_agreement", model.agreement)):
-            result[name][key], result[name][f"{key}_se"] = _mean(_per_document(model, sums, counted))
+            result[name][key], result[name][f"{key}_se"] = mean_with_error(_per_document(model, sums, counted))
         for other in DELTAS.get(name, ()):
             if other in losses:
-                delta, error = _mean(losses[name] - losses[other])
+                delta, error = mean_with_error(losses[name] - losses[other])
                 result[name] |= {f"delta_vs_{other}": delta, f"delta_vs_{other}_se": error}
     return result
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """An evaluation.json. Raises UserError for a damaged one."""
+    try:
+        content: Evaluation = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable ({error}); run `minitron evaluate` again") from None
+    if not isinstance(content, dict) or not all("losses_per_document" in record for record in content.values()):
+        raise UserError(f"{path}: not what `minitron evaluate` writes; give a run directory")
+    return content
 
 
 def samples(model: Measured, tokenizer: Tokenizer) -> list[dict[str, str]]:
@@ -139,20 +157,27 @@ def table(evaluation: Mapping[str, Mapping[str, Any]]) -> str:
                 "" if speed is None else f"{speed:.1f}",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
+    return aligned(rows)
 
 
 def _per_document(model: Measured, sums: NDArray[np.float64], counted: NDArray[np.bool_]) -> NDArray[np.float64]:
     return np.asarray(sums[counted] / model.weight[counted])
 
 
-def _mean(values: NDArray[np.float64]) -> tuple[float, float | None]:
-    """Mean and its standard error."""
+def _by_position(model: Measured) -> list[dict[str, Any]]:
+    """{"from", "to" (without it), "kl", "se"} of every bucket that a document has a token of weight other than 0 in."""
+    found = []
+    spans = zip(model.edges, model.edges[1:], model.kl_by_position, model.weight_by_position, strict=False)
+    for start, stop, kl, weight in spans:
+        counted = weight > 0
+        if counted.any():
+            mean, error = mean_with_error(kl[counted] / weight[counted])
+            found.append({"from": start, "to": stop, "kl": mean, "se": error})
+    return found
+
+
+def mean_with_error(values: NDArray[np.float64]) -> tuple[float, float | None]:
+    """Mean and its standard error, None of a single value."""
     error = float(values.std(ddof=1)) / sqrt(len(values)) if len(values) > 1 else None
     return float(values.mean()), error
 
@@ -160,5 +185,4 @@ def _mean(values: NDArray[np.float64]) -> tuple[float, float | None]:
 def _with_error(record: Mapping[str, Any], key: str, sign: str = "") -> str:
     if key not in record:
         return ""
-    error = record[f"{key}_se"]
-    return f"{record[key]:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
+    return with_error(record[key], record[f"{key}_se"], sign)

@@ -21,7 +21,6 @@ from minitron_nemo.kernels import dense, sparse
 from minitron_nemo.kernels.backend import Backend, backend
 from minitron_nemo.kernels.delivery import DeliverGradients
 from minitron_nemo.kernels.objective import Objective
-from minitron_nemo.kernels.rows import agreement, merge
 from minitron_nemo.kernels.shard import Shard
 from minitron_nemo.kernels.sparse import SparseTeacher
 from minitron_nemo.kernels.sums import LossSums, TokenSums, check_tokens
@@ -223,47 +222,3 @@ def _accumulate(
             accumulate=tokens.start > 0,
         )
     return sums.total(objective)
-
-
-def token_statistics(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    labels: Tensor,
-    *,
-    vocab_size: int,
-    tp_group: dist.ProcessGroup | None = None,
-    sequence_parallel: bool = False,
-    chunk_bytes: int = CHUNK_BYTES,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Per token, without gradients: cross-entropy fp64, KL(teacher || student) fp64, same most likely token bool.
-
-    Inputs as for `linear_kd_loss`; the results, [tokens] each, are the same on all ranks of `tp_group`.
-    """
-    objective = Objective()
-    check_tokens(labels)
-    ce, divergence = labels.new_zeros(2, len(labels), dtype=torch.float64)
-    agree = torch.zeros_like(labels, dtype=torch.bool)
-    with torch.no_grad():
-        projections = project(
-            student_hidden,
-            student_weight,
-            teacher_hidden,
-            teacher_weight,
-            len(labels),
-            vocab_size,
-            tp_group,
-            sequence_parallel,
-            chunk_bytes,
-        )
-        shard = projections.shard
-        for tokens, student, teacher in projections.chunks():
-            statistics = projections.backend.rows.statistics(
-                student, teacher, labels[tokens] - shard.first_row, objective, shard.first_row
-            )
-            shards = shard.gather_statistics(statistics)
-            rows = merge(shards, shard.rank, objective)
-            assert rows.divergence is not None
-            ce[tokens], divergence[tokens], agree[tokens] = rows.ce, rows.divergence, agreement(shards)
-    return ce, divergence, agree

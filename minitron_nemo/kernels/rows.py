@@ -128,7 +128,12 @@ def merge_mixture(shards: Tensor, rows: Rows, objective: Objective) -> Rows:
 
 def agreement(shards: Tensor) -> Tensor:
     """Whether both models' most likely token is the same, bool [n], from the statistics of all vocabulary shards."""
-    return _best(shards, STUDENT_MAX, STUDENT_BEST) == _best(shards, TEACHER_MAX, TEACHER_BEST)
+    return likeliest(shards) == _best(shards, TEACHER_MAX, TEACHER_BEST)
+
+
+def likeliest(shards: Tensor) -> Tensor:
+    """Vocabulary id of the student's most likely token, [n], from the statistics of all vocabulary shards."""
+    return _best(shards, STUDENT_MAX, STUDENT_BEST)
 
 
 def _log_sum_exp_parts(shards: Tensor, maximum: int, total: int) -> tuple[Tensor, Tensor, Tensor]:

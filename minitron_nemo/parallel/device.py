@@ -112,10 +112,21 @@ def peak_flops() -> float | None:
 
 
 def memory() -> dict[str, float]:
-    """Bytes this process takes: the most it ever had allocated on its GPU; without one, what is resident now."""
+    """Bytes this process takes: the most on its GPU since `reset_peak_memory`; without one, what is resident now."""
     if torch.cuda.is_available():
         return {"peak_allocated_bytes": torch.cuda.max_memory_allocated()}
     return {"resident_bytes": psutil.Process().memory_info().rss}
+
+
+def reset_peak_memory() -> None:
+    """Begin anew with what `peak_memory` says."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory() -> int:
+    """Most bytes allocated on this process's GPU since the last reset; without one, what is resident now."""
+    return int(next(iter(memory().values())))
 
 
 class Stopwatch:

@@ -41,7 +41,7 @@ def page(run: Run) -> str:
         run=run,
         state=_state(run.status),
         verdict=results.verdict(run.evaluation),
-        models=results.table(run.evaluation) if run.evaluation else None,
+        models=results.table(run.evaluation, run.tasks) if run.evaluation else None,
         model_charts=[results.chart(run.evaluation)] if run.evaluation else [],
         roles=results.ROLES,
         plan=plan,

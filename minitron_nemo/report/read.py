@@ -16,6 +16,7 @@ from minitron_nemo.config import RECIPE_FILE, Recipe, load_recipe
 from minitron_nemo.distillation.records import read_metrics
 from minitron_nemo.distillation.status import FILE_NAME as STATUS_FILE
 from minitron_nemo.errors import UserError
+from minitron_nemo.evaluation import tasks
 from minitron_nemo.importance.scores import Scores
 from minitron_nemo.manifest import FILE_NAME as MANIFEST_FILE
 from minitron_nemo.manifest import Manifest
@@ -82,6 +83,7 @@ class Run:
     steps: Mapping[str, Mapping[str, Any]]  # records of manifest.json
     recipe: Recipe | None
     evaluation: Mapping[str, Mapping[str, Any]]  # by model; empty: not evaluated yet
+    tasks: tasks.Content  # by model, as in evaluation; empty: none measured
     scores: Scores | None
     plan: Plan | None
     trainings: Mapping[str, Training]  # by name, of TRAININGS
@@ -117,6 +119,7 @@ def read_run(directory: Path) -> Run:
         steps=steps,
         recipe=recipe,
         evaluation=_json(directory / "evaluation.json") or {},
+        tasks=tasks.read_tasks(directory / tasks.FILE_NAME),
         scores=Scores.load(scores) if scores.is_file() else None,
         plan=next((Plan.load(path) for path in plans if path.is_file()), None),
         trainings=_trainings(directory, status, steps),

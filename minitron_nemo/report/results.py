@@ -74,8 +74,8 @@ def verdict(evaluation: Evaluation) -> str:
     return f"{words}: the student ends {_nats(abs(left), distilled['delta_vs_teacher_se'])} {side} the teacher."
 
 
-def table(evaluation: Evaluation) -> Table:
-    """Models as columns."""
+def table(evaluation: Evaluation, on_tasks: Evaluation) -> Table:
+    """Models as columns; what was measured on tasks below the rest."""
     names = models(evaluation)
     rows: list[tuple[str, list[Figure]]] = [
         ("parameters", [Figure(count(evaluation[name]["parameters"])) for name in names]),
@@ -91,6 +91,17 @@ def table(evaluation: Evaluation) -> Table:
         ("generation, tokens/s", "generation_tokens_per_second", ".1f", 1),
     ):
         rows.append((label, [_figure(evaluation[name], key, form, unit) for name in names]))
+    measured = {
+        (task, metric): None
+        for model in on_tasks.values()
+        for task, record in model["tasks"].items()
+        for metric in record["metrics"]
+    }
+    for task, metric in measured:
+        records = [on_tasks.get(name, {"tasks": {}})["tasks"].get(task, {"metrics": {}}) for name in names]
+        values = [{"value": None, **record["metrics"].get(metric, {})} for record in records]
+        cells = [_figure({"value": value["value"], "value_se": value.get("se")}, "value", ".4f", 1) for value in values]
+        rows.append((f"{task}, {metric}", cells))
     return Table(names, [row for row in rows if any(cell.text for cell in row[1])])
 
 

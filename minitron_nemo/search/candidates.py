@@ -38,7 +38,8 @@ def candidate_recipe(recipe: Recipe, candidate: Candidate, steps: int) -> Recipe
     """The candidate's recipe for `steps` updates: it takes teacher, data and Scores from the run of `recipe`.
 
     The schedule is that of `train` over these steps, so that every training ends at `train.min_lr`; phases and the
-    batch's ramp-up belong to the long training and are left out. The teacher's cache is the search's, shared.
+    batch's ramp-up belong to the long training and are left out, and tasks to its result. The teacher's cache is the
+    search's, shared.
     """
     cache = replace(recipe.teacher.cache, path=recipe.teacher.cache.path or str(Path(recipe.run_dir) / "teacher_cache"))
     return replace(
@@ -49,6 +50,7 @@ def candidate_recipe(recipe: Recipe, candidate: Candidate, steps: int) -> Recipe
         prune=pruning(candidate, recipe.prune),
         teacher=replace(recipe.teacher, cache=cache),
         train=replace(recipe.train, steps=steps, phases=[], rampup_batch_size=None, keep_last=1),
+        evaluate=replace(recipe.evaluate, tasks=[], generate_batch_sizes=recipe.evaluate.generate_batch_sizes[:1]),
         export=replace(recipe.export, formats=[]),
         search=SearchConfig(),
         cluster=replace(recipe.cluster, prune_nodes=None),

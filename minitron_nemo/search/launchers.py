@@ -19,10 +19,10 @@ from pathlib import Path
 from types import FrameType
 
 from minitron_nemo.config import Recipe
+from minitron_nemo.processes import LOCAL
 from minitron_nemo.steps import Stopped
 from minitron_nemo.submit import queued_names, submit_script
 
-LOCAL = "MINITRON_LOCAL"  # a process with it in its environment ends with the one that started it
 POLL_SECONDS = 0.2
 QUEUE_SECONDS = 3.0
 

@@ -21,6 +21,7 @@ from tests.pool import run_distributed
 from tests.tiny import write_tiny_llama
 
 LENGTH = 24
+GENERATING = {"generate_tokens": 3, "generate_batch_sizes": [1, 7]}  # more rows than there are documents
 DOCUMENTS = 5  # odd: neither microbatches nor data-parallel ranks come out even
 
 LAYOUTS = {
@@ -82,13 +83,19 @@ def _expected(student: Path, teacher: Path, dtype: torch.dtype) -> dict[str, np.
             return huggingface_model(directory, dtype)(stacked["tokens"]).logits.double().log_softmax(-1)
 
     p, q = log_p(student), log_p(teacher)
+    kl = (q.exp() * (q - p)).sum(-1)
     values = {
         "ce": -p.gather(-1, stacked["labels"][..., None])[..., 0],
-        "kl_to_teacher": (q.exp() * (q - p)).sum(-1),
+        "kl_to_teacher": kl,
         "agreement": (p.argmax(-1) == q.argmax(-1)).double(),
         "weight": torch.ones_like(weights),
     }
-    return {name: (value * weights).sum(1).numpy() for name, value in values.items()}
+    sums = {name: (value * weights).sum(1).numpy() for name, value in values.items()}
+    # Of the positions 0, 1, 2-3, 4-7, 8-15, 16-23.
+    spans = [slice(0, 1), slice(1, 2), slice(2, 4), slice(4, 8), slice(8, 16), slice(16, 24)]
+    for name, value in (("kl_by_position", kl * weights), ("weight_by_position", weights)):
+        sums[name] = torch.stack([value[:, span].sum(1) for span in spans]).numpy()
+    return sums
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -120,9 +127,11 @@ def test_bf16_is_measured_in_bf16(stored: dict[str, _Stored]) -> None:
 @pytest.mark.parametrize("name", ["tp1", "pp2"])
 def test_generation_speed_is_the_same_number_on_all_ranks(name: str, stored: dict[str, _Stored]) -> None:
     world_size, layout = LAYOUTS[name]
-    ranks = run_distributed(world_size, _evaluate, {"teacher": stored["teacher"].megatron}, layout, generate_tokens=3)
-    speeds = {rank["teacher"].tokens_per_second for rank in ranks}
-    assert len(speeds) == 1 and speeds.pop() > 0
+    ranks = run_distributed(world_size, _evaluate, {"teacher": stored["teacher"].megatron}, layout, **GENERATING)
+    speeds = {rank["teacher"].speeds for rank in ranks}
+    assert len(speeds) == 1
+    assert [speed.batch_size for speed in speeds.copy().pop()] == [1, 7]
+    assert all(speed.tokens_per_second > 0 and speed.peak_memory_bytes > 2**20 for speed in speeds.pop())
 
 
 @pytest.mark.parametrize("name", ["tp2-sp", "pp2"])

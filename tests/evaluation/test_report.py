@@ -11,6 +11,7 @@ import pytest
 
 from minitron_nemo.errors import UserError
 from minitron_nemo.evaluation.evaluate import Measured
+from minitron_nemo.evaluation.generation import Speed
 from minitron_nemo.evaluation.report import summarise, table
 from tests.models.support import architecture
 
@@ -25,7 +26,9 @@ KEYS = {
     "top1_agreement_se",
     "parameters",
     "non_embedding_parameters",
+    "generation",
     "generation_tokens_per_second",
+    "kl_by_position",
 }
 
 
@@ -42,7 +45,10 @@ def _measured(documents: int = 7) -> dict[str, Measured]:
             kl_to_teacher=weight * 0.1 * index,
             agreement=weight * generator.uniform(0.5, 1.0, documents),
             weight=weight,
-            tokens_per_second=10.0 * (index + 1),
+            edges=(0, 1, 2),
+            kl_by_position=np.stack([0.3 * index * (weight > 20), 0.1 * index * weight]),
+            weight_by_position=np.stack([1.0 * (weight > 20), weight]),
+            speeds=(Speed(2, 10.0 * (index + 1), 1000), Speed(4, 30.0, 2000)),
         )
     return result
 
@@ -86,11 +92,30 @@ def test_documents_without_weight_are_left_out() -> None:
     padded = {}
     for name, model in measured.items():
         sums = {key: np.append(getattr(model, key), 0.0) for key in ("ce", "kl_to_teacher", "agreement", "weight")}
+        positions = ("kl_by_position", "weight_by_position")
+        sums |= {key: np.pad(getattr(model, key), ((0, 0), (0, 1))) for key in positions}
         padded[name] = replace(model, **sums)
     assert summarise(padded) == summarise(measured)
     empty = {name: replace(model, weight=np.zeros_like(model.weight)) for name, model in measured.items()}
     with pytest.raises(UserError, match=r"evaluate\.documents"):
         summarise(empty)
+
+
+def test_divergence_by_position_is_averaged_over_the_documents_that_reach_there() -> None:
+    measured = _measured()
+    record = summarise(measured)["pruned"]
+    first, second = record["kl_by_position"]
+    assert (first["from"], first["to"], second["from"], second["to"]) == (0, 1, 1, 2)
+    assert first["kl"] == pytest.approx(0.6) and first["se"] == pytest.approx(0.0, abs=1e-12)
+    assert second["kl"] == pytest.approx(0.2)
+    longest = replace(measured["pruned"], weight_by_position=np.stack([np.zeros(7), np.ones(7)]))
+    assert [bucket["from"] for bucket in summarise({"pruned": longest})["pruned"]["kl_by_position"]] == [1]
+
+
+def test_the_first_batch_size_is_the_speed() -> None:
+    record = summarise(_measured())["pruned"]
+    assert record["generation"][0] == {"batch_size": 2, "tokens_per_second": 30.0, "peak_memory_bytes": 1000}
+    assert record["generation_tokens_per_second"] == 30.0
 
 
 def test_one_document_has_no_standard_error() -> None:

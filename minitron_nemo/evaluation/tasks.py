@@ -1,0 +1,203 @@
+"""`minitron tasks`: models on tasks, one model at a time -> tasks.json.
+
+    {"schema_version": 1, "models": {NAME: {"fingerprint", "precision", "tasks": {TASK: {"fingerprint", Record}}}}}
+
+A .jsonl file is a task of our own (`data.choices`); anything else is one of lm-evaluation-harness. The file is written
+after every model and task, and what it holds of the same model, precision and task is not measured again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minitron_nemo.checkpoint.files import write_atomic
+from minitron_nemo.checkpoint.fingerprint import fingerprint
+from minitron_nemo.checkpoint.tokenizer import directory_of
+from minitron_nemo.data.choices import Choices, choice_samples, read_questions
+from minitron_nemo.data.tokenizer import load_tokenizer
+from minitron_nemo.errors import UserError
+from minitron_nemo.evaluation.documents import check_layout
+from minitron_nemo.evaluation.evaluate import DTYPES, open_model
+from minitron_nemo.evaluation.markdown import aligned, with_error
+from minitron_nemo.evaluation.scoring import Continuation, log_likelihoods
+from minitron_nemo.evaluation.task import Record, Task, progress, record_of
+from minitron_nemo.models.build import Model
+from minitron_nemo.parallel import launch
+from minitron_nemo.parallel.layout import Layout
+
+FILE_NAME = "tasks.json"
+SCHEMA_VERSION = 1
+
+Content = dict[str, dict[str, Any]]  # "models" of the file
+
+
+@dataclass(frozen=True)
+class ChoiceTask:
+    """Multiple-choice questions of a .jsonl file: `acc`, and `acc_norm` by log-probability per character."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+    def measure(self, model: Model, directory: Path, micro_batch_size: int) -> Record:
+        """Collective; every rank gets the same. Raises UserError for a question that the model cannot take."""
+        questions = read_questions(self.path)
+        tokenizer = load_tokenizer(directory_of(directory))
+        samples = choice_samples(questions, tokenizer, model.architecture.max_position_embeddings)
+        requests = [
+            Continuation((*sample["tokens"].tolist(), int(sample["labels"][-1])), int(sample["token_weights"].sum()))
+            for sample in samples
+        ]
+        with progress(self.name, len(requests)) as advance:
+            found = log_likelihoods(model, requests, micro_batch_size, advance)
+        choices, values = Choices.of(questions), np.array([value for value, _ in found])
+        right = {name: choices.right(values, normalize) for name, normalize in (("acc", False), ("acc_norm", True))}
+        metrics = {name: (float(answers.mean()), _error(answers)) for name, answers in right.items()}
+        return record_of(len(questions), metrics, {name: answers.tolist() for name, answers in right.items()})
+
+
+def check_tasks(specs: Sequence[str]) -> None:
+    """What can be said without reading them. Raises UserError for a file that is not there, and without lm_eval."""
+    for spec in specs:
+        if spec.endswith((".jsonl", ".yaml", ".yml")) and not Path(spec).is_file():
+            raise UserError(f"evaluate.tasks: {spec}: no such file")
+        if not spec.endswith(".jsonl") and find_spec("lm_eval") is None:
+            raise UserError(
+                f"evaluate.tasks: {spec} is a task of lm-evaluation-harness, which is not installed; "
+                "pip install 'minitron_nemo[eval]', or give a .jsonl file"
+            )
+
+
+def open_tasks(specs: Sequence[str]) -> list[Task]:
+    """Raises UserError for what is not there, what is no task, and two of one name."""
+    check_tasks(specs)
+    tasks: list[Task] = []
+    for spec in specs:
+        if spec.endswith(".jsonl"):
+            read_questions(Path(spec))
+            tasks.append(ChoiceTask(Path(spec)))
+        else:
+            from minitron_nemo.evaluation.harness import open_harness_tasks
+
+            tasks += open_harness_tasks(spec)
+    names = [task.name for task in tasks]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"evaluate.tasks: two of them are called {twice[0]}; rename one")
+    return tasks
+
+
+def measure_tasks(
+    models: Mapping[str, Path],
+    specs: Sequence[str],
+    layout: Layout,
+    path: Path,
+    *,
+    precision: str,
+    micro_batch_size: int = 1,
+) -> Content:
+    """Measure the model directories on every task that `path` does not hold yet, and write it there. Collective.
+
+    Every rank gets the same. Raises UserError for what does not fit together.
+    """
+    check_layout(layout, layout.tensor_model_parallel_size)  # a length that divides: requests are padded to one
+
+    def prepare() -> None:  # one rank says what is wrong, and fetches what all read
+        open_tasks(specs)
+
+    launch.from_rank_0(prepare)
+    tasks = open_tasks(specs)
+    content = launch.from_rank_0(partial(_identified, models, precision, path))
+    launch.initialize(layout, seed=0)  # nothing is random here
+    for name, directory in models.items():
+        known = content[name]["tasks"]
+        missing = [task for task in tasks if known.get(task.name, {}).get("fingerprint") != task.fingerprint]
+        for task, record in _measured(name, directory, missing, layout, precision, micro_batch_size):
+            known[task.name] = {"fingerprint": task.fingerprint, **record}
+            launch.from_rank_0(partial(_write, path, content))
+    wanted = {task.name for task in tasks}
+    for model_record in content.values():
+        model_record["tasks"] = {name: record for name, record in model_record["tasks"].items() if name in wanted}
+    launch.from_rank_0(partial(_write, path, content))
+    return content
+
+
+def _measured(
+    name: str, directory: Path, tasks: Sequence[Task], layout: Layout, precision: str, micro_batch_size: int
+) -> Iterator[tuple[Task, Record]]:
+    """One model, gone again when it is done with its tasks."""
+    if not tasks:
+        return
+    model = open_model(directory, layout, DTYPES[precision])
+    for task in tasks:
+        if launch.rank() == 0:
+            print(f"[tasks] {name}: {task.name}", flush=True)
+        yield task, task.measure(model, directory, micro_batch_size)
+
+
+def read_tasks(path: Path) -> Content:
+    """What a tasks.json holds, by model; nothing where there is none. Raises UserError for a damaged one."""
+    try:
+        content = json.loads(path.read_text())
+        models: Content = content["models"]
+        version = content["schema_version"]
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a file of measured tasks ({error}); remove it") from None
+    if version != SCHEMA_VERSION:
+        raise UserError(f"{path}: schema_version {version} is not {SCHEMA_VERSION}; remove it")
+    return models
+
+
+def table(content: Mapping[str, Mapping[str, Any]]) -> str:
+    """As markdown: a row for each metric of each task, a column for each model, with standard errors."""
+    rows = {
+        (task, metric): record["questions"]
+        for model in content.values()
+        for task, record in model["tasks"].items()
+        for metric in record["metrics"]
+    }
+    lines = [("task", "metric", "questions", *content)]
+    for (task, metric), questions in rows.items():
+        found = [model["tasks"].get(task, {"metrics": {}})["metrics"].get(metric) for model in content.values()]
+        cells = ("" if each is None else with_error(each["value"], each["se"]) for each in found)
+        lines.append((task, metric, str(questions), *cells))
+    return aligned(lines)
+
+
+def _identified(models: Mapping[str, Path], precision: str, path: Path) -> Content:
+    """What `path` holds of these models in this precision; nothing of others."""
+    before = read_tasks(path)
+    content: Content = {}
+    for name, directory in models.items():
+        identity = {"fingerprint": fingerprint(directory), "precision": precision}
+        same = [model for model in before.values() if identity.items() <= model.items()]
+        content[name] = {**identity, "tasks": same[0]["tasks"] if same else {}}
+    return content
+
+
+def _write(path: Path, content: Content) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps({"schema_version": SCHEMA_VERSION, "models": content}, indent=1) + "\n")
+
+
+def _error(values: NDArray[np.bool_]) -> float | None:
+    """Standard error of the mean."""
+    return float(values.std(ddof=1)) / sqrt(len(values)) if len(values) > 1 else None

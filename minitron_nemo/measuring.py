@@ -1,0 +1,75 @@
+"""`minitron tasks DIR ...` and `minitron compare`: checkpoints wherever they are, without a chain that made them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from minitron_nemo.config import Recipe
+from minitron_nemo.errors import UserError
+from minitron_nemo.evaluation import compare, tasks
+from minitron_nemo.evaluation.checkpoints import buildable
+from minitron_nemo.parallel import launch
+from minitron_nemo.parallel.layout import Layout
+
+MODELS = ("pruned", "distilled")  # of a run directory, beside its teacher
+
+
+def measure_tasks(checkpoints: Sequence[Path], recipe: Recipe, out: Path) -> None:
+    """Measure checkpoints of any format on `evaluate.tasks`, write `out` and print the table. Collective.
+
+    Raises UserError for what is no checkpoint, no task, or does not fit the layout.
+    """
+    if not recipe.evaluate.tasks:
+        raise UserError("tasks: no task is given; name files by --tasks FILE")
+    with buildable(checkpoints, out.resolve().parent) as models:
+        content = tasks.measure_tasks(
+            models,
+            recipe.evaluate.tasks,
+            Layout.from_config(recipe.parallel),
+            out,
+            precision=recipe.train.precision,
+            micro_batch_size=recipe.evaluate.micro_batch_size,
+        )
+    if launch.rank() == 0:
+        print(tasks.table(content), flush=True)
+
+
+def compare_recorded(paths: Sequence[Path], against: str | None, as_json: bool) -> str:
+    """Models of run directories, out of what was measured. Raises UserError for what cannot be paired."""
+    evaluation = compare.recorded(paths)
+    return _shown(compare.compared(evaluation, _one_of(list(evaluation), against)), as_json)
+
+
+def compare_measured(paths: Sequence[Path], prepared: Path, recipe: Recipe, against: str | None, as_json: bool) -> None:
+    """Measure checkpoints, and the models of run directories, on the same documents, and print it. Collective.
+
+    Raises UserError for what is no checkpoint or does not fit the documents or the layout.
+    """
+    checkpoints = [checkpoint for path in paths for checkpoint in _models(path)]
+    reference = _one_of([str(path) for path in checkpoints], against)
+    with buildable(checkpoints, Path.cwd()) as models:
+        evaluation = compare.measured(models, prepared, recipe, Layout.from_config(recipe.parallel), reference)
+    if launch.rank() == 0:
+        print(_shown(compare.compared(evaluation, reference), as_json), flush=True)
+
+
+def _models(path: Path) -> list[Path]:
+    """The models of a run directory that are there; anything else is one itself."""
+    teacher = next((path / name for name in ("corrected", "teacher") if (path / name).is_dir()), None)
+    if teacher is None or not (path / "manifest.json").is_file():
+        return [path]
+    return [teacher, *(path / name for name in MODELS if (path / name).is_dir())]
+
+
+def _one_of(names: Sequence[str], against: str | None) -> str:
+    if against is None:
+        return names[0]
+    if against.rstrip("/") not in names:
+        raise UserError(f"--against: {against} is not one of {', '.join(names)}")
+    return against.rstrip("/")
+
+
+def _shown(comparison: dict[str, object], as_json: bool) -> str:
+    return json.dumps(comparison, indent=2) if as_json else compare.table(comparison)

@@ -1,0 +1,140 @@
+"""Models side by side: paired differences against numpy by hand, and what cannot be paired is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from minitron_nemo.cli import main
+from minitron_nemo.config import DataConfig, TextSource, recipe_of
+from minitron_nemo.data.prepare import prepare_data
+from minitron_nemo.errors import UserError
+from minitron_nemo.evaluation.compare import compared, measured
+from minitron_nemo.measuring import compare_recorded
+from minitron_nemo.parallel.layout import Layout
+from tests.models.support import TinyModel
+from tests.pool import run_distributed
+from tests.text import write_documents
+
+
+def _run(directory: Path, losses: dict[str, list[float]], answers: dict[str, list[int]], **changed: Any) -> Path:
+    """A run directory with what `evaluate` and `tasks` leave there."""
+    directory.mkdir(parents=True)
+    figures = {"parameters": 2_000_000, "loss_se": 0.1, "perplexity": 9.0, "kl_to_teacher": 0.25}
+    figures |= {"kl_to_teacher_se": 0.01, "top1_agreement": 0.75, "documents": "d0c5"} | changed
+    evaluation = {
+        name: {**figures, "loss": float(np.mean(values)), "losses_per_document": values}
+        for name, values in losses.items()
+    }
+    (directory / "evaluation.json").write_text(json.dumps(evaluation))
+    on_tasks = {
+        name: {
+            "tasks": {
+                "opposites": {
+                    "fingerprint": "a5c",
+                    "questions": len(values),
+                    "metrics": {"acc": {"value": float(np.mean(values)), "se": 0.2}},
+                    "by_question": {"acc": values},
+                }
+            }
+        }
+        for name, values in answers.items()
+    }
+    if answers:
+        (directory / "tasks.json").write_text(json.dumps({"schema_version": 1, "models": on_tasks}))
+    return directory
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    one = _run(
+        tmp_path / "one",
+        {"teacher": [1.0, 2.0, 4.0], "distilled": [1.5, 2.25, 4.75]},
+        {"teacher": [1, 1, 0, 1], "distilled": [1, 0, 0, 1]},
+    )
+    return [one, _run(tmp_path / "two", {"distilled": [1.25, 2.0, 4.5]}, {})]
+
+
+def test_differences_are_paired_across_runs(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    against = f"{runs[0]}/distilled"
+    assert main(["compare", *map(str, runs), "--against", against, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["against"] == against and found["documents"] == "d0c5"
+    assert list(found["models"]) == [f"{runs[0]}/teacher", against, f"{runs[1]}/distilled"]
+    difference = np.array([1.25, 2.0, 4.5]) - np.array([1.5, 2.25, 4.75])
+    other = found["models"][f"{runs[1]}/distilled"]
+    assert other["delta"] == pytest.approx(difference.mean())
+    assert other["delta_se"] == pytest.approx(difference.std(ddof=1) / 3**0.5)
+    assert other["tasks"] == {}
+    teacher = found["models"][f"{runs[0]}/teacher"]["tasks"]["opposites"]["acc"]
+    assert teacher["value"] == 0.75 and teacher["delta"] == pytest.approx(0.25)
+    assert teacher["delta_se"] == pytest.approx(np.std([0, 1, 0, 0], ddof=1) / 2)
+
+
+def test_the_table_has_a_row_for_each_model(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", *map(str, runs)]) == 0
+    head, _, teacher, one, two = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()
+    )
+    assert head == ["", "parameters", "loss", "difference", "KL", "top-1 agreement", "opposites, acc"]
+    assert teacher == [f"{runs[0]}/teacher", "2.0 M", "2.3333 ± 0.1000", "", "0.2500", "75.0 %", "0.7500 ± 0.2000"]
+    assert one[3] == "+0.5000 ± 0.1443" and one[6] == "0.5000 ± 0.2000 (-0.2500 ± 0.2500)"
+    assert two[3] == "+0.2500 ± 0.1443" and two[6] == ""
+
+
+def test_what_cannot_be_paired_is_refused_in_one_line(runs: list[Path], tmp_path: Path) -> None:
+    other = _run(tmp_path / "other", {"pruned": [1.0, 2.0, 3.0]}, {}, documents="e15e")
+    with pytest.raises(UserError, match=r"other/pruned: measured on other documents than .*one/teacher, .*--data"):
+        compare_recorded([runs[0], other], None, False)
+    tasks = json.loads((runs[0] / "tasks.json").read_text())
+    tasks["models"]["distilled"]["tasks"]["opposites"]["fingerprint"] = "other"
+    (runs[0] / "tasks.json").write_text(json.dumps(tasks))
+    with pytest.raises(UserError, match=r"one/distilled: task opposites is not the one"):
+        compare_recorded(runs, None, False)
+    old = json.loads((runs[1] / "evaluation.json").read_text())
+    del old["distilled"]["documents"]
+    (runs[1] / "evaluation.json").write_text(json.dumps(old))
+    with pytest.raises(UserError, match=r"two/distilled: .* run `minitron evaluate` again"):
+        compare_recorded([runs[1]], None, False)
+    with pytest.raises(UserError, match=r"--against: nobody is not one of .*two/distilled"):
+        compare_recorded([runs[1]], "nobody", False)
+    with pytest.raises(UserError, match=r"no evaluation\.json in it; to measure checkpoints, .*--data"):
+        compare_recorded([tmp_path], None, False)
+    (runs[1] / "evaluation.json").write_text("{")
+    with pytest.raises(UserError, match=r"evaluation\.json: not readable"):
+        compare_recorded([runs[1]], None, False)
+
+
+def test_changes_without_data_are_refused(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(runs[0]), "evaluate.documents=3"]) == 2
+    assert "compare: evaluate.documents=3 changes what is measured, and nothing is" in capsys.readouterr().err
+
+
+def _measured(models: dict[str, Path], prepared: Path, layout: Layout, against: str) -> Any:
+    options = ["evaluate.documents=4", "evaluate.sequence_length=32", "train.precision=fp32"]
+    return measured(models, prepared, recipe_of(options), layout, against)
+
+
+def test_checkpoints_are_measured_against_the_one_that_is_named(tmp_path: Path) -> None:
+    tiny = {name: TinyModel(tmp_path / name, tied=tied) for name, tied in (("one", False), ("two", True))}
+    config = DataConfig(train=[TextSource(str(write_documents(tmp_path / "text")))], heldout_fraction=0.2)
+    prepare_data(config, tiny["one"].huggingface, tmp_path / "data")
+    models = {name: model.megatron for name, model in tiny.items()}
+    layout = Layout(pipeline_model_parallel_size=2)
+    first, second = run_distributed(2, _measured, models, tmp_path / "data", layout, "two")
+    assert first == second and list(first) == ["one", "two"]
+    found = compared(first, "two")["models"]
+    assert found["two"]["kl_to_teacher"] < 1e-9 < found["one"]["kl_to_teacher"]
+    assert found["one"]["delta"] == pytest.approx(found["one"]["loss"] - found["two"]["loss"])
+    assert len(first["one"]["losses_per_document"]) == 4
+
+    tokenizer = models["two"] / "tokenizer" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace("<|pad|>", "<|fill|>"))
+    config_file = tokenizer.with_name("tokenizer_config.json")
+    config_file.write_text(config_file.read_text().replace("<|pad|>", "<|fill|>"))
+    with pytest.raises(UserError, match="two: its tokenizer is not the one that .*data was prepared with"):
+        run_distributed(1, _measured, models, tmp_path / "data", Layout(), "two")
