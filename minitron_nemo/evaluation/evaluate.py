@@ -28,6 +28,7 @@ from minitron_nemo.models.forward import forward_only, generate
 from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.device import current_device
 from minitron_nemo.parallel.layout import Layout
+from minitron_nemo.progress import track
 
 PROMPTS = 3  # documents whose beginnings are continued
 PROMPT_TOKENS = 16  # of each
@@ -82,7 +83,9 @@ def evaluate(
     teacher: TeacherStates | None = None
     vocab_size = 0
     results = {}
-    for name in ("teacher", *(name for name in models if name != "teacher")):
+    for name in track(
+        ["teacher", *(name for name in models if name != "teacher")], "evaluate", "models", shown=launch.rank() == 0
+    ):
         model = _load(models[name], layout, dtype)
         if teacher is None:
             teacher, vocab_size = _run_teacher(model, batches), model.architecture.vocab_size

@@ -128,6 +128,13 @@ def curves(
     return draw(title, caption, layers)
 
 
+def every(entries: int, labels: int = 16) -> Row:
+    """An axis of numbered entries, at most so many of which have a label."""
+    numbers = list(range(0, entries, -(-entries // labels)))
+    axis = {"values": numbers, "tickCount": entries, "ticks": False, "domain": False, "labelAngle": 0}
+    return {"type": "ordinal", "scale": {"domain": list(range(entries))}, "axis": axis}
+
+
 def error_bars(rows: Sequence[Row], encoding: Mapping[str, Any], axis: str = "y") -> list[Layer]:
     """Rules of one standard error up and down, for rows that have `low` and `high`."""
     known = [row for row in rows if "low" in row]

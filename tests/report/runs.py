@@ -103,10 +103,11 @@ def random_scores(generator: np.random.Generator) -> Scores:
 
 
 def depth_scores(generator: np.random.Generator) -> DepthScores:
-    """Losses of 16 sequences without each layer, and without the first two."""
+    """Losses of 16 sequences: without each layer, and with ever fewer layers, as `greedy` tries them."""
     weights = generator.uniform(1000, 2048, 16)
-    branches = [Branch(), *(Branch({layer}) for layer in range(12)), Branch({0, 1})]
-    sums = {branch: weights * generator.uniform(3.1, 3.8, 16) for branch in branches}
+    branches = [Branch(), *(Branch({layer}) for layer in range(12)), *(Branch({layer, 3}) for layer in (1, 7))]
+    branches.append(Branch({1, 3, 7}))
+    sums = {branch: weights * (3.1 + generator.uniform(0.1, 0.4, 16) * len(branch)) for branch in branches}
     return DepthScores(TEACHER, {"model": KEY}, weights, None, sums)
 
 
@@ -127,6 +128,18 @@ def evaluation(student: Architecture) -> dict[str, dict[str, Any]]:
             "parameters": parameters(shape),
             "non_embedding_parameters": non_embedding_parameters(shape),
             "generation_tokens_per_second": 41.5,
+            "generation": [
+                {"batch_size": size, "tokens_per_second": 41.5 * size**0.8, "peak_memory_bytes": 2_000_000_000 * size}
+                for size in (1, 4, 16)
+            ],
+            "kl_by_position": [
+                {"from": 64 * part, "to": 64 * part + 64, "kl": (loss - 3.0) / (1 + part), "se": 0.01}
+                for part in range(4)
+            ],
+            "tasks": {
+                "hellaswag": {"acc": {"value": 0.8 - loss / 10, "se": 0.0123}, "acc_norm": {"value": 0.5, "se": None}},
+                "lambada_openai": {"perplexity": {"value": 4 * loss, "se": 0.5}, "acc": {"value": 0.6, "se": 0.02}},
+            },
             "samples": [
                 {"prompt": f"The {noun} of a model that was", "continuation": f" {name} is {noun} " * 12}
                 for noun in ("size", "speed")
@@ -198,6 +211,9 @@ def write_metrics(
             "train/ce": ce,
             "train/lr": 2e-4 * min(1, update / 5) * (1 - update / (updates + 1)),
             "speed/tokens_per_second": generator.uniform(4.0e5, 4.4e5),
+            "speed/seconds_per_update": 0.04,
+            "memory/peak_allocated_bytes": 3.21e10,
+            "train/grad_norm": 0.3 + generator.exponential(0.2),
             "data/tokens": 16384.0 * update,
         }
         if hidden:
