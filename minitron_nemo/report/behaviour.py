@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from minitron_nemo.report.charts import Chart, Row, colours, draw, error_bars, interval, with_error
-from minitron_nemo.report.results import Evaluation, Figure, Table, count, models
+from minitron_nemo.report.results import Evaluation, Figure, Table, in_bytes, models
 
 TEACHER = "teacher"  # whose divergence from itself is nothing to look at
 MOST_TASKS = 12  # rows of the chart; the table has all
@@ -18,8 +18,8 @@ def tasks(evaluation: Evaluation) -> Table | None:
     asked = dict.fromkeys(key for name in names for key in _metrics(evaluation[name]))
     rows = []
     for task, metric in asked:
-        found = [_metrics(evaluation[name]).get((task, metric)) for name in names]
-        rows.append((f"{task}, {metric}", [_figure(each) for each in found]))
+        cells = [_figure(_metrics(evaluation[name]).get((task, metric))) for name in names]
+        rows.append((f"{task}, {metric}", cells))
     return Table(names, rows) if rows else None
 
 
@@ -28,8 +28,8 @@ def task_charts(evaluation: Evaluation) -> list[Chart]:
     names = [name for name in models(evaluation) if evaluation[name].get("tasks")]
     first: dict[str, str] = {}
     for name in names:
-        for (task, metric), found in _metrics(evaluation[name]).items():
-            if 0 <= found["value"] <= 1:
+        for (task, metric), figure in _metrics(evaluation[name]).items():
+            if 0 <= figure["value"] <= 1:
                 first.setdefault(task, metric)
     shown = list(first.items())[:MOST_TASKS]
     rows = [
@@ -99,7 +99,7 @@ def generation(evaluation: Evaluation) -> Table | None:
         rows.append((f"batch of {size}, tokens/s", [Figure("" if s is None else f"{s:,.1f}") for s in speeds]))
         peaks = [each.get("peak_memory_bytes") for each in found]
         if any(peak is not None for peak in peaks):
-            cells = [Figure("" if peak is None else f"{count(peak)}B") for peak in peaks]
+            cells = [Figure("" if peak is None else in_bytes(peak)) for peak in peaks]
             rows.append((f"batch of {size}, peak memory", cells))
     return Table(names, rows) if rows else None
 
@@ -120,13 +120,13 @@ def generation_charts(evaluation: Evaluation) -> list[Chart]:
     sizes = sorted({row["x"] for row in rows})
     if len(sizes) < 2:
         return []
+    across = {"field": "x", "type": "quantitative", "title": "batch size", "scale": {"type": "log", "base": 2}}
     encoding = {
-        "x": {"field": "x", "type": "quantitative", "title": "batch size", "scale": {"type": "log", "base": 2}},
+        "x": {**across, "axis": {"values": sizes, "format": "d", "labelOverlap": True}},
         "y": {"field": "y", "type": "quantitative", "title": "tokens/s"},
         "color": colours(names),
     }
-    encoding["x"]["axis"] = {"values": sizes, "format": "d", "labelOverlap": True}
-    caption = "Tokens that all sequences of a batch get in a second; greedy, with as many as the batch has at once."
+    caption = "Tokens that all sequences of a batch together get in a second."
     return [draw("Speed of generation", caption, _joined(rows, encoding))]
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import correlation
 
 import numpy as np
 
 from minitron_nemo.arch import Axis, Plan
 from minitron_nemo.importance.scores import Scores
 from minitron_nemo.models.branches import Branch
-from minitron_nemo.pruning.depth_scores import DepthScores
+from minitron_nemo.pruning.depth_scores import Cost, DepthScores
 from minitron_nemo.report.charts import (
     DROPPED,
     KEPT,
@@ -26,16 +28,54 @@ from minitron_nemo.report.charts import (
 _DESCRIPTION = {"field": "says"}
 
 
-def charts(scores: Scores, plan: Plan, measured: DepthScores | None) -> list[Chart]:
+@dataclass(frozen=True)
+class Measured:
+    """What `score-depth` found, as the charts show it: a loss, or on a task an accuracy."""
+
+    scores: DepthScores
+    normalize: bool  # prune.depth.normalize of the recipe
+
+    @property
+    def on_text(self) -> bool:
+        return self.scores.choices is None
+
+    @property
+    def quantity(self) -> str:
+        return "loss" if self.on_text else "accuracy"
+
+    @property
+    def errors(self) -> str:
+        return ", ± one standard error of what it loses by that" if self.on_text else ""
+
+    def cost(self, branch: Branch) -> Cost:
+        return self.scores.cost(branch, self.normalize)
+
+    def value(self, branch: Branch) -> tuple[float, float | None]:
+        """Of the model without these layers; with a loss, the standard error of its difference from the whole one's."""
+        if not self.on_text:
+            return -self.cost(branch)[0], None
+        known = branch and Branch() in self.scores.sums
+        return self.scores.loss(branch), self.scores.increase(branch)[1] if known else None
+
+    def height(self, branch: Branch) -> Row:
+        value, error = self.value(branch)
+        return {"y": value, **interval(value, error)}
+
+    def says(self, branch: Branch) -> str:
+        return with_error(*self.value(branch))
+
+
+def charts(scores: Scores, plan: Plan, found: DepthScores | None, normalize: bool = False) -> list[Chart]:
     """Block Influence of every layer; where models without layers were measured, what they lose."""
     drawn = [_block_influence(scores, plan)]
-    if measured is None:
+    if found is None:
         return drawn
-    whole = [branch for branch in measured.sums if not measured.missing(branch).any()]
+    measured = Measured(found, normalize)
+    whole = [branch for branch in found.sums if not found.missing(branch).any()]
     single = {next(iter(branch)): branch for branch in sorted(whole, key=sorted) if len(branch) == 1}
     if single:
         drawn.append(_single(measured, single, plan))
-        if measured.choices is None and Branch() in whole:
+        if measured.on_text and Branch() in whole:
             drawn.append(_influence_and_loss(scores, measured, single, plan))
     dropped = Branch(set(range(plan.source.num_layers)) - set(plan.kept_layers))
     if len(dropped) < 2:
@@ -61,31 +101,31 @@ def _block_influence(scores: Scores, plan: Plan) -> Chart:
     return draw("Block Influence by layer", caption, [bars])
 
 
-def _single(measured: DepthScores, single: Mapping[int, Branch], plan: Plan) -> Chart:
+def _single(measured: Measured, single: Mapping[int, Branch], plan: Plan) -> Chart:
     rows = [
         {
             **_layer(layer, plan),
-            **_height(measured, branch),
-            "says": f"without layer {layer} ({_of(layer, plan)}): {_says(measured, branch)}",
+            **measured.height(branch),
+            "says": f"without layer {layer} ({_of(layer, plan)}): {measured.says(branch)}",
         }
         for layer, branch in single.items()
     ]
-    what = _quantity(measured)
-    caption = f"{what.capitalize()} of the teacher without that layer alone{_errors(measured)}."
+    what = measured.quantity
+    caption = f"{what.capitalize()} of the teacher without that layer alone{measured.errors}."
     return _points(f"{what.capitalize()} without one layer", caption, rows, _across(plan, "layer"), measured)
 
 
-def _influence_and_loss(scores: Scores, measured: DepthScores, single: Mapping[int, Branch], plan: Plan) -> Chart:
+def _influence_and_loss(scores: Scores, measured: Measured, single: Mapping[int, Branch], plan: Plan) -> Chart:
     influence = scores.get(Axis.LAYERS)
     rows = []
     for layer, branch in single.items():
-        lost, error = measured.increase(branch)
+        lost, error = measured.scores.increase(branch)
         says = f"layer {layer} ({_of(layer, plan)}): Block Influence {influence[layer]:.6g}, {with_error(lost, error)}"
         rows.append({**_layer(layer, plan), "x": float(influence[layer]), "y": lost, "says": says})
-    ranks = np.argsort(np.argsort([[row["x"] for row in rows], [row["y"] for row in rows]]))
+    ranks = [np.argsort(np.argsort([row[axis] for row in rows])).tolist() for axis in ("x", "y")]
     caption = "What a layer's absence costs, against how much it changes its input: one point a layer."
     if len(rows) > 2:
-        caption += f" Their ranks correlate by {np.corrcoef(ranks)[0, 1]:.2f}."
+        caption += f" Their ranks correlate by {correlation(*ranks):.2f}."
     across = {"field": "x", "type": "quantitative", "title": "Block Influence"}
     encoding = {"x": across, "y": _up("nats per token lost"), "color": colours((KEPT, DROPPED))}
     points = {
@@ -96,7 +136,7 @@ def _influence_and_loss(scores: Scores, measured: DepthScores, single: Mapping[i
     return draw("Block Influence and loss", caption, [points])
 
 
-def _chain(measured: DepthScores, whole: Sequence[Branch], dropped: Branch) -> list[Branch]:
+def _chain(measured: Measured, whole: Sequence[Branch], dropped: Branch) -> list[Branch]:
     """Of the measured models without some of the `dropped` layers the best of each number of layers, none first."""
     inside = [branch for branch in whole if branch <= dropped]
     sizes = sorted({len(branch) for branch in inside})
@@ -105,38 +145,38 @@ def _chain(measured: DepthScores, whole: Sequence[Branch], dropped: Branch) -> l
     return best if nested and sizes == list(range(len(sizes))) else []
 
 
-def _one_by_one(measured: DepthScores, chain: Sequence[Branch]) -> Chart:
+def _one_by_one(measured: Measured, chain: Sequence[Branch]) -> Chart:
     rows: list[Row] = []
     for before, branch in zip([Branch(), *chain], chain, strict=False):
         gone = ", ".join(map(str, sorted(branch - before))) or "no layer"
-        says = f"without {len(branch)} layers, {gone} the last: {_says(measured, branch)}"
-        rows.append({"x": len(branch), "series": DROPPED, **_height(measured, branch), "says": says})
-    what = _quantity(measured).capitalize()
+        says = f"without {len(branch)} layers, {gone} the last: {measured.says(branch)}"
+        rows.append({"x": len(branch), "series": DROPPED, **measured.height(branch), "says": says})
+    what = measured.quantity.capitalize()
     caption = f"{what} as one layer after another goes, each chosen when those before it are gone."
     across = {"field": "x", "type": "ordinal", "title": "layers dropped", "axis": {"labelAngle": 0}}
     return _points(f"{what} as layers go", caption, rows, across, measured, joined=True)
 
 
-def _blocks(measured: DepthScores, blocks: Sequence[Branch], dropped: Branch) -> Chart:
+def _blocks(measured: Measured, blocks: Sequence[Branch], dropped: Branch) -> Chart:
     rows = [
         {
             "x": min(branch),
             "series": DROPPED if branch == dropped else KEPT,
-            **_height(measured, branch),
-            "says": f"without layers {min(branch)} to {max(branch)}: {_says(measured, branch)}",
+            **measured.height(branch),
+            "says": f"without layers {min(branch)} to {max(branch)}: {measured.says(branch)}",
         }
         for branch in blocks
     ]
-    size, what = len(dropped), _quantity(measured)
-    caption = f"{what.capitalize()} of the teacher without {size} neighbours{_errors(measured)}."
+    size, what = len(dropped), measured.quantity
+    caption = f"{what.capitalize()} of the teacher without {size} neighbours{measured.errors}."
     across = {**every(max(map(min, blocks)) + 1), "field": "x", "title": "first layer of the block"}
     return _points(f"{what.capitalize()} without a block of {size} layers", caption, rows, across, measured)
 
 
 def _points(
-    title: str, caption: str, rows: Sequence[Row], across: Row, measured: DepthScores, joined: bool = False
+    title: str, caption: str, rows: Sequence[Row], across: Row, measured: Measured, joined: bool = False
 ) -> Chart:
-    up = {**_up("nats per token" if measured.choices is None else "accuracy"), "scale": {"zero": False}}
+    up = {**_up("nats per token" if measured.on_text else "accuracy"), "scale": {"zero": False}}
     labels = [label for label in (KEPT, DROPPED) if any(row["series"] == label for row in rows)]
     encoding = {"x": across, "y": up, "color": colours(labels)}
     points = {
@@ -146,31 +186,6 @@ def _points(
     }
     line = [{"data": {"values": list(rows)}, "mark": "line", "encoding": encoding}] if joined else []
     return draw(title, caption, [*line, points, *error_bars(rows, encoding)])
-
-
-def _quantity(measured: DepthScores) -> str:
-    return "loss" if measured.choices is None else "accuracy"
-
-
-def _errors(measured: DepthScores) -> str:
-    return ", ± one standard error of what it loses by that" if measured.choices is None else ""
-
-
-def _value(measured: DepthScores, branch: Branch) -> tuple[float, float | None]:
-    """Loss of the model without these layers and the standard error of the difference; of a task the accuracy."""
-    if measured.choices is not None:
-        return -measured.cost(branch)[0], None
-    known = branch and Branch() in measured.sums
-    return measured.loss(branch), measured.increase(branch)[1] if known else None
-
-
-def _height(measured: DepthScores, branch: Branch) -> Row:
-    value, error = _value(measured, branch)
-    return {"y": value, **interval(value, error)}
-
-
-def _says(measured: DepthScores, branch: Branch) -> str:
-    return with_error(*_value(measured, branch))
 
 
 def _of(layer: int, plan: Plan) -> str:

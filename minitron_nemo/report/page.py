@@ -41,6 +41,7 @@ def page(run: Run) -> str:
         run=run,
         state=_state(run.status),
         verdict=results.verdict(run.evaluation),
+        headlines=results.headlines(run.evaluation),
         models=results.table(run.evaluation) if run.evaluation else None,
         model_charts=[results.chart(run.evaluation)] if run.evaluation else [],
         roles=results.ROLES,
@@ -87,10 +88,12 @@ def _state(status: Mapping[str, Any]) -> str:
 def _behaviour(evaluation: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "tasks": behaviour.tasks(evaluation),
-        "task_charts": behaviour.task_charts(evaluation),
-        "position_charts": behaviour.position_charts(evaluation),
         "generation": behaviour.generation(evaluation),
-        "generation_charts": behaviour.generation_charts(evaluation),
+        "behaviour_charts": [
+            *behaviour.position_charts(evaluation),
+            *behaviour.task_charts(evaluation),
+            *behaviour.generation_charts(evaluation),
+        ],
     }
 
 
@@ -114,7 +117,7 @@ def _importance(run: Run, plan: Plan | None) -> dict[str, Any]:
     if run.scores is None or plan is None:
         return {"depth": [], "width": []}
     return {
-        "depth": depth.charts(run.scores, plan, run.depth),
+        "depth": depth.charts(run.scores, plan, run.depth, bool(run.recipe and run.recipe.prune.depth.normalize)),
         "width": importance.width_charts(run.scores, plan),
     }
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from minitron_nemo.report.charts import Chart, Series, curves
 from minitron_nemo.report.read import Training
-from minitron_nemo.report.results import Figure, Table, count
+from minitron_nemo.report.results import Figure, Table, count, in_bytes
 
 TOKENS_PER_SECOND = "speed/tokens_per_second"
 NAMES = {"corrected": "correction", "distilled": "distillation", "scratch": "from scratch"}
@@ -22,8 +22,8 @@ FACTS: Sequence[tuple[str, str, Callable[[Sequence[float]], str]]] = (
     ("model FLOP/s utilisation, median", "speed/mfu", lambda values: f"{median(values):.1%}"),
     ("seconds an update, median", "speed/seconds_per_update", lambda values: f"{median(values):.3g}"),
     ("of them waiting for the teacher", "teacher/wait_seconds", lambda values: f"{median(values):.3g}"),
-    ("peak memory of a GPU", "memory/peak_allocated_bytes", lambda values: f"{count(max(values))}B"),
-    ("memory of a process", "memory/resident_bytes", lambda values: f"{count(max(values))}B"),
+    ("peak memory of a GPU", "memory/peak_allocated_bytes", lambda values: in_bytes(max(values))),
+    ("memory of a process", "memory/resident_bytes", lambda values: in_bytes(max(values))),
     ("updates that did not happen", "train/skipped", lambda values: f"{values[-1]:.0f}"),
 )
 

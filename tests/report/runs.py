@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def write_run(directory: Path, updates: int = 60) -> Path:
     write_metrics(directory / "training" / "scratch-any", 2 * updates, generator, start=9.0)
     (directory / "search").mkdir()
     write_json(directory / "search" / "table.json", {"schema_version": 1, "candidates": candidates()})
-    depth_scores(generator).save(directory / "depth.npz")
+    depth_scores(generator, plan.kept_layers).save(directory / "depth.npz")
     steps = ("convert", "prepare", "correct", "calibrate", "prune", "distill", "evaluate", "export/hf")
     write_json(directory / "manifest.json", {"schema_version": 1, "steps": {step: record() for step in steps}})
     write_status(directory, "done", "export")
@@ -102,11 +103,11 @@ def random_scores(generator: np.random.Generator) -> Scores:
     )
 
 
-def depth_scores(generator: np.random.Generator) -> DepthScores:
+def depth_scores(generator: np.random.Generator, kept: Sequence[int]) -> DepthScores:
     """Losses of 16 sequences: without each layer, and with ever fewer layers, as `greedy` tries them."""
     weights = generator.uniform(1000, 2048, 16)
-    branches = [Branch(), *(Branch({layer}) for layer in range(12)), *(Branch({layer, 3}) for layer in (1, 7))]
-    branches.append(Branch({1, 3, 7}))
+    gone = sorted(set(range(12)) - set(kept))
+    branches = [Branch(), *(Branch({layer}) for layer in range(12)), *(Branch(gone[:count]) for count in (2, 3))]
     sums = {branch: weights * (3.1 + generator.uniform(0.1, 0.4, 16) * len(branch)) for branch in branches}
     return DepthScores(TEACHER, {"model": KEY}, weights, None, sums)
 
