@@ -187,6 +187,9 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
+    from minitron_nemo.parallel import launch
+
+    launch.silence_known_warnings()
     from minitron_nemo.report.page import write_report
 
     of_recipe = options.run.suffix in (".yaml", ".yml")
@@ -298,6 +301,9 @@ def _launch_locally(recipe: Recipe, options: argparse.Namespace) -> int:
     Signals are passed on. Returns the exit code of the first process that fails; the others are killed then, since
     they would wait for it. 75 is no failure: every process saves and stops by itself.
     """
+    from minitron_nemo.parallel import launch
+
+    launch.silence_known_warnings()
     from minitron_nemo.stages import check_choice, plans
 
     check_choice(recipe, None if options.verb == "run" else options.verb, options.until, options.stage)

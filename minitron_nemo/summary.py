@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from minitron_nemo.evaluation.report import ORDER
 from minitron_nemo.manifest import Manifest
 from minitron_nemo.progress import clock
 
@@ -24,7 +25,6 @@ def print_summary(run_dir: Path, stages: Mapping[str | None, Path], console: Con
     """Print it for a run, whose stages have `stages` as directories; one without stages is its only one, None."""
     console = console or Console(highlight=False)
     steps = Manifest(run_dir).steps
-    console.print()
     for stage, directory in stages.items():
         prefix = "" if stage is None else f"{stage}/"
         evaluation = json.loads((directory / "evaluation.json").read_text())
@@ -42,7 +42,8 @@ def _models(evaluation: Mapping[str, Mapping[str, Any]], stage: str | None) -> T
     table.add_column("")
     for heading in ("parameters", "loss", "KL to teacher", "top-1"):
         table.add_column(heading, justify="right")
-    for name, record in evaluation.items():
+    for name in sorted(evaluation, key=ORDER.index):
+        record = evaluation[name]
         error = "" if record["loss_se"] is None else f" ± {record['loss_se']:.4f}"
         table.add_row(
             name,
@@ -70,8 +71,12 @@ def _times(steps: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_footer=True)
     total = sum(step["seconds"] for step in steps.values())
     table.add_column("step", footer="all steps")
-    table.add_column("time", justify="right", footer=clock(total))
+    table.add_column("time", justify="right", footer=_time(total))
     table.add_column("share", justify="right")
     for name, step in steps.items():
-        table.add_row(name, clock(step["seconds"]), f"{step['seconds'] / total:.0%}" if total else "")
+        table.add_row(name, _time(step["seconds"]), f"{step['seconds'] / total:.0%}" if total else "")
     return table
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else clock(seconds)

@@ -1,7 +1,7 @@
 """What a terminal shows of a training: one panel, drawn again in its place.
 
     ╭─ distill ──────────────────────────────────────────────────────────────────╮
-    │ ━━━━━━━━━━━━━━━━━━━━╸━━━━━━━━━  40/60 updates   ETA 0:12:31, at 14:05      │
+    │ ━━━━━━━━━━╸━━━━━  40/60 updates  ETA 0:12:31, at 14:05                     │
     │ loss        2.3145   KL 0.4431   CE 3.5640   hidden 0.0211 × 0.25          │
     │ ...                                                                        │
 
@@ -26,7 +26,7 @@ from minitron_nemo.progress import clock
 
 WIDTH = 79
 LABELS = 12  # columns of the labels and what separates them from the figures
-BAR = 24
+BAR = 16
 DAY = "%Y-%m-%d"
 
 
@@ -90,7 +90,7 @@ class Panel:
             return "ETA -:--:--"
         end, today = (time.localtime(self.now() + seconds) for seconds in (self.eta, 0))
         far = time.strftime(DAY, end) != time.strftime(DAY, today)
-        return f"ETA {clock(self.eta)}, {time.strftime('on %a %d %b at %H:%M' if far else 'at %H:%M', end)}"
+        return f"ETA {clock(self.eta)}, {time.strftime('%a %d %b %H:%M' if far else 'at %H:%M', end)}"
 
     @property
     def eta(self) -> float | None:
@@ -110,7 +110,7 @@ class Panel:
             ("update", self._figures(_UPDATE), ""),
             ("speed", self._figures(_SPEED), ""),
             ("tokens", self._figures({"data/tokens": f"{{:,.0f}} of {self.tokens:,}"}), ""),
-            ("held out", self._figures(_HELD_OUT, self._measured()), ""),
+            ("held out", self._figures(_HELD_OUT, self._measured()).replace("   ±", " ±"), ""),
             ("checkpoint", self._checkpoint(room), ""),
             ("skipped", lost if skipped or back else "none", "yellow" if skipped or back else ""),
         ]
