@@ -67,6 +67,7 @@ def test_the_curves_are_those_of_the_metrics(run: Path, page: str) -> None:
         ("What is minimised", "logits", "train/logits"),
         ("Cross-entropy", "training", "train/ce"),
         ("Learning rate", "learning rate", "train/lr"),
+        ("Gradient norm", "gradient norm", "train/grad_norm"),
         ("Throughput", "throughput", "speed/tokens_per_second"),
     ):
         expected = [f"{label} after {each['data/tokens']:,.0f} tokens: {each[key]:.6g}" for each in reports]
