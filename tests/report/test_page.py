@@ -32,6 +32,15 @@ def page(run: Path) -> str:
     return html(write_report(run))
 
 
+def part_of_a_run(directory: Path, *kept: str) -> Path:
+    """Of the run of `write_run` only these, so that few charts are drawn."""
+    run = write_run(directory)
+    for path in run.iterdir():
+        if path.name not in ("status.json", "recipe.yaml", *kept):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return run
+
+
 def records(run: Path, name: str) -> list[dict]:
     [path] = run.glob(f"training/{name}-*/metrics.jsonl")
     return [json.loads(line) for line in path.read_text().splitlines()]
@@ -190,7 +199,7 @@ def test_training_from_scratch_is_compared_by_tokens(tmp_path: Path) -> None:
 def test_the_training_of_another_run_is_drawn_beside_this_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, other = write_run(tmp_path / "run"), write_run(tmp_path / "other")
+    run, other = (part_of_a_run(tmp_path / name, "training") for name in ("run", "other"))
     shutil.rmtree(run / "training" / "scratch-any")
     assert "needed" not in " ".join(sentences(html(write_report(run)), "training"))
     assert main(["report", str(run), "--baseline", str(other)]) == 0
@@ -228,7 +237,7 @@ def test_tasks_positions_and_generation_are_those_of_the_evaluation(run: Path, p
 
 
 def test_what_was_not_measured_of_the_behaviour_is_left_out(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run")
+    run = part_of_a_run(tmp_path / "run", "evaluation.json")
     evaluation = json.loads((run / "evaluation.json").read_text())
     for model in evaluation.values():
         for key in ("tasks", "generation", "kl_by_position"):
@@ -264,7 +273,7 @@ def measure_depth(run: Path, branches: list[set[int]], choices: Choices | None =
 
 
 def test_layers_that_go_together_are_shown_as_they_were_measured(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run")
+    run = part_of_a_run(tmp_path / "run", "scores.npz", "pruned", "depth.npz")
     plan = Plan.load(run / "pruned" / "plan.json")
     gone = sorted(set(range(12)) - set(plan.kept_layers))
     first = charts(html(write_report(run)), "importance")
