@@ -136,6 +136,7 @@ def command_line() -> argparse.ArgumentParser:
     report = verbs.add_parser("report", help="one HTML page about a run, at any time", description=REPORT)
     report.add_argument("run", type=Path, help="run directory, or the recipe of one")
     report.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, e.g. run_dir=DIR")
+    report.add_argument("--baseline", type=Path, metavar="RUN", help="a run whose training is drawn beside this one's")
     report.set_defaults(function=_report)
     inspect = verbs.add_parser(
         "inspect", help="what a checkpoint is: family, shape, parameters, format, layout, tensors"
@@ -235,6 +236,9 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
+    from minitron_nemo.parallel import launch
+
+    launch.silence_known_warnings()
     from minitron_nemo.report.page import write_report
 
     of_recipe = options.run.suffix in (".yaml", ".yml")
@@ -242,7 +246,7 @@ def _report(options: argparse.Namespace) -> int:
         raise UserError(f"report: {options.overrides[0]} changes a recipe, and {options.run} is a run directory")
     run_dir = Path(load_recipe(options.run, options.overrides).run_dir) if of_recipe else options.run
     try:
-        print(write_report(run_dir))
+        print(write_report(run_dir, options.baseline))
     except OSError as error:
         raise UserError(f"{error.filename or run_dir}: {error.strerror}; no report was written") from None
     return 0
@@ -370,6 +374,9 @@ def _steps(options: argparse.Namespace) -> int:
     die_with_parent()
     in_job = options.verb != "search" or recipe.search.launcher == "none"
     if recipe.cluster.launcher == "local" and in_job and not launched():
+        from minitron_nemo.parallel import launch
+
+        launch.silence_known_warnings()
         from minitron_nemo.stages import check_choice, plans
 
         check_choice(recipe, None if options.verb == "run" else options.verb, options.until, options.stage)

@@ -50,6 +50,7 @@ from minitron_nemo.report.page import FILE_NAME as REPORT_FILE
 from minitron_nemo.report.page import write_report
 from minitron_nemo.stages import check_choice, plans, stage_directory
 from minitron_nemo.steps import Step, Stopped, inputs_of, is_done, run_step, stopped_by_signals
+from minitron_nemo.summary import print_summary
 
 # Why a recipe may lack a step.
 ABSENT = {
@@ -402,6 +403,8 @@ def run_chain(recipe: Recipe, only: str | None = None, until: str | None = None,
                 write_failure(run_dir, step=step.label, reason=f"rank {launch.job_rank()}: {error}")
                 raise
         launch.from_rank_0(lambda: write_status(run_dir, "done", step=only or until))
+    if only is None and until is None and stage is None:
+        launch.from_rank_0(lambda: print_summary(run_dir, {chain.plan.stage: chain.directory for chain in walked}))
 
 
 def _keep_recipe(recipe: Recipe, path: Path) -> None:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from minitron_nemo.arch import Architecture, Plan
 from minitron_nemo.arch.plan import FILE_NAME as PLAN_FILE
@@ -33,6 +32,7 @@ from minitron_nemo.checkpoint.sink import Sink, open_sink
 from minitron_nemo.checkpoint.slicer import BLOCKS_AHEAD, Slicer
 from minitron_nemo.checkpoint.source import Source, open_source
 from minitron_nemo.errors import UserError
+from minitron_nemo.progress import Progress
 
 
 def _alone() -> None:
@@ -214,7 +214,7 @@ def check_plan(source: Source, plan: Plan) -> None:
 def _shown(blocks: list[Chunk], sink: Sink, show: bool) -> Iterator[Chunk]:
     """The blocks, with a progress bar over their bytes."""
     sizes = [chunk.nbytes(sink.architecture, sink.dtypes) for chunk in blocks]
-    with tqdm(total=sum(sizes), desc=sink.path.name, unit="B", unit_scale=True, disable=not show) as bar:
+    with Progress(f"write {sink.path.name}", sum(sizes), "bytes", shown=show) as bar:
         for chunk, size in zip(blocks, sizes, strict=True):
             yield chunk
-            bar.update(size)
+            bar.advance(size)

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from minitron_nemo.arch import Architecture, Plan
 from minitron_nemo.arch.axes import Indices
@@ -32,6 +31,7 @@ from minitron_nemo.checkpoint.fingerprint import recorded_fingerprints, tensor_f
 from minitron_nemo.checkpoint.slicer import rotated_rows
 from minitron_nemo.checkpoint.source import Source, open_source
 from minitron_nemo.checkpoint.transform import check_plan
+from minitron_nemo.progress import track
 
 READERS = 2
 T = TypeVar("T")
@@ -170,9 +170,9 @@ def _first(
 ) -> Difference | None:
     """What `check` says first of this process's `items`, in their order; None where it says nothing."""
     mine = range(rank, len(items), world_size)
-    shown = tqdm(mine, desc=f"verify {path.name}", disable=not (progress and rank == 0))
+    shown = track(mine, f"verify {path.name}", "parts", shown=progress and rank == 0)
     # One thread for each product, as they were computed.
-    with shown, ThreadPoolExecutor(READERS, initializer=torch.set_num_threads, initargs=(1,)) as readers:
+    with ThreadPoolExecutor(READERS, initializer=torch.set_num_threads, initargs=(1,)) as readers:
         said = [readers.submit(check, items[place]) for place in mine]
         try:
             texts = ((place, future.result()) for place, future in zip(shown, said, strict=True))

@@ -18,7 +18,6 @@ from types import TracebackType
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
 from minitron_nemo.checkpoint.files import replacing_directory, write_atomic
 from minitron_nemo.config import DataConfig, TextSource
@@ -26,6 +25,7 @@ from minitron_nemo.data.documents import Document, read_documents, source_name, 
 from minitron_nemo.data.prepared import SCHEMA_VERSION, Prepared, PreparedSource, Split
 from minitron_nemo.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_nemo.errors import UserError
+from minitron_nemo.progress import Progress
 
 TEXT_VERSION = 1  # raised whenever the same files give other documents than before
 _BATCH_DOCUMENTS = 1024
@@ -49,19 +49,17 @@ def prepare_data(config: DataConfig, tokenizer_dir: Path, output: Path, progress
     unread: list[Path] = []
     sources: list[PreparedSource] = []
     key = f"{SCHEMA_VERSION} {TEXT_VERSION} {tokenizer.fingerprint}"
-    columns = (TextColumn("prepare {task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, disable=not progress) as bar:
-        held_out = [(source, True, 1.0) for source in config.heldout]
-        for source, whole, fraction in held_out + [(source, False, config.heldout_fraction) for source in config.train]:
-            key = hashlib.sha256(f"{key} {whole} {fraction} {stamp(source)}".encode()).hexdigest()
-            directory = output / _directory_name(len(sources), source)
-            prepared = _finished(directory, key)
-            if prepared is None:
-                seen.update(*map(_read_ids, unread))
-                unread.clear()
-                prepared = _prepare_source(source, whole, fraction, key, tokenizer, directory, seen, bar)
-            unread += [output / split.prefix for split in (prepared.train, prepared.heldout) if split]
-            sources.append(prepared)
+    held_out = [(source, True, 1.0) for source in config.heldout]
+    for source, whole, fraction in held_out + [(source, False, config.heldout_fraction) for source in config.train]:
+        key = hashlib.sha256(f"{key} {whole} {fraction} {stamp(source)}".encode()).hexdigest()
+        directory = output / _directory_name(len(sources), source)
+        prepared = _finished(directory, key)
+        if prepared is None:
+            seen.update(*map(_read_ids, unread))
+            unread.clear()
+            prepared = _prepare_source(source, whole, fraction, key, tokenizer, directory, seen, progress)
+        unread += [output / split.prefix for split in (prepared.train, prepared.heldout) if split]
+        sources.append(prepared)
     result = Prepared(
         SCHEMA_VERSION,
         _content_fingerprint(tokenizer.separator_id, sources),
@@ -116,14 +114,14 @@ def _prepare_source(
     tokenizer: Tokenizer,
     directory: Path,
     seen: set[bytes],
-    bar: Progress,
+    progress: bool,
 ) -> PreparedSource:
     """Write one source's splits into `directory`; documents whose id is in `seen` are left out."""
     size, documents = read_documents(source)
-    task = bar.add_task(source_name(source), total=size)
     taken = set(seen)
     read = 0
     with (
+        Progress(f"prepare {source_name(source)}", size, "bytes", shown=progress) as bar,
         replacing_directory(directory) as partial,
         _SplitWriter(partial, directory.name, "train", tokenizer) as train,
         _SplitWriter(partial, directory.name, "heldout", tokenizer) as heldout,
@@ -138,8 +136,7 @@ def _prepare_source(
             for (id_, document), tokens in zip(fresh, encoded, strict=True):
                 (heldout if is_held_out(id_, fraction) else train).add(id_, document, tokens)
             read += len(batch)
-            bar.update(task, advance=sum(document.size for document in batch))
-        bar.update(task, completed=size)  # what had no text in it counts too
+            bar.advance(sum(document.size for document in batch))  # what has no text in it, at the end
         prepared = PreparedSource(source_name(source), source.path, held_out, train.finish(), heldout.finish())
         _require_text(source, prepared, read)
         write_atomic(partial / "source.json", json.dumps({"key": key, "source": asdict(prepared)}, indent=2) + "\n")

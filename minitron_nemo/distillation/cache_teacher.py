@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -36,9 +35,9 @@ from minitron_nemo.models.checkpoint import load_model
 from minitron_nemo.models.forward import forward_only
 from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
+from minitron_nemo.progress import track
 
 SCHEMA_VERSION = 1
-_SAY_SECONDS = 30.0
 
 
 def cache_teacher(recipe: Recipe, *, teacher_dir: Path, prepared: Path, summary: Path) -> None:
@@ -81,8 +80,8 @@ def write_blocks(
     own = list(blocks)[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()]
     numbers = {source.fingerprint: number for number, source in enumerate(blend.sources)}
     collect = partial(_entries, model, cache.identity, chunk_bytes)
-    tokens, said = cache.identity.sequence_length, time.monotonic()
-    for done, block in enumerate(own):
+    tokens = cache.identity.sequence_length
+    for block in track(own, "cache-teacher", "blocks", shown=launch.rank() == 0):
         samples = [
             blend.sample((numbers[cache.sources[source]], sample)) for source, sample in cache.planned(block).tolist()
         ]
@@ -91,9 +90,6 @@ def write_blocks(
         results = forward_only(model, iter(batches), len(batches), tokens, micro_batch_size, collect)
         if results and parallel_state.get_tensor_model_parallel_rank() == 0:
             cache.write(block, [sample["id"] for sample in samples], _joined(results, len(samples), tokens))
-        if launch.rank() == 0 and time.monotonic() - said > _SAY_SECONDS:
-            said = time.monotonic()
-            print(f"cache-teacher: {done + 1} of {len(own)} blocks", flush=True)
 
 
 def _entries(

@@ -27,6 +27,7 @@ from minitron_nemo.arch import Architecture
 from minitron_nemo.arch.counts import forward_flops_per_token
 from minitron_nemo.checkpoint.files import write_atomic
 from minitron_nemo.data.sampler import Sampler
+from minitron_nemo.distillation.dashboard import layout
 from minitron_nemo.distillation.phases import Segment
 from minitron_nemo.distillation.records import read_metrics
 from minitron_nemo.parallel.device import Stopwatch, current_device, memory
@@ -73,19 +74,25 @@ class EventsFile:
     def __init__(self, path: Path, done: int) -> None:
         """Have TensorBoard forget what earlier files in `path` say of updates after `done`. Raises OSError."""
         self.path = path
-        self._writer: SummaryWriter | None = SummaryWriter(str(path), purge_step=done + 1)
+        self._writer: SummaryWriter | None = None
+        self._open(purge_step=done + 1)
 
     def append(self, iteration: int, values: Mapping[str, float]) -> str | None:
         """Add scalars; why that could not be done, if so. A thread writes, so the reason may be of earlier ones."""
         try:
-            if self._writer is None:
-                self._writer = SummaryWriter(str(self.path))
+            writer = self._writer or self._open()
             for tag, value in values.items():
-                self._writer.add_scalar(tag, value, iteration)
+                writer.add_scalar(tag, value, iteration)
         except OSError as error:
             self.close()
             return error.strerror
         return None
+
+    def _open(self, purge_step: int | None = None) -> SummaryWriter:
+        """A new file, which begins with how its scalars are grouped."""
+        self._writer = writer = SummaryWriter(str(self.path), purge_step=purge_step)
+        writer.add_custom_scalars(layout())
+        return writer
 
     def close(self) -> None:
         """Write what is left, if the disk takes it."""

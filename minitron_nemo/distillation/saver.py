@@ -23,6 +23,7 @@ class Saver:
     def save(self, iteration: int, state: Mapping[str, Any], *, wait: bool) -> str | None:
         """Save; what went wrong with this save, where training may go on without it and it is known already."""
         self.finish()
+        self.progress.saving(iteration)
         problem = self._tried(lambda: self.state.save(iteration, state))
         if problem is None and (wait or not self.config.async_save):
             problem = self.finish()
@@ -43,6 +44,7 @@ class Saver:
             except SaveError as error:
                 if self.config.fail_on_save_error:
                     raise
+                self.progress.saving(None)
                 self.progress.say(f"{error}; training goes on, the previous checkpoint is as it was")
                 return str(error)
         if saved is not None:

@@ -19,6 +19,7 @@ from minitron_nemo.distillation.metrics import figures, flops_per_token
 from minitron_nemo.distillation.nonfinite import Skips, nonfinite_gradients, nonfinite_losses
 from minitron_nemo.distillation.objective import DistillationObjective
 from minitron_nemo.distillation.optimizer import build_optimizer, set_learning_rate, update
+from minitron_nemo.distillation.panel import Panel
 from minitron_nemo.distillation.phases import Segment, segment_at, segments
 from minitron_nemo.distillation.progress import Progress
 from minitron_nemo.distillation.report import Meter, Report
@@ -111,15 +112,16 @@ class Trainer:
             self.iteration, self.skips = resumed.iteration, Skips(**resumed.skips)
             self.step.balance.load_state_dict(resumed.balance)
             self.sampler.load_state_dict(resumed.data)
-        with (
-            Progress(self.name, self.config.steps, self.iteration, self.directory, launch.rank() == 0) as progress,
-            StopRequest() as stop,
-        ):
+        with Progress(self._panel(), launch.rank() == 0) as progress, StopRequest() as stop:
             saver = Saver(self.state, self.config, progress, self.watchdog)
             if resumed is not None:
                 for problem in resumed.damaged:
                     progress.say(f"CHECKPOINT DAMAGED, falling back to the one before: {problem}")
                 progress.say(f"resumed after update {self.iteration} from {self.directory}")
+            progress.say(
+                f"{self.config.steps:,} updates of {progress.panel.tokens:,} tokens in all, a checkpoint every "
+                f"{self.config.save_interval:,}: {self.directory}"
+            )
             self._running(progress)
             current = self.segments[0] if len(self.segments) == 1 else None
             while self.iteration < self.config.steps:
@@ -152,6 +154,11 @@ class Trainer:
                 progress.say(f"{self.skips.skipped} of {self.config.steps} updates did not happen")
         self._wait_for_parameters()
         return "done"
+
+    def _panel(self) -> Panel:
+        tokens = sum(segment.steps * segment.tokens_per_step for segment in self.segments)
+        skips: dict[str, float] = {"train/skipped": self.skips.skipped, "train/roll_backs": self.skips.roll_backs}
+        return Panel(self.name, self.config.steps, tokens, self.directory, self.iteration, values=skips)
 
     def _update(self, segment: Segment) -> tuple[float, float, str | None]:
         """One update of the parameters: the gradient norm before clipping, the learning rate, why it did not happen."""

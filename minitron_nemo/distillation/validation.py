@@ -71,7 +71,7 @@ class Validation:
 
 def summary(found: Mapping[str, float]) -> str:
     """What a line on the console has room for."""
-    error = f" +- {found['loss_se']:.4f}" if "loss_se" in found else ""
+    error = f" ± {found['loss_se']:.4f}" if "loss_se" in found else ""
     loss = f"loss {found['loss']:.4f}{error}"
     if "kl_to_teacher" not in found:
         return loss

@@ -17,6 +17,7 @@ from minitron_nemo.models.build import Model, build_model
 from minitron_nemo.models.checkpoint import load_model
 from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
+from minitron_nemo.progress import track
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -55,7 +56,8 @@ def evaluate(
     states: TeacherStates | None = None
     vocab_size = 0
     results = {}
-    for name in (teacher, *(name for name in models if name != teacher)):
+    order = [teacher, *(name for name in models if name != teacher)]
+    for name in track(order, "evaluate", "models", shown=launch.rank() == 0):
         model = open_model(models[name], layout, dtype)
         if states is None:
             states, vocab_size = run_teacher(model, batches), model.architecture.vocab_size

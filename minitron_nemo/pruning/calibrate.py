@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import distributed
 
 from minitron_nemo.arch import Architecture
@@ -27,6 +25,7 @@ from minitron_nemo.models.checkpoint import load_model
 from minitron_nemo.models.forward import forward_only
 from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
+from minitron_nemo.progress import Progress
 from minitron_nemo.pruning.calibration_state import CalibrationState
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -133,18 +132,17 @@ def measure(
     after another, goes on from what is saved, and saves between them. Collective; every rank gets the same Scores.
     """
     micro_batch_size, sequence_length = batches[0]["tokens"].shape
-    with progress("calibrate", len(batches)) as advance, without_logits(model):
+    with Progress("calibrate", len(batches), "microbatches", shown=launch.rank() == 0) as bar, without_logits(model):
         collector = Collector(
             model.chunks,
             model.architecture,
             batches,
             sequence_parallel=model.layout.sequence_parallel,
-            on_microbatch=advance,
+            on_microbatch=bar.advance,
         )
         with collector:
             done = 0 if state is None else state.resume(collector)
-            for _ in range(done):
-                advance()
+            bar.skip(done)
             while done < len(batches):
                 stop = len(batches) if state is None else min(done + state.interval, len(batches))
                 collector.next_run(done, stop)
@@ -168,24 +166,3 @@ def without_logits(model: Model) -> Iterator[None]:
         yield
     finally:
         layer.mode = mode
-
-
-@contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on rank 0's terminal; a line for every tenth of the way where there is none."""
-    console = Console(quiet=launch.rank() != 0, highlight=False)
-    if console.is_terminal and launch.rank() == 0:
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
-        with Progress(*columns, TextColumn("microbatches  ETA"), TimeRemainingColumn(), console=console) as bar:
-            task = bar.add_task(label, total=total)
-            yield lambda: bar.advance(task)
-        return
-    done = 0
-
-    def advance() -> None:
-        nonlocal done
-        done += 1
-        if done * 10 // total > (done - 1) * 10 // total:
-            console.print(f"[{label}] {min(done, total)}/{total} microbatches", markup=False)
-
-    yield advance

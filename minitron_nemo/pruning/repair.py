@@ -27,7 +27,8 @@ from minitron_nemo.models.build import Model
 from minitron_nemo.models.forward import forward_only
 from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
-from minitron_nemo.pruning.calibrate import open_calibration, progress, without_logits
+from minitron_nemo.progress import Progress
+from minitron_nemo.pruning.calibrate import open_calibration, without_logits
 from minitron_nemo.pruning.target import repairs_of
 
 W = TypeVar("W", bound=Watch)
@@ -138,14 +139,14 @@ def _write_matrices(
 def _watch(kind: type[W], model: Model, batches: Sequence[Microbatch], watched: Sequence[Place], label: str) -> W:
     """What a forward-only pass showed at these places."""
     micro_batch_size, sequence_length = batches[0]["tokens"].shape
-    with progress(label, len(batches)) as advance, without_logits(model):
+    with Progress(label, len(batches), "microbatches", shown=launch.rank() == 0) as bar, without_logits(model):
         watch = kind(
             model.chunks,
             model.architecture,
             batches,
             watched,
             sequence_parallel=model.layout.sequence_parallel,
-            on_microbatch=advance,
+            on_microbatch=bar.advance,
         )
         with watch:
             forward_only(model, batches, len(batches), sequence_length, micro_batch_size, lambda output, batch: None)

@@ -31,7 +31,8 @@ from minitron_nemo.models.build import Model
 from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.device import current_device
 from minitron_nemo.parallel.layout import Layout
-from minitron_nemo.pruning.calibrate import open_teacher, progress, without_logits
+from minitron_nemo.progress import Progress
+from minitron_nemo.pruning.calibrate import open_teacher, without_logits
 from minitron_nemo.pruning.depth import grouped, layers_to_drop, most_branches, summary, wanted
 from minitron_nemo.pruning.depth_scores import DepthScores
 from minitron_nemo.pruning.target import target_architecture
@@ -95,10 +96,11 @@ def measure_branches(
         for group in grouped(alike, most, num_layers):
             work += [(group, order[at : at + part]) for at in range(start, len(order), part)]
     passes = sum(-(-len(sequences) // together) for _, sequences in work)
-    with progress(f"score-depth, {len(branches)} models", passes) as advance, without_logits(model):
+    label = f"score-depth, {len(branches)} models"
+    with Progress(label, passes, "microbatches", shown=launch.rank() == 0) as bar, without_logits(model):
         for group, sequences in work:
             microbatches = _dealt_out([samples[sequence] for sequence in sequences], b, model.layout)
-            found = _sums(model, Branches(group, num_layers), microbatches, len(sequences), advance)
+            found = _sums(model, Branches(group, num_layers), microbatches, len(sequences), bar.advance)
             for branch, sums in zip(group, found, strict=True):
                 scores.add(branch, sequences, sums)
             if launch.rank() == 0:

@@ -9,14 +9,24 @@ from __future__ import annotations
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import vl_convert
 
 WIDTH = 340  # of every chart, legends and axes included: what a phone has; the page scales it up
 MAX_POINTS = 120  # of a series
-COLOURS = tuple(f"var(--series-{number})" for number in range(1, 5))
+COLOURS = tuple(f"var(--series-{number})" for number in range(1, 7))
 KEPT, DROPPED = "kept", "dropped"
+# What has one colour wherever it appears: models above all.
+NAMED = {
+    KEPT: "var(--kept)",
+    DROPPED: "var(--dropped)",
+    "distilled": COLOURS[0],
+    "pruned": COLOURS[1],
+    "teacher": COLOURS[2],
+    "source": COLOURS[3],
+}
 
 # Attributes that the page decides, or that only Vega's runtime reads.
 USELESS = (
@@ -41,7 +51,7 @@ _CONFIG: dict[str, Any] = {
     "legend": {**_TEXT, "orient": "top", "title": None, "columns": 2, "labelLimit": 150, "symbolSize": 50, "offset": 8},
     "rule": {"color": "var(--text)", "aria": False},
     "line": {"aria": False, "strokeWidth": 1.5},
-    "point": {"filled": True},
+    "point": {"filled": True, "opacity": 1},
 }
 # d3 writes 10^9 as G, which nobody says of tokens and parameters.
 COUNT_AXIS = {"labelExpr": "replace(format(datum.value, '~s'), 'G', 'B')"}
@@ -85,8 +95,9 @@ def draw(title: str, caption: str, layers: Sequence[Layer], height: int = 210, *
 
 def colours(labels: Sequence[str]) -> Layer:
     """The colour channel of `labels`; a single one needs no legend."""
-    named = {KEPT: "var(--kept)", DROPPED: "var(--dropped)"}
-    palette = [named.get(label, COLOURS[number % len(COLOURS)]) for number, label in enumerate(labels)]
+    taken = {NAMED[label] for label in labels if label in NAMED}
+    others = cycle([colour for colour in COLOURS if colour not in taken])
+    palette = [NAMED.get(label) or next(others) for label in labels]
     legend = {"legend": None} if len(labels) == 1 else {}
     return {"field": "series", "type": "nominal", "scale": {"domain": list(labels), "range": palette}, **legend}
 
@@ -126,6 +137,13 @@ def curves(
     if thin:
         caption += " Every point is the mean of several reports."
     return draw(title, caption, layers)
+
+
+def every(entries: int, labels: int = 16) -> Row:
+    """An axis of numbered entries, at most so many of which have a label."""
+    numbers = list(range(0, entries, -(-entries // labels)))
+    axis = {"values": numbers, "tickCount": entries, "ticks": False, "domain": False, "labelAngle": 0}
+    return {"type": "ordinal", "scale": {"domain": list(range(entries))}, "axis": axis}
 
 
 def error_bars(rows: Sequence[Row], encoding: Mapping[str, Any], axis: str = "y") -> list[Layer]:

@@ -1,4 +1,4 @@
-"""Which layers, channels, neurons and heads matter, and which of them the Plan keeps.
+"""Which channels, neurons, experts and heads matter, and which of them the Plan keeps.
 
 Heat maps show the logarithm of a score relative to the mean of its row, from an eighth of it to eight times.
 """
@@ -14,19 +14,7 @@ from numpy.typing import NDArray
 from minitron_nemo.arch import Axis, Plan
 from minitron_nemo.importance.scores import Array, Scores
 from minitron_nemo.pruning.plan import entry_scores
-from minitron_nemo.report.charts import (
-    DROPPED,
-    KEPT,
-    MAX_POINTS,
-    Chart,
-    Row,
-    colours,
-    draw,
-    error_bars,
-    interval,
-    with_error,
-)
-from minitron_nemo.report.read import LayerLoss
+from minitron_nemo.report.charts import DROPPED, KEPT, MAX_POINTS, Chart, Row, colours, draw, every
 
 BINS = 32  # columns of a heat map at most, of entries that rank next to each other
 FLOOR = 1e-3  # of the mean: what is less is drawn there, on logarithmic axes
@@ -35,39 +23,6 @@ CROSS = "M-1,-1L1,1M1,-1L-1,1"
 _DESCRIPTION = {"field": "says"}
 
 Flags = NDArray[np.bool_]
-
-
-def depth_charts(scores: Scores, plan: Plan, losses: Sequence[LayerLoss]) -> list[Chart]:
-    """Block Influence of every layer, and the loss without it where that was measured."""
-    influence = scores.get(Axis.LAYERS)
-    rows = [
-        {**_layer(layer, plan), "y": value, "says": f"layer {layer} {_of(layer, plan)}: Block Influence {value:.6g}"}
-        for layer, value in enumerate(influence.tolist())
-    ]
-    across = {**_every(len(influence)), "field": "x", "title": "layer"}
-    encoding = {"x": across, "y": _up("Block Influence"), "color": colours((KEPT, DROPPED))}
-    bars = {"data": {"values": rows}, "mark": "bar", "encoding": {**encoding, "description": _DESCRIPTION}}
-    caption = "1 - cosine between a layer's input and output, mean over tokens: how much it changes its input."
-    charts = [draw("Block Influence by layer", caption, [bars])]
-    if losses:
-        measured = [
-            {
-                **_layer(each.layer, plan),
-                "y": each.loss,
-                **interval(each.loss, each.loss_se),
-                "says": f"without layer {each.layer} ({_of(each.layer, plan)}): {with_error(each.loss, each.loss_se)}",
-            }
-            for each in losses
-        ]
-        encoding["y"] = {**_up("nats per token"), "scale": {"zero": False}}
-        points = {
-            "data": {"values": measured},
-            "mark": {"type": "point", "size": 40},
-            "encoding": {**encoding, "description": _DESCRIPTION},
-        }
-        caption = "Loss of the teacher without that layer alone, ± one standard error of what it loses by that."
-        charts.append(draw("Loss without one layer", caption, [points, *error_bars(measured, encoding)]))
-    return charts
 
 
 def width_charts(scores: Scores, plan: Plan) -> list[Chart]:
@@ -166,7 +121,7 @@ def _small_map(
         for layer in range(values.shape[0])
         for place in range(values.shape[1])
     ]
-    x = {**_every(values.shape[1]), "field": "x", "title": noun}
+    x = {**every(values.shape[1]), "field": "x", "title": noun}
     cross = {
         "data": {"values": [cell for cell in cells if cell["series"] == DROPPED]},
         "mark": {"type": "point", "shape": CROSS, "size": 24, "filled": False, "color": "var(--text)", "aria": False},
@@ -261,24 +216,9 @@ def _word(kept: Any) -> str:
     return KEPT if kept else DROPPED
 
 
-def _of(layer: int, plan: Plan) -> str:
-    return _word(layer in plan.kept_layers)
-
-
-def _layer(layer: int, plan: Plan) -> Row:
-    return {"x": layer, "series": _of(layer, plan)}
-
-
 def _row_axis(rows: int) -> Row:
     """Rows are half as high as a label, unless there are few."""
-    return {**_every(rows, max(4, min(16, rows // 2))), "field": "row", "title": "layer"}
-
-
-def _every(entries: int, labels: int = 16) -> Row:
-    """An axis of numbered entries, at most so many of which have a label."""
-    numbers = list(range(0, entries, -(-entries // labels)))
-    axis = {"values": numbers, "tickCount": entries, "ticks": False, "domain": False, "labelAngle": 0}
-    return {"type": "ordinal", "scale": {"domain": list(range(entries))}, "axis": axis}
+    return {**every(rows, max(4, min(16, rows // 2))), "field": "row", "title": "layer"}
 
 
 def _up(title: str) -> Row:

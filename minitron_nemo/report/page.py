@@ -13,20 +13,20 @@ from minitron_nemo.arch import Plan
 from minitron_nemo.checkpoint.files import write_atomic
 from minitron_nemo.config import recipe_yaml
 from minitron_nemo.pruning.plan import make_plan
-from minitron_nemo.report import candidates, importance, results, training
-from minitron_nemo.report.charts import Chart
+from minitron_nemo.report import behaviour, candidates, depth, importance, results, training
 from minitron_nemo.report.read import Run, read_run
 
 FILE_NAME = "report.html"
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, baseline: Path | None = None) -> Path:
     """Write `run_dir`/report.html about what is in `run_dir` by now; the same content gives the same bytes.
 
-    Raises UserError for what is no run directory, and for damaged files in one.
+    `baseline` is a run whose training is drawn beside this one's. Raises UserError for what is no run directory, and
+    for damaged files in one.
     """
     path = run_dir / FILE_NAME
-    write_atomic(path, page(read_run(run_dir)))
+    write_atomic(path, page(read_run(run_dir, baseline)))
     return path
 
 
@@ -41,13 +41,15 @@ def page(run: Run) -> str:
         run=run,
         state=_state(run.status),
         verdict=results.verdict(run.evaluation),
-        models=results.table(run.evaluation, run.tasks) if run.evaluation else None,
+        headlines=results.headlines(run.evaluation),
+        models=results.table(run.evaluation) if run.evaluation else None,
         model_charts=[results.chart(run.evaluation)] if run.evaluation else [],
         roles=results.ROLES,
         plan=plan,
         cut=run.plan is not None,
         shape=results.shape(plan, run.recipe.data.sequence_length if run.recipe else None) if plan else None,
         cuts=results.cuts(plan) if plan else "",
+        **_behaviour(run),
         **_trainings(run),
         **_importance(run, plan),
         candidate_charts=candidates.charts(run.candidates) if run.candidates else [],
@@ -83,26 +85,41 @@ def _state(status: Mapping[str, Any]) -> str:
     return f"{words} at {status['time']}{reason}"
 
 
+def _behaviour(run: Run) -> dict[str, Any]:
+    return {
+        "tasks": behaviour.tasks(run.tasks),
+        "generation": behaviour.generation(run.evaluation),
+        "behaviour_charts": [
+            *behaviour.position_charts(run.evaluation),
+            *behaviour.task_charts(run.tasks),
+            *behaviour.generation_charts(run.evaluation),
+        ],
+    }
+
+
 def _trainings(run: Run) -> dict[str, Any]:
     found = run.trainings
     distilled, corrected, scratch = (found.get(name) for name in ("distilled", "corrected", "scratch"))
+    baseline, called = (run.baseline, "baseline") if run.baseline else (scratch, "from scratch")
     weight = run.recipe.distill.logits_weight if run.recipe else 1.0
-    versus = training.versus_scratch(distilled, scratch) if distilled and scratch else None
+    versus = training.versus(distilled, baseline, called) if distilled and baseline else None
     return {
         "distillation": training.distillation_charts(distilled, run.evaluation, weight) if distilled else [],
         "correction": training.correction_charts(corrected) if corrected else [],
-        "scratch": versus[0] if versus else "",
-        "scratch_charts": [versus[1]] if versus else [],
+        "facts": training.facts(found),
+        "versus": versus[0] if versus else "",
+        "versus_charts": [versus[1]] if versus else [],
+        "baseline": called,
     }
 
 
 def _importance(run: Run, plan: Plan | None) -> dict[str, Any]:
-    depth: list[Chart] = []
-    width: list[Chart] = []
-    if run.scores is not None and plan is not None:
-        depth = importance.depth_charts(run.scores, plan, run.layer_losses)
-        width = importance.width_charts(run.scores, plan)
-    return {"depth": depth, "width": width}
+    if run.scores is None or plan is None:
+        return {"depth": [], "width": []}
+    return {
+        "depth": depth.charts(run.scores, plan, run.depth, bool(run.recipe and run.recipe.prune.depth.normalize)),
+        "width": importance.width_charts(run.scores, plan),
+    }
 
 
 def _samples(evaluation: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

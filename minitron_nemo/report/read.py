@@ -20,7 +20,6 @@ from minitron_nemo.evaluation import tasks
 from minitron_nemo.importance.scores import Scores
 from minitron_nemo.manifest import FILE_NAME as MANIFEST_FILE
 from minitron_nemo.manifest import Manifest
-from minitron_nemo.models.branches import Branch
 from minitron_nemo.pruning.depth_scores import DepthScores
 from minitron_nemo.stages import STAGES, stage_recipes
 
@@ -66,15 +65,6 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class LayerLoss:
-    """Loss of the teacher without one of its layers, and the standard error of what it loses by that."""
-
-    layer: int
-    loss: float
-    loss_se: float | None = None
-
-
-@dataclass(frozen=True)
 class Run:
     """What a run directory holds by now."""
 
@@ -88,17 +78,19 @@ class Run:
     plan: Plan | None
     trainings: Mapping[str, Training]  # by name, of TRAININGS
     candidates: Sequence[Candidate]
-    layer_losses: Sequence[LayerLoss]
+    depth: DepthScores | None  # what score-depth measured
+    baseline: Training | None = None  # of another run
 
     @property
     def name(self) -> str:
         return self.recipe.name if self.recipe else self.directory.resolve().name
 
 
-def read_run(directory: Path) -> Run:
+def read_run(directory: Path, baseline: Path | None = None) -> Run:
     """Read what is there of a run, or of one of its stages (RUN/stages/NAME); a job may be writing meanwhile.
 
-    Raises UserError for what is no run directory, or damaged.
+    `baseline` is another run whose training this one's is compared with. Raises UserError for what is no run
+    directory, or damaged, and for a baseline without validations.
     """
     home, stage = (directory.parents[1], directory.name) if directory.parent.name == STAGES else (directory, None)
     if not any((home / name).is_file() for name in (STATUS_FILE, MANIFEST_FILE, RECIPE_FILE)):
@@ -124,8 +116,21 @@ def read_run(directory: Path) -> Run:
         plan=next((Plan.load(path) for path in plans if path.is_file()), None),
         trainings=_trainings(directory, status, steps),
         candidates=_candidates(directory / CANDIDATES_FILE),
-        layer_losses=_layer_losses(directory / DEPTH_FILE),
+        depth=DepthScores.load(directory / DEPTH_FILE) if (directory / DEPTH_FILE).is_file() else None,
+        baseline=None if baseline is None else read_baseline(baseline),
     )
+
+
+def read_baseline(directory: Path) -> Training:
+    """The training of a run that has held-out losses: the last that its student went through.
+
+    Raises UserError where there is none.
+    """
+    found = read_run(directory).trainings
+    for name in ("distilled", "scratch", "corrected"):
+        if name in found and found[name].series("validation/loss"):
+            return found[name]
+    raise UserError(f"--baseline {directory}: no training in it has held-out losses; give it train.eval_interval")
 
 
 def _trainings(directory: Path, status: Mapping[str, Any], steps: Mapping[str, Any]) -> dict[str, Training]:
@@ -160,15 +165,3 @@ def _candidates(path: Path) -> list[Candidate]:
         return [Candidate(**{key: value for key, value in row.items() if key in known}) for row in rows]
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: not a table of candidates ({error}); search again") from None
-
-
-def _layer_losses(path: Path) -> list[LayerLoss]:
-    """Of the models that were measured on text, those without one layer."""
-    if not path.is_file():
-        return []
-    measured = DepthScores.load(path)
-    if measured.choices is not None:
-        return []
-    single = sorted(next(iter(branch)) for branch in measured.sums if len(branch) == 1)
-    whole = [layer for layer in single if not measured.missing(Branch({layer})).any()]
-    return [LayerLoss(layer, measured.loss(Branch({layer})), measured.increase(Branch({layer}))[1]) for layer in whole]

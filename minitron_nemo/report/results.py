@@ -47,6 +47,11 @@ def count(number: float) -> str:
     return f"{number:g}"
 
 
+def in_bytes(number: float) -> str:
+    """1234567 -> 1.23 MB, to three digits."""
+    return count(number).replace("B", "G") + ("B" if number >= 1000 else f"{NBSP}B")
+
+
 def models(evaluation: Evaluation) -> list[str]:
     """Names in the order that they came about in, others behind them."""
     known = [name for name in ORDER if name in evaluation]
@@ -74,8 +79,25 @@ def verdict(evaluation: Evaluation) -> str:
     return f"{words}: the student ends {_nats(abs(left), distilled['delta_vs_teacher_se'])} {side} the teacher."
 
 
-def table(evaluation: Evaluation, on_tasks: Evaluation) -> Table:
-    """Models as columns; what was measured on tasks below the rest."""
+def headlines(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """The result in a few large figures, each with its words; none while the distilled student is not measured."""
+    if not {"teacher", "pruned", "distilled"} <= set(evaluation):
+        return []
+    teacher, pruned, distilled = (evaluation[name] for name in ("teacher", "pruned", "distilled"))
+    kept = distilled["non_embedding_parameters"] / teacher["non_embedding_parameters"]
+    found = [(f"{kept:.0%}", "of the teacher's parameters outside the embeddings")]
+    lost, gained = pruned["delta_vs_teacher"], -distilled["delta_vs_pruned"]
+    if lost > 0 and gained > 0:
+        found.append((f"{gained / lost:.0%}", "of the loss that pruning cost is regained by distillation"))
+    found.append((f"{distilled['top1_agreement']:.0%}", "of next tokens are the ones the teacher finds likeliest"))
+    its, own = (model.get("generation_tokens_per_second") for model in (teacher, distilled))
+    if its and own:
+        found.append((f"{own / its:.1f}{NBSP}×", "the teacher's speed of generation, one text at a time"))
+    return found
+
+
+def table(evaluation: Evaluation) -> Table:
+    """Models as columns."""
     names = models(evaluation)
     rows: list[tuple[str, list[Figure]]] = [
         ("parameters", [Figure(count(evaluation[name]["parameters"])) for name in names]),
@@ -91,17 +113,6 @@ def table(evaluation: Evaluation, on_tasks: Evaluation) -> Table:
         ("generation, tokens/s", "generation_tokens_per_second", ".1f", 1),
     ):
         rows.append((label, [_figure(evaluation[name], key, form, unit) for name in names]))
-    measured = {
-        (task, metric): None
-        for model in on_tasks.values()
-        for task, record in model["tasks"].items()
-        for metric in record["metrics"]
-    }
-    for task, metric in measured:
-        records = [on_tasks.get(name, {"tasks": {}})["tasks"].get(task, {"metrics": {}}) for name in names]
-        values = [{"value": None, **record["metrics"].get(metric, {})} for record in records]
-        cells = [_figure({"value": value["value"], "value_se": value.get("se")}, "value", ".4f", 1) for value in values]
-        rows.append((f"{task}, {metric}", cells))
     return Table(names, [row for row in rows if any(cell.text for cell in row[1])])
 
 
@@ -113,7 +124,7 @@ def chart(evaluation: Evaluation) -> Chart:
             "y": name,
             "x": record["loss"],
             **interval(record["loss"], record["loss_se"]),
-            "series": "loss",
+            "series": name,
             "says": f"{name}: {with_error(record['loss'], record['loss_se'])} nats per token",
         }
         for name, record in ((name, evaluation[name]) for name in names)
@@ -121,7 +132,7 @@ def chart(evaluation: Evaluation) -> Chart:
     encoding = {
         "x": {"field": "x", "type": "quantitative", "title": "nats per token", "scale": {"zero": False}},
         "y": {"field": "y", "type": "nominal", "title": None, "sort": names},
-        "color": colours(("loss",)),
+        "color": {**colours(names), "legend": None},
     }
     points = {
         "data": {"values": rows},
@@ -145,12 +156,14 @@ def shape(plan: Plan, sequence_length: int | None) -> Table:
         ("vocabulary", before.vocab_size, after.vocab_size),
         ("parameters", parameters(before), parameters(after)),
         ("without embeddings", non_embedding_parameters(before), non_embedding_parameters(after)),
-        ("weights in bf16, bytes", 2 * parameters(before), 2 * parameters(after)),
     ]
     if sequence_length is not None:
         flops = [forward_flops_per_token(model, sequence_length) for model in (before, after)]
         sizes.append(("FLOPs per token, forward", flops[0], flops[1]))
     rows = [(label, [Figure(_size(old)), Figure(_size(new)), Figure(f"{new / old:.1%}")]) for label, old, new in sizes]
+    weights = [2 * parameters(model) for model in (before, after)]
+    shares = [*map(in_bytes, weights), f"{weights[1] / weights[0]:.1%}"]
+    rows.append(("weights in bf16", [Figure(share) for share in shares]))
     return Table(("teacher", "student", "kept"), rows)
 
 
@@ -172,7 +185,8 @@ def _figure(record: Mapping[str, Any], key: str, form: str, unit: float) -> Figu
     if record.get(key) is None:
         return Figure("")
     error = record.get(f"{key}_se")
-    return Figure(f"{unit * record[key]:{form}}", "" if error is None else f"± {unit * error:{form.lstrip('+')}}")
+    text = f"{unit * record[key]:{form}}".replace("-", "\N{MINUS SIGN}")
+    return Figure(text, "" if error is None else f"± {unit * error:{form.lstrip('+')}}")
 
 
 def _nats(value: float, error: float | None) -> str:

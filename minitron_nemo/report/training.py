@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from minitron_nemo.report.charts import Chart, Series, curves
 from minitron_nemo.report.read import Training
+from minitron_nemo.report.results import Figure, Table, count, in_bytes
+
+TOKENS_PER_SECOND = "speed/tokens_per_second"
+NAMES = {"corrected": "correction", "distilled": "distillation", "scratch": "from scratch"}
+
+# Rows of the table of trainings: label, tag, and how all its values become one figure.
+FACTS: Sequence[tuple[str, str, Callable[[Sequence[float]], str]]] = (
+    ("tokens", "data/tokens", lambda values: count(values[-1])),
+    ("loss, last report", "train/loss", lambda values: f"{values[-1]:.4f}"),
+    ("held-out loss, lowest", "validation/loss", lambda values: f"{min(values):.4f}"),
+    ("tokens/s, median", TOKENS_PER_SECOND, lambda values: f"{median(values):,.0f}"),
+    ("model FLOP/s utilisation, median", "speed/mfu", lambda values: f"{median(values):.1%}"),
+    ("seconds an update, median", "speed/seconds_per_update", lambda values: f"{median(values):.3g}"),
+    ("of them waiting for the teacher", "teacher/wait_seconds", lambda values: f"{median(values):.3g}"),
+    ("peak memory of a GPU", "memory/peak_allocated_bytes", lambda values: in_bytes(max(values))),
+    ("memory of a process", "memory/resident_bytes", lambda values: in_bytes(max(values))),
+    ("updates that did not happen", "train/skipped", lambda values: f"{values[-1]:.0f}"),
+)
 
 # Terms of what is minimised, by label: the loss, and the weight that it is logged with.
 TERMS = {
@@ -62,14 +81,17 @@ def _cross_entropy(training: Training, levels: Mapping[str, float]) -> Chart:
 
 
 def _progress(training: Training) -> list[Chart]:
-    rate = [Series("learning rate", training.series("train/lr"))]
-    speed = [Series("throughput", training.series("speed/tokens_per_second"))]
-    return [
-        curves("Learning rate", "Of the last update before each report.", rate, y="learning rate", zero=True),
-        curves(
-            "Throughput", "All processes together; saves count, validations do not.", speed, y="tokens/s", zero=True
-        ),
-    ]
+    """What the updates were like, as far as it was reported."""
+    drawn = []
+    for title, caption, tag, unit in (
+        ("Learning rate", "Of the last update before each report.", "train/lr", "learning rate"),
+        ("Gradient norm", "Of the last update before each report, before clipping.", "train/grad_norm", "L2 norm"),
+        ("Throughput", "All processes together; saves count, validations do not.", TOKENS_PER_SECOND, "tokens/s"),
+    ):
+        series = Series(title.lower(), training.series(tag))
+        if series.points:
+            drawn.append(curves(title, caption, [series], y=unit, zero=True))
+    return drawn
 
 
 def _terms(training: Training, logits_weight: float) -> list[Series]:
@@ -92,32 +114,47 @@ def _validation(training: Training, name: str, label: str) -> Series:
     return Series(label, points, [errors.get(tokens) for tokens, _ in points])
 
 
-def versus_scratch(distilled: Training, scratch: Training) -> tuple[str, Chart] | None:
-    """Tokens that each needed to the lowest held-out loss of the distillation, in words and as a chart.
+def versus(distilled: Training, baseline: Training, called: str) -> tuple[str, Chart] | None:
+    """Tokens that each needed to the lowest held-out loss that both reached, in words and as a chart.
 
     None where one of them has no validations.
     """
-    ours, theirs = (_validation(training, "loss", "") for training in (distilled, scratch))
+    ours, theirs = (_validation(training, "loss", "") for training in (distilled, baseline))
     if not ours.points or not theirs.points:
         return None
-    goal = min(loss for _, loss in ours.points)
-    needed = [_first(series, goal) for series in (ours, theirs)]
-    assert needed[0] is not None
-    words = f"Distillation reached a held-out loss of {goal:.4f} nats per token after {needed[0]:,.0f} tokens; "
-    if needed[1] is None:
-        most, best = theirs.points[-1][0], min(loss for _, loss in theirs.points)
-        words += f"training from scratch did not within {most:,.0f} tokens, where its best was {best:.4f}."
-    else:
-        words += f"training from scratch needed {needed[1]:,.0f}, {needed[1] / needed[0]:.2g} times as many."
+    name = {"from scratch": "training from scratch"}.get(called, f"the {called}")
+    best, its_best = (min(loss for _, loss in series.points) for series in (ours, theirs))
+    goal = max(best, its_best)
+    mine, its = (_first(series, goal) for series in (ours, theirs))
+    words = f"Distillation reached a held-out loss of {goal:.4f} nats per token after {mine:,.0f} tokens; "
+    words += f"{name} needed {its:,.0f}, {its / mine:.2g} times as many."
+    if its_best > best:
+        words += f" The {best:.4f} that distillation ended with it did not reach in {theirs.points[-1][0]:,.0f} tokens."
     chart = curves(
-        "Held-out loss, distilled and from scratch",
-        "The same shape and the same documents; error bars are one standard error over documents.",
-        [Series("distilled", ours.points, ours.errors), Series("from scratch", theirs.points, theirs.errors)],
+        f"Held-out loss, distilled and {called}",
+        "Error bars are one standard error over documents.",
+        [Series("distilled", ours.points, ours.errors), Series(called, theirs.points, theirs.errors)],
         y="nats per token",
     )
     return words, chart
 
 
-def _first(series: Series, goal: float) -> float | None:
-    """Tokens after which the loss was at most `goal` for the first time."""
-    return next((tokens for tokens, loss in series.points if loss <= goal), None)
+def _first(series: Series, goal: float) -> float:
+    """Tokens after which the loss was at most `goal`, which it reached, for the first time."""
+    return next(tokens for tokens, loss in series.points if loss <= goal)
+
+
+def facts(trainings: Mapping[str, Training]) -> Table | None:
+    """What each training took, trainings as columns; None before the first report."""
+    named = {label: trainings[name] for name, label in NAMES.items() if name in trainings}
+    shown = {label: each for label, each in named.items() if each.series("train/loss")}
+    rows = [
+        (label, [Figure("" if not (values := _values(training, tag)) else form(values)) for training in shown.values()])
+        for label, tag, form in FACTS
+    ]
+    found = [row for row in rows if any(cell.text for cell in row[1])]
+    return Table(list(shown), found) if shown else None
+
+
+def _values(training: Training, tag: str) -> list[float]:
+    return [value for _, value in training.series(tag)]

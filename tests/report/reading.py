@@ -25,9 +25,12 @@ def sentences(page: str, section: str) -> list[str]:
     return [re.sub(r"<[^>]+>", "", text) for text in found]
 
 
-def rows(page: str, section: str) -> dict[str, list[str]]:
-    """Cells of the section's first table by the row's label, value and error run together."""
-    table = re.search(r"<tbody>.*?</tbody>", _section(page, section), re.DOTALL)
+def rows(page: str, section: str, below: str = "") -> dict[str, list[str]]:
+    """Cells of the section's first table, `below` a heading, by the row's label, value and error run together."""
+    text = _section(page, section)
+    if below:
+        text = text.partition(f"<h3>{below}</h3>")[2]
+    table = re.search(r"<tbody>.*?</tbody>", text, re.DOTALL)
     assert table is not None
     return {
         label: [re.sub(r"<[^>]+>", "", cell) for cell in re.findall(r"<td>(.*?)</td>", cells)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,14 @@ def write_run(directory: Path, updates: int = 60) -> Path:
     plan = make_plan(scores, TEACHER, PRUNE)
     (directory / "pruned").mkdir()
     plan.save(directory / "pruned" / "plan.json")
-    write_json(directory / "evaluation.json", evaluation(plan.target))
+    write_json(directory / "evaluation.json", measured := evaluation(plan.target))
+    write_json(directory / "tasks.json", tasks(measured))
     write_metrics(directory / "training" / "distilled-01234567", updates, generator, hidden=True)
     write_metrics(directory / "training" / "corrected-01234567", 12, generator)
     write_metrics(directory / "training" / "scratch-any", 2 * updates, generator, start=9.0)
     (directory / "search").mkdir()
     write_json(directory / "search" / "table.json", {"schema_version": 1, "candidates": candidates()})
-    depth_scores(generator).save(directory / "depth.npz")
+    depth_scores(generator, plan.kept_layers).save(directory / "depth.npz")
     steps = ("convert", "prepare", "correct", "calibrate", "prune", "distill", "evaluate", "export/hf")
     write_json(directory / "manifest.json", {"schema_version": 1, "steps": {step: record() for step in steps}})
     write_status(directory, "done", "export")
@@ -102,11 +104,12 @@ def random_scores(generator: np.random.Generator) -> Scores:
     )
 
 
-def depth_scores(generator: np.random.Generator) -> DepthScores:
-    """Losses of 16 sequences without each layer, and without the first two."""
+def depth_scores(generator: np.random.Generator, kept: Sequence[int]) -> DepthScores:
+    """Losses of 16 sequences: without each layer, and with ever fewer layers, as `greedy` tries them."""
     weights = generator.uniform(1000, 2048, 16)
-    branches = [Branch(), *(Branch({layer}) for layer in range(12)), Branch({0, 1})]
-    sums = {branch: weights * generator.uniform(3.1, 3.8, 16) for branch in branches}
+    gone = sorted(set(range(12)) - set(kept))
+    branches = [Branch(), *(Branch({layer}) for layer in range(12)), *(Branch(gone[:count]) for count in (2, 3))]
+    sums = {branch: weights * (3.1 + generator.uniform(0.1, 0.4, 16) * len(branch)) for branch in branches}
     return DepthScores(TEACHER, {"model": KEY}, weights, None, sums)
 
 
@@ -127,6 +130,14 @@ def evaluation(student: Architecture) -> dict[str, dict[str, Any]]:
             "parameters": parameters(shape),
             "non_embedding_parameters": non_embedding_parameters(shape),
             "generation_tokens_per_second": 41.5,
+            "generation": [
+                {"batch_size": size, "tokens_per_second": 41.5 * size**0.8, "peak_memory_bytes": 2_000_000_000 * size}
+                for size in (1, 4, 16)
+            ],
+            "kl_by_position": [
+                {"from": 64 * part, "to": 64 * part + 64, "kl": (loss - 3.0) / (1 + part), "se": 0.01}
+                for part in range(4)
+            ],
             "samples": [
                 {"prompt": f"The {noun} of a model that was", "continuation": f" {name} is {noun} " * 12}
                 for noun in ("size", "speed")
@@ -137,6 +148,22 @@ def evaluation(student: Architecture) -> dict[str, dict[str, Any]]:
     found["distilled"] |= {"delta_vs_teacher": 0.3931, "delta_vs_teacher_se": 0.0152}
     found["distilled"] |= {"delta_vs_pruned": -0.4228, "delta_vs_pruned_se": 0.0131}
     return found
+
+
+def tasks(evaluation: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The content of tasks.json."""
+
+    def measured(loss: float) -> dict[str, dict[str, Any]]:
+        return {
+            "hellaswag": {"acc": {"value": 0.8 - loss / 10, "se": 0.0123}, "acc_norm": {"value": 0.5, "se": None}},
+            "lambada_openai": {"perplexity": {"value": 4 * loss, "se": 0.5}, "acc": {"value": 0.6, "se": 0.02}},
+        }
+
+    models = {
+        name: {"tasks": {task: {"metrics": metrics} for task, metrics in measured(record["loss"]).items()}}
+        for name, record in evaluation.items()
+    }
+    return {"schema_version": 1, "models": models}
 
 
 def candidates() -> list[dict[str, Any]]:
@@ -198,6 +225,9 @@ def write_metrics(
             "train/ce": ce,
             "train/lr": 2e-4 * min(1, update / 5) * (1 - update / (updates + 1)),
             "speed/tokens_per_second": generator.uniform(4.0e5, 4.4e5),
+            "speed/seconds_per_update": 0.04,
+            "memory/peak_allocated_bytes": 3.21e10,
+            "train/grad_norm": 0.3 + generator.exponential(0.2),
             "data/tokens": 16384.0 * update,
         }
         if hidden:

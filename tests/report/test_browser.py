@@ -47,8 +47,8 @@ def test_nothing_overlaps_or_is_cut_off_and_the_console_is_silent(
 ) -> None:
     with opened(browser, report, width, color_scheme=scheme) as (page, said):
         assert faults(page) == []
-        # Of the result 1, the distillation 5, from scratch 1, the correction 3, depth 2, width 5, candidates 2.
-        assert page.locator("figure svg").count() == 19
+        # Result 1, behaviour 3, distillation 6, from scratch 1, correction 4, depth 4, width 5, candidates 2.
+        assert page.locator("figure svg").count() == 26
         assert said == []
         assert page.title() == "synthetic: minitron report"  # and not what a model wrote
 

@@ -12,6 +12,7 @@ import pytest
 
 from minitron_nemo.arch import Plan
 from minitron_nemo.cli import main
+from minitron_nemo.data.choices import Choices
 from minitron_nemo.errors import UserError
 from minitron_nemo.importance.scores import Scores
 from minitron_nemo.models.branches import Branch
@@ -29,6 +30,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(run: Path) -> str:
     return html(write_report(run))
+
+
+def part_of_a_run(directory: Path, *kept: str) -> Path:
+    """Of the run of `write_run` only these, so that few charts are drawn."""
+    run = write_run(directory)
+    for path in run.iterdir():
+        if path.name not in ("status.json", "recipe.yaml", *kept):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return run
 
 
 def records(run: Path, name: str) -> list[dict]:
@@ -66,6 +76,7 @@ def test_the_curves_are_those_of_the_metrics(run: Path, page: str) -> None:
         ("What is minimised", "logits", "train/logits"),
         ("Cross-entropy", "training", "train/ce"),
         ("Learning rate", "learning rate", "train/lr"),
+        ("Gradient norm", "gradient norm", "train/grad_norm"),
         ("Throughput", "throughput", "speed/tokens_per_second"),
     ):
         expected = [f"{label} after {each['data/tokens']:,.0f} tokens: {each[key]:.6g}" for each in reports]
@@ -179,9 +190,120 @@ def test_training_from_scratch_is_compared_by_tokens(tmp_path: Path) -> None:
     said = sentences(html(write_report(run)), "training")
     words = "2.4000 nats per token after 3,000 tokens; training from scratch needed 9,000, 3 times as many"
     assert any(words in each for each in said)
-    losses("scratch-any", {30: 3.0, 60: 2.6})
+    losses("scratch-any", {30: 3.0, 60: 2.6})  # distillation was below that after its second validation
     said = sentences(html(write_report(run)), "training")
-    assert any("did not within 6,000 tokens, where its best was 2.6000" in each for each in said)
+    words = "2.6000 nats per token after 2,000 tokens; training from scratch needed 6,000, 3 times as many."
+    assert any(f"{words} The 2.4000 that distillation ended with" in each for each in said)
+
+
+def test_the_training_of_another_run_is_drawn_beside_this_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, other = (part_of_a_run(tmp_path / name, "training") for name in ("run", "other"))
+    shutil.rmtree(run / "training" / "scratch-any")
+    assert "needed" not in " ".join(sentences(html(write_report(run)), "training"))
+    assert main(["report", str(run), "--baseline", str(other)]) == 0
+    page = html(run / "report.html")
+    marks = charts(page, "training")["Held-out loss, distilled and baseline"]
+    for label, directory in (("distilled", run), ("baseline", other)):
+        expected = [
+            f"{label} after {16384 * each['iteration']:,} tokens: {each['validation/loss']:.6g} ± 0.04"
+            for each in records(directory, "distilled")
+            if "validation/loss" in each
+        ]
+        assert [said for said in marks if said.startswith(label)] == expected
+    assert "; the baseline needed 983,040, 1 times as many." in " ".join(sentences(page, "training"))
+    for path in other.glob("training/*/metrics.jsonl"):
+        path.write_text(json.dumps({"iteration": 1, "train/loss": 3.0, "data/tokens": 10}) + "\n")
+    capsys.readouterr()
+    assert main(["report", str(run), "--baseline", str(other)]) == 2
+    assert f"--baseline {other}: no training in it has held-out losses" in capsys.readouterr().err
+
+
+def test_tasks_positions_and_generation_are_those_of_the_evaluation(run: Path, page: str) -> None:
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    marks = charts(page, "behaviour")
+    assert marks["Divergence by position"] == [
+        f"{name}, tokens {64 * part} to {64 * part + 63}: {evaluation[name]['kl_by_position'][part]['kl']:.6g} ± 0.01"
+        for name in ("source", "pruned", "distilled")  # the teacher's from itself is nothing
+        for part in range(4)
+    ]
+    assert marks["Tasks"][:2] == ["source, hellaswag, acc: 0.46489 ± 0.0123", "source, lambada_openai, acc: 0.6 ± 0.02"]
+    assert marks["Speed of generation"][-1] == "distilled, batch of 16: 381.4 tokens/s"
+    tables = rows(page, "behaviour", "Tasks") | rows(page, "behaviour", "Generation")
+    assert tables["hellaswag, acc"] == ["0.4649± 0.012", "0.4829± 0.012", "0.4013± 0.012", "0.4436± 0.012"]
+    assert tables["lambada_openai, perplexity"][3] == "14.26± 0.5"
+    assert tables["batch of 4, tokens/s"][0] == "125.8" and tables["batch of 16, peak memory"][0] == "32.0\xa0GB"
+
+
+def test_what_was_not_measured_of_the_behaviour_is_left_out(tmp_path: Path) -> None:
+    run = part_of_a_run(tmp_path / "run", "evaluation.json")
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    for model in evaluation.values():
+        for key in ("generation", "kl_by_position"):
+            del model[key]
+    write_json(run / "evaluation.json", evaluation)
+    page = html(write_report(run))
+    assert 'id="behaviour"' not in page and "#behaviour" not in page
+    evaluation["pruned"]["generation"] = [{"batch_size": 2, "tokens_per_second": 9.0, "peak_memory_bytes": None}]
+    write_json(run / "evaluation.json", evaluation)
+    page = html(write_report(run))
+    assert rows(page, "behaviour") == {"batch of 2, tokens/s": ["9.0"]}
+    assert charts(page, "behaviour") == {}
+    write_json(run / "tasks.json", {})
+    with pytest.raises(UserError, match="not a file of measured tasks"):
+        write_report(run)
+
+
+def test_the_facts_of_the_trainings_are_those_of_the_metrics(run: Path, page: str) -> None:
+    found = rows(page, "training")
+    reports = [each for each in records(run, "distilled") if "train/loss" in each]
+    assert found["tokens"] == ["197\xa0k", "983\xa0k", "1.97\xa0M"]
+    assert found["loss, last report"][1] == f"{reports[-1]['train/loss']:.4f}"
+    speeds = [each["speed/tokens_per_second"] for each in reports]
+    assert found["tokens/s, median"][1] == f"{np.median(speeds):,.0f}"
+    lowest = min(each["validation/loss"] for each in records(run, "distilled") if "validation/loss" in each)
+    assert found["held-out loss, lowest"][1] == f"{lowest:.4f}"
+    assert found["peak memory of a GPU"] == ["32.1\xa0GB"] * 3
+
+
+def measure_depth(run: Path, branches: list[set[int]], choices: Choices | None = None) -> None:
+    """Other measurements than those of `write_run`: loss 3 + 0.1 for each layer number that is left out."""
+    scores = DepthScores.load(run / "depth.npz")
+    weights = np.full(len(scores.weights), 100.0)
+    sums = {Branch(each): weights * (3 + 0.1 * sum(each)) for each in branches}
+    DepthScores(scores.architecture, scores.identity, weights, choices, sums).save(run / "depth.npz")
+
+
+def test_layers_that_go_together_are_shown_as_they_were_measured(tmp_path: Path) -> None:
+    run = part_of_a_run(tmp_path / "run", "scores.npz", "pruned", "depth.npz")
+    plan = Plan.load(run / "pruned" / "plan.json")
+    gone = sorted(set(range(12)) - set(plan.kept_layers))
+    first = charts(html(write_report(run)), "importance")
+    assert [said.partition(":")[0] for said in first["Loss as layers go"]] == [
+        "without 0 layers, no layer the last",
+        *(f"without {count} layers, {gone[count - 1]} the last" for count in (1, 2, 3)),
+    ]
+    assert len(first["Block Influence and loss"]) == 12
+    measure_depth(run, [set(), *({start, start + 1, start + 2} for start in range(10))])
+    found = charts(html(write_report(run)), "importance")
+    assert found["Loss without a block of 3 layers"] == [
+        f"without layers {start} to {start + 2}: {3 + 0.1 * (3 * start + 3):.6g} ± 0" for start in range(10)
+    ]
+    assert "Loss without one layer" not in found and "Loss as layers go" not in found
+    # A task: eight questions of two choices each.
+    choices = Choices(counts=np.array([2] * 8), answers=np.array([0] * 8), characters=np.ones(16, int))
+    measure_depth(run, [set(), {0}, {5}], choices)
+    found = charts(html(write_report(run)), "importance")
+    assert [said.partition(":")[0] for said in found["Accuracy without one layer"]] == [
+        f"without layer {layer} ({'kept' if layer in plan.kept_layers else 'dropped'})" for layer in (0, 5)
+    ]
+    assert "Block Influence and loss" not in found
+
+
+def test_the_headlines_are_those_of_the_evaluation(page: str) -> None:
+    found = re.findall(r"<div><dt>(.*?)</dt><dd>(.*?)</dd></div>", page.partition("</header>")[0])
+    assert [figure for _, figure in found] == ["36%", "52%", "80%", "1.0\xa0×"]
 
 
 def test_a_run_that_has_just_begun_says_what_is_missing(tmp_path: Path) -> None:
@@ -238,7 +360,8 @@ def test_what_models_generate_is_text(page: str) -> None:
 
 def test_the_page_needs_nothing_from_elsewhere(page: str) -> None:
     links = set(re.findall(r'(?:href|src)="([^"]*)"', page)) | set(re.findall(r"url\(([^)]*)\)", page))
-    assert links == {"data:,"}
+    assert {link for link in links if not link.startswith("#")} == {"data:,"}
+    assert {link[1:] for link in links if link.startswith("#")} <= set(re.findall(r'id="(\w+)"', page))
     assert "default-src 'none'" in page
 
 
