@@ -33,7 +33,7 @@ from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.pruning.calibrate import measure, open_calibration
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
-# Of the quickstart's source, on one process: updates of 512 tokens.
+# Of the quickstart's source on one process, in updates of 512 tokens; and the shapes that it is cut to.
 DISTILLATION = (
     "train.global_batch_size=2",
     "train.micro_batch_size=2",
@@ -43,6 +43,21 @@ DISTILLATION = (
     "train.save_interval=10",
     "parallel.pipeline_model_parallel_size=1",
 )
+# hidden_size, ffn_hidden_size, num_layers; the shares are of the parameters without embeddings.
+SHAPES: dict[str, tuple[int, int, int]] = {
+    "ffn 2/3": (576, 853, 30),
+    "hidden 2/3": (384, 1536, 30),
+    "mixed 1/2": (432, 853, 30),
+    "depth 2/3": (576, 1536, 20),
+    "mixed 2/3": (504, 1048, 30),
+    "ffn 1/2": (576, 512, 30),
+    "hidden 1/2": (288, 1536, 30),
+    "depth 1/2": (576, 1536, 15),
+    "ffn 960": (576, 960, 30),
+    "hidden 432": (432, 1536, 30),
+}
+UNREPAIRED = ("prune.repair.norm_scale=false", "prune.repair.ffn=false", "prune.repair.hidden=false")
+ACTIVATION = ("prune.ffn_score=activation", "prune.hidden_score=activation")
 
 
 @dataclass(frozen=True)
