@@ -37,7 +37,7 @@ class Synthetic:
 
 def judged(own: dict[int, Array], other: dict[int, Array], said: str | None) -> tuple[str, Difference]:
     claim = Claim("a claim", "a paper", (Comparison(OWN, OTHER, said),))
-    (row,) = rows(claim, "a model", Synthetic({OWN: own, OTHER: other}), seeds=3)
+    (row,) = rows(1, claim, "a model", Synthetic({OWN: own, OTHER: other}), seeds=3)
     return row.verdict, row.difference
 
 
@@ -99,7 +99,7 @@ def test_an_arm_without_seeds_is_compared_with_every_seed() -> None:
     losses = documents(np.random.default_rng(5))
     claim = Claim("a claim", "a paper", (Comparison(plain, drawn, LOWER),))
     measured = Synthetic({plain: {0: losses[0] - 1.0}, drawn: losses})
-    (row,) = rows(claim, "a model", measured, seeds=3)
+    (row,) = rows(1, claim, "a model", measured, seeds=3)
     assert len(row.difference.seeds) == 3
     assert row.verdict == AGREES
 
@@ -109,10 +109,10 @@ def test_tables_have_every_measured_comparison() -> None:
     compared = [comparison for claim in listed for comparison in claim.comparisons]
     losses = documents(np.random.default_rng(6))
     measured = Synthetic(dict.fromkeys([arm for pair in compared for arm in (pair.own, pair.other)], losses))
-    found = [row for claim in listed for row in rows(claim, "a model", measured, seeds=3)]
-    assert len(details(listed, found).splitlines()) == 2 + len(compared)
+    found = [row for number, claim in enumerate(listed, 1) for row in rows(number, claim, "a model", measured, seeds=3)]
+    assert len(details(found).splitlines()) == 2 + len(compared)
     assert len(summary(listed, found).splitlines()) == 2 + len(listed)
-    assert "not measured" in summary(listed, [row for row in found if row.comparison not in listed[0].comparisons])
+    assert "not measured" in summary(listed, [row for row in found if row.number != 1])
 
 
 def test_tokens_are_read_off_the_line_between_points() -> None:

@@ -50,6 +50,10 @@ class Arm:
         return self.cut if self.training is None else f"{self.cut}, {self.training}"
 
     @property
+    def shown(self) -> str:
+        return self.name if self.training else f"{self.cut}, untrained"
+
+    @property
     def drawn(self) -> bool:
         """Whether there is another student for every seed."""
         return self.cut in (RANDOM, SCRATCH)

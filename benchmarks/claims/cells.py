@@ -37,8 +37,8 @@ class Claims(Bench):
         self.measure_trained(cell, student, teacher, *arm.training_overrides(self.setting, layers))
 
     def by_seed(self, arm: Arm, seeds: int) -> dict[int, Array]:
-        """Losses of the seeds that have been measured; where no seed has a bearing on them, the one counts for all."""
-        found = {seed: self.losses(arm.cell(self.setting, seed).file) for seed in range(seeds)}
+        """Losses of the seeds that have been measured: of seed 0 alone where seeds have no bearing on them."""
+        found = {seed: self.losses(arm.cell(self.setting, seed).file) for seed in range(seeds if arm.seeded else 1)}
         return {seed: losses for seed, losses in found.items() if losses is not None}
 
     def student(self, arm: Arm, seed: int) -> Path:

@@ -44,7 +44,7 @@ def write_page(benches: Sequence[Claims], seeds: int, directory: Path) -> None:
         title = f"Differences: {bench.setting.title}"
         pictures.save(pictures.forest(title, found[bench.setting.name]), directory / f"{name}.svg")
         parts += [f"![{title}, with two standard errors over documents on either side]({name}.svg)", ""]
-    parts += ["## Comparison by comparison\n", details(listed, everything), ""]
+    parts += ["## Comparison by comparison\n", details(everything), ""]
     parts += [*_tokens(benches, seeds, directory), *_aggregations(benches)]
     for bench in benches:
         parts += _losses(bench, seeds)
@@ -52,7 +52,8 @@ def write_page(benches: Sequence[Claims], seeds: int, directory: Path) -> None:
 
 
 def _rows(bench: Claims, seeds: int) -> list[Row]:
-    return [row for claim in claims(bench.setting) for row in rows(claim, bench.setting.title, bench, seeds)]
+    listed = enumerate(claims(bench.setting), start=1)
+    return [row for number, claim in listed for row in rows(number, claim, bench.setting.title, bench, seeds)]
 
 
 def _tokens(benches: Sequence[Claims], seeds: int, directory: Path) -> list[str]:
@@ -113,13 +114,12 @@ def _losses(bench: Claims, seeds: int) -> list[str]:
         "| shape | hidden, FFN, layers | parameters | without embeddings | arm | loss, seed by seed |",
         "|---|---|---|---|---|---|",
     ]
-    for arm in arms(claims(setting)):
+    for arm in sorted(arms(claims(setting)), key=lambda arm: (list(setting.shapes).index(arm.shape), arm.name)):
         losses = bench.by_seed(arm, seeds)
         if losses:
             size = bench.target(arm)
             counts = f"{parameters(size) / 1e6:.2f} M | {non_embedding_parameters(size) / 1e6:.2f} M"
             shape = ", ".join(map(str, setting.shapes[arm.shape]))
             values = ", ".join(f"{losses[seed].mean():.3f}" for seed in sorted(losses))
-            before = "" if arm.training else ", before any training"
-            lines.append(f"| {arm.shape} | {shape} | {counts} | {arm.name}{before} | {values} |")
+            lines.append(f"| {arm.shape} | {shape} | {counts} | {arm.shown} | {values} |")
     return [*lines, ""]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.claims.arms import PAPERS, Arm
 from benchmarks.claims.tables import AGREES, CONTRADICTS, Row
 from minitron_nemo.checkpoint.files import write_atomic
 from minitron_nemo.report.charts import Chart, Series, colours, curves, draw, error_bars, interval
@@ -25,37 +26,43 @@ def save(chart: Chart, path: Path) -> None:
 
 
 def forest(title: str, found: Sequence[Row]) -> Chart:
-    """Every difference with two standard errors on either side; on the left what is named first has the lower loss."""
+    """Every difference with two standard errors on either side: left of 0 what is named first has the lower loss."""
     points = []
-    for number, row in enumerate(found, start=1):
+    for row in found:
+        own, other, difference = row.comparison.own, row.comparison.other, row.difference
         verdict = row.verdict if row.verdict in (AGREES, CONTRADICTS) else OTHER
-        own, other = row.comparison.own, row.comparison.other
-        label = f"{number}. {_short(own.name)} − {_short(other.name)}"
         points.append(
             {
-                "x": row.difference.mean,
-                "y": label,
+                "x": difference.mean,
+                "y": f"{row.number}{row.letter} {_named(own, other)}",
                 "series": verdict,
-                "says": f"{own.shape}, {own.name} minus {other.shape}, {other.name}: {row.difference}, {row.verdict}",
-                **interval(row.difference.mean, 2 * row.difference.error),
+                "says": f"{own.shape}: {own.shown} minus {other.shape}: {other.shown}: {difference}, {row.verdict}",
+                **interval(difference.mean, 2 * difference.error),
             }
         )
+    scale = {"type": "symlog", "constant": 0.02}  # differences of 0.01 and of 2 nats in one picture
+    ticks = {"values": [-3, -1, -0.3, -0.1, -0.03, 0, 0.03, 0.1, 0.3, 1, 3]}
+    x = {"field": "x", "type": "quantitative", "title": "difference, nats per token", "scale": scale, "axis": ticks}
     shared = {
-        "x": {"field": "x", "type": "quantitative", "title": "difference, nats per token"},
-        "y": {"field": "y", "type": "nominal", "title": None, "sort": None, "axis": {"labelLimit": 190}},
+        "x": x,
+        "y": {"field": "y", "type": "nominal", "title": None, "sort": None, "axis": {"labelLimit": 200}},
         "color": colours((AGREES, CONTRADICTS, OTHER)),
     }
-    zero = {"data": {"values": [{"x": 0}]}, "mark": "rule", "encoding": {"x": {"field": "x", "type": "quantitative"}}}
     marks = {
         "data": {"values": points},
         "mark": {"type": "point", "size": 35},
         "encoding": {**shared, "description": {"field": "says"}},
     }
+    zero = {"data": {"values": [{"x": 0}]}, "mark": "rule", "encoding": {"x": x}}
     return draw(title, "", [zero, *error_bars(points, shared, "x"), marks], height=60 + 17 * len(points))
 
 
-def _short(name: str) -> str:
-    return name.replace("(l2, mean), ", "").replace("dynamic alpha", "dynamic")
+def _named(own: Arm, other: Arm) -> str:
+    """What the two differ in."""
+    if own.shape != other.shape:
+        return f"{own.shape} − {other.shape}"
+    names = (arm.training if arm.cut == PAPERS and arm.training else arm.name for arm in (own, other))
+    return " − ".join(name.replace("dynamic alpha", "dynamic").replace("KD + hidden", "hidden") for name in names)
 
 
 def learning(scratch: Mapping[str, Sequence[tuple[float, float]]], levels: Mapping[str, float]) -> Chart:

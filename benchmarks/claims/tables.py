@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from string import ascii_lowercase
 from typing import Protocol
 
 from benchmarks.bench import differences, standard_error
@@ -66,9 +67,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Row:
-    """A comparison as one model has it."""
+    """A comparison of claim `number` as one model has it; `letter` is its place among the claim's."""
 
     model: str
+    number: int
+    letter: str
     comparison: Comparison
     difference: Difference
 
@@ -77,13 +80,13 @@ class Row:
         return self.difference.verdict(self.comparison.said)
 
 
-def rows(claim: Claim, model: str, measured: Measured, seeds: int) -> Iterator[Row]:
+def rows(number: int, claim: Claim, model: str, measured: Measured, seeds: int) -> Iterator[Row]:
     """What has been measured of a claim."""
-    for comparison in claim.comparisons:
+    for letter, comparison in zip(ascii_lowercase, claim.comparisons, strict=False):
         own, other = measured.by_seed(comparison.own, seeds), measured.by_seed(comparison.other, seeds)
         difference = Difference.of(_for_seeds(own, comparison.own, other), _for_seeds(other, comparison.other, own))
         if difference is not None:
-            yield Row(model, comparison, difference)
+            yield Row(model, number, letter, comparison, difference)
 
 
 def _for_seeds(losses: Losses, arm: Arm, others: Losses) -> Losses:
@@ -96,13 +99,9 @@ def summary(listed: Sequence[Claim], found: Sequence[Row]) -> str:
     models = list(dict.fromkeys(row.model for row in found))
     lines = [f"| | the papers | where | {' | '.join(models)} |", "|---|---|---|" + "---|" * len(models)]
     for number, claim in enumerate(listed, start=1):
-        counts = [_counted([row for row in found if row.model == model and _of(row, claim)]) for model in models]
+        counts = [_counted([row for row in found if (row.model, row.number) == (model, number)]) for model in models]
         lines.append(f"| {number} | {claim.statement} | {claim.source} | {' | '.join(counts)} |")
     return "\n".join(lines)
-
-
-def _of(row: Row, claim: Claim) -> bool:
-    return row.comparison in claim.comparisons
 
 
 def _counted(found: Sequence[Row]) -> str:
@@ -114,18 +113,20 @@ def _counted(found: Sequence[Row]) -> str:
     return ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts))
 
 
-def details(listed: Sequence[Claim], found: Sequence[Row]) -> str:
+def details(found: Sequence[Row]) -> str:
     """Every comparison that has been measured, claim by claim."""
-    columns = "| | model | loss of | minus that of | the papers | difference | seed by seed | |"
-    lines = [columns, "|---|---|---|---|---|---|---|---|"]
-    for number, claim in enumerate(listed, start=1):
-        for row in (row for row in found if _of(row, claim)):
-            own, other = row.comparison.own, row.comparison.other
-            place = own.shape if own.shape == other.shape else ""
-            ours, theirs = (arm.name if place else f"{arm.shape}: {arm.name}" for arm in (own, other))
-            seeds = ", ".join(f"{seed:+.3f}" for seed in row.difference.seeds) if own.seeded or other.seeded else ""
-            cells = (f"{place}: {ours}" if place else ours, theirs, row.comparison.said or "", str(row.difference))
-            lines.append(f"| {number} | {row.model} | {' | '.join(cells)} | {seeds} | {row.verdict} |")
+    lines = [
+        "| | model | loss of | minus that of | papers | difference | seed by seed | |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(found, key=lambda row: (row.number, row.letter)):
+        own, other = row.comparison.own, row.comparison.other
+        theirs = other.shown if own.shape == other.shape else f"{other.shape}: {other.shown}"
+        seeds = ", ".join(f"{seed:+.3f}" for seed in row.difference.seeds) if own.seeded or other.seeded else ""
+        arms = f"{own.shape}: {own.shown} | {theirs} | {row.comparison.said or ''}"
+        lines.append(
+            f"| {row.number}{row.letter} | {row.model} | {arms} | {row.difference} | {seeds} | {row.verdict} |"
+        )
     return "\n".join(lines)
 
 
