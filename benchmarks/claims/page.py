@@ -43,7 +43,8 @@ def write_page(benches: Sequence[Claims], seeds: int, directory: Path) -> None:
         name = f"{NAME}_{bench.setting.name}"
         title = f"Differences: {bench.setting.title}"
         pictures.save(pictures.forest(title, found[bench.setting.name]), directory / f"{name}.svg")
-        parts += [f"![{title}, with two standard errors over documents on either side]({name}.svg)", ""]
+        says = "two standard errors over documents on either side; open is what is not resolved"
+        parts += [f"![{title}; {says}]({name}.svg)", ""]
     parts += ["## Comparison by comparison\n", details(everything), ""]
     parts += [*_tokens(benches, seeds, directory), *_aggregations(benches)]
     for bench in benches:

@@ -17,7 +17,7 @@ svg { font: 11px system-ui, sans-serif; --text: #1b2430; --muted: #5a6675; --gri
 @media (prefers-color-scheme: dark) { svg { --text: #e4e9ee; --muted: #9daab8; --grid: #27303a; --axis: #566271;
   --series-1: #5cadee; --series-2: #f39a4a; --series-3: #5fca97; --series-4: #c793e6; } }
 </style>"""
-OTHER = "not resolved, or not said"
+OPEN = "open"  # not resolved, or the papers do not say
 
 
 def save(chart: Chart, path: Path) -> None:
@@ -30,7 +30,7 @@ def forest(title: str, found: Sequence[Row]) -> Chart:
     points = []
     for row in found:
         own, other, difference = row.comparison.own, row.comparison.other, row.difference
-        verdict = row.verdict if row.verdict in (AGREES, CONTRADICTS) else OTHER
+        verdict = row.verdict if row.verdict in (AGREES, CONTRADICTS) else OPEN
         points.append(
             {
                 "x": difference.mean,
@@ -46,7 +46,7 @@ def forest(title: str, found: Sequence[Row]) -> Chart:
     shared = {
         "x": x,
         "y": {"field": "y", "type": "nominal", "title": None, "sort": None, "axis": {"labelLimit": 200}},
-        "color": colours((AGREES, CONTRADICTS, OTHER)),
+        "color": colours((AGREES, CONTRADICTS, OPEN)),
     }
     marks = {
         "data": {"values": points},
@@ -62,7 +62,7 @@ def _named(own: Arm, other: Arm) -> str:
     if own.shape != other.shape:
         return f"{own.shape} − {other.shape}"
     names = (arm.training if arm.cut == PAPERS and arm.training else arm.name for arm in (own, other))
-    return " − ".join(name.replace("dynamic alpha", "dynamic").replace("KD + hidden", "hidden") for name in names)
+    return " − ".join(name.replace("KD + hidden, ", "").replace("random ", "") for name in names)
 
 
 def learning(scratch: Mapping[str, Sequence[tuple[float, float]]], levels: Mapping[str, float]) -> Chart:
