@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +15,8 @@ from benchmarks.claims.arms import CE, KD, PAPERS, RANDOM, SCRATCH, Arm
 from benchmarks.claims.cells import Claims
 from benchmarks.claims.claims import LEVEL, LOWER, Claim, Comparison, claims
 from benchmarks.claims.models import SETTINGS, SMALL
+from benchmarks.claims.page import write_page
+from benchmarks.claims.small import TEACHER
 from benchmarks.claims.tables import AGREES, CONTRADICTS, UNRESOLVED, Difference, details, reached, rows, summary
 from minitron_nemo.arch import Architecture
 from minitron_nemo.arch.counts import non_embedding_parameters
@@ -133,6 +138,35 @@ def test_width_and_depth_are_compared_at_equal_parameters() -> None:
 
 def architecture(hidden: int, ffn: int, layers: int, heads: int, groups: int, channels: int, rows: int) -> Architecture:
     return Architecture(layers, hidden, ffn, heads, groups, channels, rows, 512)
+
+
+def test_a_page_is_made_of_cells_alone(tmp_path: Path) -> None:
+    """Distilled students 0.1 below those of cross-entropy, and nothing else measured, on one of the models."""
+    bench = Claims(SMALL, tmp_path / "base", tmp_path / "place")
+    bench.teacher.mkdir(parents=True)
+    TEACHER.save(bench.teacher)
+    other = np.random.default_rng(7).normal(5.0, 1.0, SMALL.documents)
+    points = [[1000.0, 7.0], [2000.0, other.mean() - 0.2]]
+    for file in (tmp_path / "base" / "curve.json", tmp_path / "place" / "curve.json"):
+        file.write_text(json.dumps(points))
+    cells = {"teacher.json": other - 0.5, OWN.cell(SMALL, 0).file: other - 0.1, OTHER.cell(SMALL, 0).file: other}
+    for name, losses in cells.items():
+        content = {"settings": bench.settings(), "losses": losses.tolist()}
+        (tmp_path / "place" / name).write_text(json.dumps(content))
+    write_page([bench, Claims(SETTINGS["smollm2"], tmp_path / "none", tmp_path / "other")], 3, tmp_path)
+    page = (tmp_path / "claims_tables.md").read_text()
+    assert (
+        "| 1a | small, 3.1 M | width 1/2: (l2, mean), KD | (l2, mean), CE | lower | -0.100 ± 0.000 | -0.100 | agrees |"
+        in page
+    )
+    assert page.count("not measured") == len(claims(SMALL)) - 1
+    pictures = re.findall(r"\((\w+\.svg)\)", page)
+    assert len(pictures) == 2
+    for picture in pictures:
+        drawing = ElementTree.fromstring((tmp_path / picture).read_text())
+        used = set(re.findall(r"var\((--[\w-]+)\)", (tmp_path / picture).read_text()))
+        style = drawing.find("{http://www.w3.org/2000/svg}style").text
+        assert used <= set(re.findall(r"(--[\w-]+):", style))
 
 
 @pytest.mark.slow

@@ -35,6 +35,8 @@ Written by `python -m benchmarks.claims` from its cells. [What they mean, and by
 def write_page(benches: Sequence[Claims], seeds: int, directory: Path) -> None:
     """`claims_tables.md` and its pictures, of the models whose teacher has been measured."""
     benches = [bench for bench in benches if bench.losses("teacher.json") is not None]
+    if not benches:
+        raise SystemExit("nothing has been measured yet; leave out --tables-only, or give another --place")
     found = {bench.setting.name: _rows(bench, seeds) for bench in benches}
     listed = max((claims(bench.setting) for bench in benches), key=len)
     everything = [row for each in found.values() for row in each]
