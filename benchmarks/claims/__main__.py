@@ -5,7 +5,8 @@
 
 Cells (shape, cut, training, seed) are measured one after the other: all of a model's first seed, then of the second.
 What is there is not measured again, so a killed run goes on where it was. At the end, or at once with --tables-only,
-the page of tables and its pictures are written from the cells. The small model's teacher is trained first, if it is not
+the page of tables and its pictures are written from the cells. A cell does not say by which rates it was trained: who
+changes `models.py` or `arms.py` takes another --place. The small model's teacher is trained first, if it is not
 there; SmolLM2's is the quickstart's source, not corrected.
 """
 
