@@ -74,6 +74,14 @@ def test_an_absent_difference_is_not_resolved_and_is_level() -> None:
     assert judged(shifted(other, 0.0, 0.0, 0.0), other, None)[0].endswith(UNRESOLVED)
 
 
+def test_a_difference_that_nobody_would_see_is_not_resolved() -> None:
+    other = documents(np.random.default_rng(8))
+    for shift, verdict in ((0.001, UNRESOLVED), (0.003, AGREES)):
+        found, difference = judged({seed: losses - shift for seed, losses in other.items()}, other, LOWER)
+        assert difference.error < 1e-6
+        assert found == verdict
+
+
 def test_seeds_of_different_signs_resolve_nothing() -> None:
     other = documents(np.random.default_rng(2))
     found, difference = judged(shifted(other, -0.2, -0.2, 0.05), other, LOWER)

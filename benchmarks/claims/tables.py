@@ -1,7 +1,7 @@
 """Comparisons judged by one rule, as markdown.
 
 A difference is paired: by document, and by seed, which is an order of the text. It is resolved where its mean over
-documents, seeds averaged before, is two standard errors over documents or more from 0 and all seeds have its sign.
+documents, seeds averaged before, is FLOOR and two standard errors over documents from 0 and all seeds have its sign.
 Where the papers say that nothing is gained, two standard errors around it must lie within MARGIN to agree.
 """
 
@@ -18,7 +18,7 @@ from benchmarks.claims.claims import HIGHER, LEVEL, LOWER, Claim, Comparison
 from minitron_nemo.importance.scores import Array
 
 AGREES, CONTRADICTS, UNRESOLVED, NOT_SAID = "agrees", "does not", "not resolved", "papers do not say"
-MARGIN = 0.02  # nats
+MARGIN, FLOOR = 0.02, 0.002  # nats
 Losses = Mapping[int, Array]  # by seed: of every document
 
 
@@ -47,7 +47,7 @@ class Difference:
 
     @property
     def resolved(self) -> bool:
-        return abs(self.mean) >= 2 * self.error and len({seed > 0 for seed in self.seeds}) == 1
+        return abs(self.mean) >= max(2 * self.error, FLOOR) and len({seed > 0 for seed in self.seeds}) == 1
 
     def verdict(self, said: str | None) -> str:
         if said is None:
