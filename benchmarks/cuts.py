@@ -16,63 +16,22 @@ sample and one model, so they say nothing about others.
 from __future__ import annotations
 
 import argparse
-import gc
-import json
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
-from math import sqrt
 from pathlib import Path
 
-import numpy as np
-import torch
+from bench import ACTIVATION, DISTILLATION, SHAPES, UNREPAIRED, Bench, Cell, paired, slug
 from rankings import drawn, magnitudes, ranked
 
 from minitron_nemo.arch import Architecture
 from minitron_nemo.arch.counts import non_embedding_parameters, parameters
 from minitron_nemo.arch.plan import FILE_NAME, Plan
-from minitron_nemo.checkpoint.files import write_atomic
-from minitron_nemo.config import Recipe, load_recipe
-from minitron_nemo.data.dataset import open_heldout
-from minitron_nemo.data.sampler import Microbatch
-from minitron_nemo.distillation.train import train
-from minitron_nemo.evaluation.documents import document_sums, share
 from minitron_nemo.importance.scores import Array, Scores
-from minitron_nemo.models.build import Model, build_model
-from minitron_nemo.models.checkpoint import load_model
 from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
-from minitron_nemo.pruning.calibrate import measure, open_calibration
 from minitron_nemo.pruning.plan import make_plan
 from minitron_nemo.pruning.prune import prune
 from minitron_nemo.pruning.repair import fits, repair_plan
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
-DISTILLATION = (
-    "train.global_batch_size=2",
-    "train.micro_batch_size=2",
-    "train.lr=2e-4",
-    "train.min_lr=2e-5",
-    "train.log_interval=10",
-    "train.save_interval=10",
-    "parallel.pipeline_model_parallel_size=1",
-)
-# hidden_size, ffn_hidden_size, num_layers; the shares are of the parameters without embeddings.
-SHAPES: dict[str, tuple[int, int, int]] = {
-    "ffn 2/3": (576, 853, 30),
-    "hidden 2/3": (384, 1536, 30),
-    "mixed 1/2": (432, 853, 30),
-    "depth 2/3": (576, 1536, 20),
-    "mixed 2/3": (504, 1048, 30),
-    "ffn 1/2": (576, 512, 30),
-    "hidden 1/2": (288, 1536, 30),
-    "depth 1/2": (576, 1536, 15),
-    "ffn 960": (576, 960, 30),
-    "hidden 432": (432, 1536, 30),
-}
-UNREPAIRED = ("prune.repair.norm_scale=false", "prune.repair.ffn=false", "prune.repair.hidden=false")
-ACTIVATION = ("prune.ffn_score=activation", "prune.hidden_score=activation")
 REPAIRED = ("prune.repair.norm_scale=true", "prune.repair.ffn=true", "prune.repair.hidden=true")
 OURS, PAPERS = "ours", "(l2, mean)"
 ARMS: dict[str, tuple[str, ...]] = {
@@ -87,79 +46,22 @@ ARMS: dict[str, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One measurement; `steps` is 0 before any distillation."""
-
-    shape: str
-    arm: str
-    seed: int
-    steps: int
-
-    @property
-    def file(self) -> str:
-        return f"{slug(self.shape)}.{slug(self.arm)}.{self.seed}.{self.steps}.json"
-
-
-class Bench:
-    """The measurements of one base run; its model, scores and documents are opened when they are first needed."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.teacher, self.data = options.base / "teacher", options.base / "data"
-        self.place = options.place or options.base.with_name(options.base.name + "_cuts")
-        self.samples, self.documents = options.samples, options.documents
-        self.place.mkdir(parents=True, exist_ok=True)
-
-    def settings(self) -> dict[str, int]:
-        return {"samples": self.samples, "documents": self.documents}
-
+class Cuts(Bench):
     def student(self, cell: Cell) -> Path:
         """The student before distillation, which only `random` has one of for every seed."""
         seed = cell.seed if cell.arm == "random" else 0
         return self.place / f"{slug(cell.shape)}.{slug(cell.arm)}.{seed}.samples_{self.samples}"
 
-    def losses(self, name: str) -> Array | None:
-        """Loss of every document that a cell's file holds, None where it has not been measured with these settings."""
-        path = self.place / name
-        if not path.exists():
-            return None
-        found = json.loads(path.read_text())
-        return np.array(found["losses"]) if found["settings"] == self.settings() else None
-
-    def measure(self, name: str, directory: Path) -> None:
-        if self.losses(name) is None:
-            losses = document_losses(load(directory), self.batches, self.documents)
-            write_atomic(self.place / name, json.dumps({"settings": self.settings(), "losses": losses.tolist()}))
-            print(f"{name}: {losses.mean():.3f}", flush=True)
-
     def run(self, cell: Cell) -> None:
         if self.losses(cell.file) is not None:
             return
-        student, training = self.student(cell), self.place / "training" / cell.file
+        student = self.student(cell)
         if not student.exists():
             self.cut(cell, student)
-        if not cell.steps:
+        if cell.steps:
+            self.measure_trained(cell, student, self.teacher)
+        else:
             self.measure(cell.file, student)
-            return
-        if not (training / "distilled").exists():
-            self.distil(cell, student, training)
-        self.measure(cell.file, training / "distilled")
-        shutil.rmtree(training)
-
-    def distil(self, cell: Cell, student: Path, place: Path) -> None:
-        place.mkdir(parents=True, exist_ok=True)
-        outcome = train(
-            self.recipe(*DISTILLATION, f"train.steps={cell.steps}", f"data.seed={1000 + cell.seed}"),
-            student_dir=student,
-            teacher_dir=self.teacher,
-            prepared=self.data,
-            work_dir=place / "checkpoints",
-            output_dir=place / "distilled",
-            run_dir=place,
-        )
-        if outcome == "stopped":
-            raise SystemExit(f"{cell.file}: stopped; start again and it goes on")
-        gc.collect()  # models, optimizers and their hooks refer to each other
 
     def cut(self, cell: Cell, destination: Path) -> None:
         model, batches = self.calibration
@@ -177,38 +79,6 @@ class Bench:
             return ranked(self.scores, *drawn(self.scores.architecture, cell.seed))
         return ranked(self.scores, *magnitudes(self.teacher)) if cell.arm == "magnitude" else self.scores
 
-    def recipe(self, *overrides: str) -> Recipe:
-        sizes = (f"prune.calibration.samples={self.samples}", f"prune.repair.samples={self.samples}")
-        return load_recipe(RECIPE, ("prune.calibration.micro_batch_size=4", *sizes, *overrides))
-
-    @cached_property
-    def calibration(self) -> tuple[Model, list[Microbatch]]:
-        return open_calibration(self.teacher, self.data, self.recipe(), Layout(), self.samples)[:2]
-
-    @cached_property
-    def scores(self) -> Scores:
-        path = self.place / f"scores_{self.samples}.npz"
-        if not path.exists():
-            measure(*self.calibration, model_fingerprint="", data_fingerprint="", settings={}).save(path)
-        return Scores.load(path)
-
-    @cached_property
-    def batches(self) -> list[Microbatch]:
-        data = self.recipe().data
-        return share(open_heldout(self.data, data.sequence_length, self.documents, data.separator_weight), 4)
-
-
-def load(directory: Path) -> Model:
-    model = build_model(Architecture.load(directory), Layout(), dtype=torch.bfloat16)
-    load_model(model, directory)
-    return model
-
-
-def document_losses(model: Model, batches: list[Microbatch], documents: int) -> Array:
-    sums = document_sums(model, None, batches, documents)
-    losses: Array = sums.ce / sums.weight
-    return losses
-
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
     """What is asked for, in the order in which it is measured."""
@@ -220,7 +90,7 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
                         yield Cell(shape, arm, seed, steps)
 
 
-def tables(bench: Bench, options: argparse.Namespace) -> str:
+def tables(bench: Cuts, options: argparse.Namespace) -> str:
     """Markdown: per shape and arm, loss minus the teacher's and minus that of the papers' cut, as far as measured."""
     teacher = bench.losses("teacher.json")
     if teacher is None:
@@ -245,17 +115,11 @@ def tables(bench: Bench, options: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def by_seed(bench: Bench, options: argparse.Namespace, shape: str, arm: str, steps: int) -> dict[int, Array]:
+def by_seed(bench: Cuts, options: argparse.Namespace, shape: str, arm: str, steps: int) -> dict[int, Array]:
     """Losses of the seeds that have been measured; where no seed has a bearing on them, the one counts for all."""
     fixed = steps == 0 and arm != "random"
     found = {seed: bench.losses(Cell(shape, arm, 0 if fixed else seed, steps).file) for seed in range(options.seeds)}
     return {seed: losses for seed, losses in found.items() if losses is not None}
-
-
-def paired(own: dict[int, Array], others: dict[int, Array]) -> str:
-    """Mean over documents of the mean over the seeds that both have, with the standard error over documents."""
-    differences = np.mean([own[seed] - others[seed] for seed in own.keys() & others.keys()], axis=0)
-    return f"{differences.mean():+.3f} ± {differences.std(ddof=1) / sqrt(len(differences)):.3f}"
 
 
 def seeds(own: dict[int, Array], others: dict[int, Array]) -> str:
@@ -278,13 +142,10 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def slug(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "_" for letter in name)
-
-
 def main() -> None:
     options = parse()
-    bench = Bench(options)
+    place = options.place or options.base.with_name(options.base.name + "_cuts")
+    bench = Cuts(options.base, place, samples=options.samples, documents=options.documents, overrides=DISTILLATION)
     if not options.measured:
         launch.join_job()
         launch.initialize(Layout(), 0)
