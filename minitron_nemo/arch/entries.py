@@ -23,9 +23,9 @@ class Entries(Sequence[int]):
 
     __slots__ = ("_values",)
 
-    def __init__(self, values: Sequence[int]) -> None:
+    def __init__(self, values: Sequence[int] | NDArray[np.integer]) -> None:
         given = np.asarray(values if len(values) else np.zeros(0, np.int32))
-        if given.ndim != 1 or given.dtype.kind not in "iu" or (given >= 2**31).any():
+        if given.ndim != 1 or given.dtype.kind not in "iu" or (given.astype(np.int32) != given).any():
             raise TypeError(f"{values!r} is no list of whole numbers below 2^31")
         self._values: NDArray[np.int32] = given.astype(np.int32)
 
@@ -56,6 +56,9 @@ class Entries(Sequence[int]):
     def __repr__(self) -> str:
         return repr(tuple(self))
 
+    def tolist(self) -> list[int]:
+        return self._values.tolist()
+
 
 def read_json(text: str) -> Any:
     """What a JSON text says, long lists of whole numbers as Entries. Raises ValueError.
@@ -78,4 +81,4 @@ def read_json(text: str) -> Any:
 
 def write_json(content: Any) -> str:
     """The JSON text of what has Entries in it: they are lists there. One at a time is made of Python's numbers."""
-    return json.dumps(content, default=list)
+    return json.dumps(content, default=Entries.tolist)
