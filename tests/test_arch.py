@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -299,6 +300,41 @@ def test_plan_survives_its_file(tmp_path) -> None:
     )
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
+    assert replace(plan, kept_hidden=(0, 3, 8)) != plan
+
+
+def test_a_plan_of_many_entries_has_them_as_lists_in_its_file(tmp_path) -> None:
+    source = replace(SMALL, ffn_hidden_size=70000)
+    kept = [list(range(layer, 70000, 7)) for layer in range(source.num_layers)]
+    says = '"[' + "1, " * 100 + "]"  # not a list, though it looks like one
+    plan = Plan(
+        source,
+        source.resized({Axis.FFN: 10000}),
+        tuple(range(source.num_layers)),
+        kept_ffn=kept,
+        provenance={"note": says, "entries": 3, "layers": [0, 1]},
+    )
+    plan.save(tmp_path / "plan.json")
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["kept_ffn"] == kept and written["provenance"]["note"] == says
+    read = Plan.load(tmp_path / "plan.json")
+    assert read == plan and read.kept_ffn is not None
+    assert read.kept_ffn[1] == kept[1] and hash(read.kept_ffn[1]) == hash(tuple(kept[1]))
+    assert read.kept(1)[Axis.FFN].tolist() == kept[1]
+    assert 8 in read.kept_ffn[1] and 9 not in read.kept_ffn[1]
+
+
+@pytest.mark.parametrize(
+    "text", ["[0, 1.5, 9]", f"[0, 3, {2**32 + 9}]", f"[0, 3, {2**70}]", "[[0, 3, 9]]", '"0, 3, 9"', "[true, true]"]
+)
+def test_lists_that_are_not_of_entries_are_refused(text: str, tmp_path) -> None:
+    plan = Plan(SMALL, SMALL.resized({Axis.HIDDEN: 3}), tuple(range(SMALL.num_layers)), kept_hidden=(0, 3, 9))
+    plan.save(tmp_path / "plan.json")
+    content = (tmp_path / "plan.json").read_text()
+    assert '"kept_hidden": [0, 3, 9]' in content
+    (tmp_path / "plan.json").write_text(content.replace("[0, 3, 9]", text))
+    with pytest.raises(UserError, match="plan.json"):
+        Plan.load(tmp_path / "plan.json")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ import torch
 from minitron_nemo.arch import Plan
 from minitron_nemo.arch.axes import Indices
 from minitron_nemo.arch.blocks import EMBEDDING
-from minitron_nemo.arch.plan import ADD, MATRICES_NAME, Matrix
+from minitron_nemo.arch.matrix import ADD, Matrix
+from minitron_nemo.arch.plan import MATRICES_NAME
 from minitron_nemo.checkpoint.safetensors_files import StoredTensor, lay_out, read_header
 from minitron_nemo.checkpoint.tensor_io import as_bytes, read_tensor, write_tensor
 from minitron_nemo.errors import UserError

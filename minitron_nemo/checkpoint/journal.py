@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import minitron_nemo
 from minitron_nemo.arch import Plan
-from minitron_nemo.checkpoint import blocks
+from minitron_nemo.checkpoint import blocks, fingerprint
 from minitron_nemo.checkpoint.files import fsync, make_partial, partial_path, write_atomic
 from minitron_nemo.checkpoint.sink import Sink
 from minitron_nemo.checkpoint.source import Source, file_state
@@ -76,10 +76,11 @@ class Journal:
 def _identity(source: Source, plan: Plan, sink: Sink) -> str:
     content: Mapping[str, Any] = {
         "source": file_state(source.path, source.weight_files()),
-        "plan": plan.to_dict(),
+        "plan": plan.to_json(),
         "format": type(sink).__name__,
         "dtypes": {name: str(dtype) for name, dtype in sink.dtypes.items()},
         "blocks": [blocks.BLOCK_BYTES, blocks.PART_BYTES],
+        "hashes": fingerprint.SCHEMA_VERSION,
         "version": minitron_nemo.__version__,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -17,16 +17,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from minitron_nemo.arch import Architecture
 from minitron_nemo.arch.tensors import TensorSpec, table, tensors
@@ -105,6 +95,18 @@ class MegatronSink:
                     yield f"{module}._extra_state/shard_{'.'.join(map(str, place))}_{'.'.join(map(str, stack))}"
 
     def finish(self, source: Source, places: list[Any]) -> None:
+        # As long as a GiB takes to write, and only what ends a checkpoint needs it: sympy comes along.
+        from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+        from torch.distributed.checkpoint.metadata import (
+            BytesStorageMetadata,
+            ChunkStorageMetadata,
+            Metadata,
+            MetadataIndex,
+            StorageMeta,
+            TensorProperties,
+            TensorStorageMetadata,
+        )
+
         specs = {self._key(spec): spec for spec in table(self.architecture)}
         tensors: dict[str, list[ChunkStorageMetadata]] = {key: [] for key in specs}
         metadata: dict[str, Any] = {}

@@ -21,6 +21,7 @@ from minitron_nemo.checkpoint.dense import DenseMaps
 from minitron_nemo.checkpoint.source import Source
 
 BLOCKS_AHEAD = 2  # read while one is written
+CUT_BYTES = 2**20  # whole rows copied before their columns are: what stays in a core's cache
 
 
 class Slicer:
@@ -74,8 +75,8 @@ class Slicer:
         dtype = self.source.dtype(name)
         window = max(1, blocks.BLOCK_BYTES // (prod(width) * dtype.itemsize))
         block = torch.empty((len(wanted), *(width if columns is None else (len(columns),))), dtype=dtype)
-        for position, part in _selected_rows(self.source, name, wanted, window):
-            _take(part, columns, 1, out=block[position : position + len(part)])
+        for position, part, rows in _windows(self.source, name, wanted, window):
+            _cut(part, rows, columns, block[position : position + len(rows)])
         return block
 
 
@@ -90,8 +91,8 @@ def rotated_rows(source: Source, plan: Plan, maps: DenseMaps, chunk: Chunk, colu
     return result
 
 
-def _selected_rows(source: Source, name: str, wanted: Indices, window: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """The `wanted` rows (ascending) of a tensor in parts, each with its position among them.
+def _windows(source: Source, name: str, wanted: Indices, window: int) -> Iterator[tuple[int, torch.Tensor, Indices]]:
+    """The `wanted` rows (ascending) of a tensor: position of the first among them, rows read, which of these they are.
 
     At most `window` rows are read at a time, and no gap longer than that.
     """
@@ -99,9 +100,19 @@ def _selected_rows(source: Source, name: str, wanted: Indices, window: int) -> I
     while position < len(wanted):
         first = int(wanted[position])
         end = int(np.searchsorted(wanted, first + window))
-        last = int(wanted[end - 1])
-        yield position, _take(source.read(name, first, last + 1), wanted[position:end] - first, 0)
+        yield position, source.read(name, first, int(wanted[end - 1]) + 1), wanted[position:end] - first
         position = end
+
+
+def _cut(block: torch.Tensor, rows: Indices, columns: Indices | None, out: torch.Tensor) -> None:
+    """Put some rows of a block, their `columns` alone where given, into `out`."""
+    if columns is None:
+        _take(block, rows, 0, out=out)
+        return
+    step = max(1, CUT_BYTES // (prod(block.shape[1:]) * block.dtype.itemsize))
+    for first in range(0, len(rows), step):
+        some = slice(first, first + step)
+        _take(_take(block, rows[some], 0), columns, 1, out=out[some])
 
 
 def _take(block: torch.Tensor, indices: Indices | None, dim: int, out: torch.Tensor | None = None) -> torch.Tensor:

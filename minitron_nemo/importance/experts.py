@@ -58,17 +58,15 @@ class ExpertHooks:
         # [s(/tp) x b, experts]; under sequence parallelism an expert sees the tokens of all ranks, one after the other
         chosen = gather_from_sequence_parallel_region(output[1], group=self.tp_group)
         mask = self.current.counted.mask  # [b, s]
-        self.weights = mask.t().reshape(-1)  # [s x b]
-        self.sequences = torch.arange(len(mask), device=mask.device).repeat(mask.shape[1])  # [s x b]
-        self.tokens = [column.nonzero().squeeze(1) for column in chosen.unbind(dim=1)]
+        # Of each sequence, its tokens in the order of the experts' rows.
+        members = torch.diag_embed(mask.t()).flatten(0, 1).t()  # [b, s x b]
+        self.sums["routed"] += (members.double() @ chosen.double()).unbind(dim=1)
+        expert, token = chosen.t().nonzero().unbind(dim=1)
+        self.members = members[:, token].split(torch.bincount(expert, minlength=chosen.shape[1]).tolist(), dim=1)
 
     def _on_neurons(self, expert: int, module: nn.Module, args: tuple[Any, ...]) -> None:
-        rows, tokens = args[0], self.tokens[expert]  # [n, moe_ffn/tp], [n]
-        weights, sequences = self.weights[tokens], self.sequences[tokens]
-        by_sequence = [sequences == sequence for sequence in range(len(self.current.counted.mask))]
-        measured = [self.reducer.absolute_sums(rows[those][:, None], weights[those][None]) for those in by_sequence]
-        self.sums["ffn"].append(torch.cat(measured, dim=1))
-        self.sums["routed"].append(torch.stack([weights[those].sum(dtype=torch.float64) for those in by_sequence]))
+        rows = args[0]  # [n, moe_ffn/tp]
+        self.sums["ffn"].append(self.reducer.sums_by_group(rows, self.members[expert]))
 
     def _on_shared(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.sums["shared"].append(self.reducer.absolute_sums(args[0], self.current.counted.mask))
@@ -78,5 +76,5 @@ class ExpertHooks:
         if self.tp_group.size() > 1:
             rows = rows.to(torch.float32, copy=True)
             distributed.all_reduce(rows, group=self.tp_group)
-        norms = token_norms(rows) * self.weights[self.tokens[expert]]
+        norms = token_norms(rows) * self.members[expert].sum(dim=0)
         self.sums["experts"].append(norms.sum(dtype=torch.float64))

@@ -33,29 +33,50 @@ class Reducer:
         write over it. Within a span sums are fp32, over spans fp64. The variance that follows from both has the
         relative error of fp32 times (mean of squares / variance).
         """
-        total = torch.zeros(2, *rows.shape[1:], dtype=torch.float64, device=rows.device)
-        factors = torch.stack([weights, weights.square()])[:, :, None]  # [2, b, 1, s]
+        return self._sums(rows, weights[:, None], function).squeeze(2)
+
+    def sums_by_group(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """`absolute_sums` of rows [t, n] for each group of tokens, fp64 [2, g, n]; `weights` fp32 [g, t]."""
+        return self._sums(rows[:, None], weights[None], None).squeeze(1)
+
+    def _sums(self, rows: Tensor, weights: Tensor, function: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """`rows` [s, b, n], `weights` fp32 [b, g, s] -> fp64 [2, b, g, n]."""
+        factors = torch.stack([weights, weights.square()])
+        total: Tensor | None = None
         for span in _spans(rows):
-            block = self._copy(rows[span])
-            block = (block if function is None else function(block)).abs_().transpose(0, 1)  # [b, t, n]
-            first = torch.bmm(factors[0, ..., span], block)  # [b, 1, n]
+            block = self._absolute(rows[span], function).transpose(0, 1)  # [b, t, n]
+            first = torch.bmm(factors[0, ..., span], block)  # [b, g, n]
             second = torch.bmm(factors[1, ..., span], block.square_())
-            total += torch.stack([first, second]).squeeze(2)
+            both = torch.stack([first, second]).double()
+            total = both if total is None else total.add_(both)
+        assert total is not None  # there is one span at least
         return total
 
     def cosines(self, first: Tensor, second: Tensor, first_norms: Tensor) -> Tensor:
         """Cosine per token of two [s, b, n] in fp32; `first_norms` are `token_norms(first)`. 0 where a vector is 0."""
         dots = torch.empty_like(first_norms)
         for span in _spans(first):
-            dots[span] = self._copy(first[span]).mul_(second[span]).sum(dim=-1)
+            one, other = first[span], second[span]
+            if one.dtype == torch.float32:
+                products = torch.mul(one, other, out=self._room(one))
+            else:
+                products = self._room(one).copy_(one).mul_(other)
+            torch.sum(products, dim=-1, out=dots[span])
         scale = (first_norms * token_norms(second)).clamp_(min=torch.finfo(torch.float32).tiny)
         return dots.div_(scale).clamp_(-1, 1)
 
-    def _copy(self, part: Tensor) -> Tensor:
-        """`part` in fp32, in the scratch memory."""
+    def _absolute(self, part: Tensor, function: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """|x| in fp32, in the scratch memory where `function` leaves it; x as of `absolute_sums`."""
+        if function is None and part.dtype == torch.float32:
+            return torch.abs(part, out=self._room(part))  # one pass less
+        block = self._room(part).copy_(part)
+        return (block if function is None else function(block)).abs_()
+
+    def _room(self, part: Tensor) -> Tensor:
+        """Scratch memory in fp32 of the shape of `part`."""
         if part.numel() > self.scratch.numel():  # a single token of many long sequences
             self.scratch = self.scratch.new_empty(part.numel())
-        return self.scratch[: part.numel()].view(part.shape).copy_(part)
+        return self.scratch[: part.numel()].view(part.shape)
 
 
 def token_norms(rows: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from minitron_nemo.arch import Architecture, Axis, Plan
+from minitron_nemo.arch.entries import Entries
 from minitron_nemo.arch.tensors import residual_norms
 from minitron_nemo.config import PruneConfig
 from minitron_nemo.errors import UserError
@@ -48,15 +49,15 @@ def make_plan(
     kept_layers = _kept_layers(scores, depth_scores, source, target, config, gaps)
     chosen = _provenance(scores, depth_scores, config)
     norm_scales: dict[str, float] = {}
-    kept_hidden: tuple[int, ...] | None = None
+    kept_hidden: Sequence[int] | None = None
     rotated = rotates(target, source, config)
     if target.hidden_size < source.hidden_size and not rotated:
         channels = entry_scores(scores, Axis.HIDDEN, chosen)
         kept_hidden, gaps[Axis.HIDDEN.value] = _best(channels, target.hidden_size)
         if repairs.norm_scale:
             norm_scales = _norm_scales(scores, source, kept_layers, kept_hidden)
-    kept_ffn: list[tuple[int, ...]] = []
-    kept_shared_ffn: list[tuple[int, ...]] = []
+    kept_ffn: list[Sequence[int]] = []
+    kept_shared_ffn: list[Sequence[int]] = []
     for axis, found in ((Axis.FFN, kept_ffn), (Axis.SHARED_FFN, kept_shared_ffn)):
         if target.size(axis) < source.size(axis):
             neurons = entry_scores(scores, axis, chosen)
@@ -132,7 +133,7 @@ def _kept_layers(
 
 
 def _norm_scales(
-    scores: Scores, source: Architecture, kept_layers: tuple[int, ...], kept_hidden: tuple[int, ...]
+    scores: Scores, source: Architecture, kept_layers: tuple[int, ...], kept_hidden: Sequence[int]
 ) -> dict[str, float]:
     """Factors on the gains of all norms of the student, by name."""
     *of_layers, final = scores.norm_scales(kept_hidden).tolist()
@@ -144,10 +145,10 @@ def _norm_scales(
     return named
 
 
-def _best(scores: Array, count: int) -> tuple[tuple[int, ...], float]:
+def _best(scores: Array, count: int) -> tuple[Sequence[int], float]:
     """Indices of the `count` highest scores, ascending, and the gap at the cut. Ties go to the lower index."""
     order = np.argsort(-scores, kind="stable")
-    kept = tuple(sorted(order[:count].tolist()))
+    kept = Entries(np.sort(order[:count]))
     return kept, _gap(scores[order[count - 1]], scores[order[count]]) if count else 0.0
 
 
@@ -162,7 +163,7 @@ def _heads(
     """The Plan's `kept_heads` and, where there are any, `kept_groups` and `merged_heads`."""
     cut_groups = target.num_query_groups < source.num_query_groups
     cut_inside = target.heads_per_group < source.heads_per_group
-    all_groups = tuple(range(source.num_query_groups))
+    all_groups: Sequence[int] = range(source.num_query_groups)
     kept_groups, kept_heads, merged_heads = [], [], []
     for layer in kept_layers:
         by_group = scores[layer].reshape(source.num_query_groups, source.heads_per_group)
@@ -197,7 +198,7 @@ def _experts(
     cut_experts, cut_neurons = (target.size(axis) < source.size(axis) for axis in (Axis.EXPERTS, Axis.MOE_FFN))
     kept_experts, kept_moe_ffn = [], []
     for layer in kept_layers if cut_experts or cut_neurons else ():
-        experts = tuple(range(source.size(Axis.EXPERTS)))
+        experts: Sequence[int] = range(source.size(Axis.EXPERTS))
         if cut_experts:
             experts, gaps[f"{Axis.EXPERTS}/{layer}"] = _best(scores[layer], target.size(Axis.EXPERTS))
             kept_experts.append(experts)

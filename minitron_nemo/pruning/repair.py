@@ -17,7 +17,8 @@ from torch import Tensor, distributed
 
 from minitron_nemo.arch import Architecture, Axis, Plan
 from minitron_nemo.arch.blocks import EMBEDDING
-from minitron_nemo.arch.plan import ADD, FILE_NAME, GAIN, REPLACE, Matrix
+from minitron_nemo.arch.matrix import ADD, GAIN, REPLACE, Matrix
+from minitron_nemo.arch.plan import FILE_NAME
 from minitron_nemo.checkpoint.dense import MatrixFile
 from minitron_nemo.checkpoint.files import commit_partial, make_partial, partial_path
 from minitron_nemo.config import Recipe, RepairConfig

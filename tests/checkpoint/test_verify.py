@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minitron_nemo.arch import Plan
-from minitron_nemo.arch.plan import ADD, FILE_NAME, GAIN, REPLACE
+from minitron_nemo.arch.matrix import ADD, GAIN, REPLACE
+from minitron_nemo.arch.plan import FILE_NAME
 from minitron_nemo.checkpoint import blocks, huggingface
 from minitron_nemo.checkpoint.dense import MatrixFile
 from minitron_nemo.checkpoint.sink import FORMATS

@@ -38,6 +38,19 @@ def test_sums_over_tokens_equal_the_formula(dtype: torch.dtype) -> None:
     assert torch.equal(rows, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("spans")
+def test_sums_by_group_equal_the_formula(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(17, 8).to(dtype)
+    weights = torch.rand(3, 17) * (torch.rand(3, 17) > 0.5)
+    weights[2] = 0
+    sums = Reducer(CPU).sums_by_group(rows, weights)
+    torch.testing.assert_close(sums[0], weights.double() @ rows.double().abs(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(sums[1], weights.double().square() @ rows.double().square(), rtol=1e-6, atol=0)
+    assert torch.equal(Reducer(CPU).sums_by_group(rows[:0], weights[:, :0]), torch.zeros(2, 3, 8).double())
+
+
 @pytest.mark.usefixtures("spans")
 def test_cosines_equal_the_formula_and_are_zero_for_a_zero_vector() -> None:
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from minitron_nemo.arch import Architecture, Axis, Plan
-from minitron_nemo.arch.plan import GAIN, Matrix
+from minitron_nemo.arch.matrix import GAIN, Matrix
 from minitron_nemo.config import CalibrationConfig, PruneConfig, RepairConfig
 from minitron_nemo.errors import UserError
 from minitron_nemo.importance.scores import Scores

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from minitron_nemo.arch import Architecture, Axis, Plan
 from minitron_nemo.arch.counts import parameters
-from minitron_nemo.arch.plan import ADD, Matrix
+from minitron_nemo.arch.matrix import ADD, Matrix
 from minitron_nemo.checkpoint import blocks
 from minitron_nemo.checkpoint.fingerprint import fingerprint
 from minitron_nemo.checkpoint.transform import convert
