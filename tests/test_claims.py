@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.claims.arms import CE, KD, PAPERS, RANDOM, SCRATCH, Arm
 from benchmarks.claims.cells import Claims
-from benchmarks.claims.claims import LEVEL, LOWER, Claim, Comparison, claims
+from benchmarks.claims.claims import LEVEL, LOWER, NO_LOWER, Claim, Comparison, claims
 from benchmarks.claims.models import SETTINGS, SMALL
 from benchmarks.claims.page import write_page
 from benchmarks.claims.small import TEACHER
@@ -72,6 +72,12 @@ def test_an_absent_difference_is_not_resolved_and_is_level() -> None:
     assert judged(shifted(other, 0.0, 0.0, 0.0), other, LEVEL)[0] == AGREES
     assert judged(shifted(other, 0.1, 0.1, 0.1), other, LEVEL)[0] == CONTRADICTS
     assert judged(shifted(other, 0.0, 0.0, 0.0), other, None)[0].endswith(UNRESOLVED)
+
+
+def test_no_gain_is_level_or_worse() -> None:
+    other = documents(np.random.default_rng(10))
+    for shift, verdict in ((-0.1, CONTRADICTS), (0.0, AGREES), (0.1, AGREES)):
+        assert judged(shifted(other, shift, shift, shift), other, NO_LOWER)[0] == verdict
 
 
 def test_a_difference_that_nobody_would_see_is_not_resolved() -> None:

@@ -34,11 +34,11 @@ Written by `python -m benchmarks.claims` from its cells. [What they mean, and by
 
 
 def write_page(benches: Sequence[Claims], seeds: int, directory: Path) -> None:
-    """`claims_tables.md` and its pictures, of the models whose teacher has been measured."""
-    benches = [bench for bench in benches if bench.losses("teacher.json") is not None]
+    """`claims_tables.md` and its pictures, of the models of which something has been measured."""
+    found = {bench.setting.name: _rows(bench, seeds) for bench in benches}
+    benches = [bench for bench in benches if found[bench.setting.name]]
     if not benches:
         raise SystemExit("nothing has been measured yet; leave out --tables-only, or give another --place")
-    found = {bench.setting.name: _rows(bench, seeds) for bench in benches}
     listed = max((claims(bench.setting) for bench in benches), key=len)
     everything = [row for each in found.values() for row in each]
     parts = [HEAD, "## Verdicts\n", summary(listed, everything), ""]
@@ -104,7 +104,7 @@ def _aggregations(benches: Sequence[Claims]) -> list[str]:
 
 def _losses(bench: Claims, seeds: int) -> list[str]:
     setting, teacher = bench.setting, bench.losses("teacher.json")
-    assert teacher is not None, "a page is made of models whose teacher has been measured"
+    assert teacher is not None, "a model's teacher is measured first"
     lines = [
         f"## Losses: {setting.title}\n",
         f"Teacher {teacher.mean():.3f}; {setting.documents} documents; {setting.steps} updates of {setting.tokens} "

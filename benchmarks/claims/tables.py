@@ -2,7 +2,8 @@
 
 A difference is paired: by document, and by seed, which is an order of the text. It is resolved where its mean over
 documents, seeds averaged before, is FLOOR and two standard errors over documents from 0 and all seeds have its sign.
-Where the papers say that nothing is gained, two standard errors around it must lie within MARGIN to agree.
+Where the papers say that two are level, two standard errors around it must lie within MARGIN to agree; where they say
+that nothing is gained, those on the side of a gain must.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Protocol
 
 from benchmarks.bench import differences, standard_error
 from benchmarks.claims.arms import Arm
-from benchmarks.claims.claims import HIGHER, LEVEL, LOWER, Claim, Comparison
+from benchmarks.claims.claims import HIGHER, LEVEL, LOWER, NO_LOWER, Claim, Comparison
 from minitron_nemo.importance.scores import Array
 
 AGREES, CONTRADICTS, UNRESOLVED, NOT_SAID = "agrees", "does not", "not resolved", "papers do not say"
@@ -53,10 +54,11 @@ class Difference:
         if said is None:
             found = LOWER if self.mean < 0 else HIGHER
             return f"{NOT_SAID}; {found if self.resolved else UNRESOLVED}"
-        if said == LEVEL:
-            if abs(self.mean) + 2 * self.error <= MARGIN:
+        if said in (LEVEL, NO_LOWER):
+            apart = abs(self.mean) if said == LEVEL else -self.mean
+            if apart + 2 * self.error <= MARGIN:
                 return AGREES
-            return CONTRADICTS if self.resolved and abs(self.mean) - 2 * self.error > MARGIN else UNRESOLVED
+            return CONTRADICTS if self.resolved and apart - 2 * self.error > MARGIN else UNRESOLVED
         if not self.resolved:
             return UNRESOLVED
         return AGREES if (self.mean < 0) == (said == LOWER) else CONTRADICTS
