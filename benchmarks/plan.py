@@ -78,6 +78,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--microbatches", type=int, default=4, help="sequences of an update")
     parser.add_argument("--chunk-bytes", type=int, default=16 * 1024**2)
@@ -93,7 +94,7 @@ def job_of(options: argparse.Namespace, processes: int, layout: Layout, recomput
         num_attention_heads=9,
         num_query_groups=3,
         kv_channels=64,
-        vocab_size=8192,
+        vocab_size=options.vocab_size,
         max_position_embeddings=8192,
     )
     train = TrainConfig(steps=1, global_batch_size=options.microbatches, recompute=recompute)

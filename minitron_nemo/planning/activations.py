@@ -149,6 +149,8 @@ class Activations:
         kept = (3 if self.transformer_engine else 5) * self.tokens * self._neurons * e // self._tp
         if shape.num_moe_experts is None:
             return kept
+        if not self.transformer_engine:  # an expert's product is multiplied by the token's weight, too
+            kept += self.tokens * (shape.moe_router_topk or 0) * shape.ffn_hidden_size * e // self._tp
         # Of every token: its row for each of its experts, where it goes, with what weight (fp32, int64).
         chosen = self.tokens * (shape.moe_router_topk or 0)
         kept += chosen * (shape.hidden_size * e + FP32 + 8) + self.tokens * shape.num_moe_experts * (1 + FP32)

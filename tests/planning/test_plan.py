@@ -44,7 +44,7 @@ def test_recomputation_costs_a_third_of_the_students_layers_and_saves_activation
     kept, again = plan(WIDTH).estimate, plan(WIDTH, "train.recompute=true").estimate
     assert kept.update is not None and again.update is not None
     ratio = again.update.parts["student"] / kept.update.parts["student"]
-    assert 1.2 < ratio < 4 / 3
+    assert 1.25 < ratio < 1.4  # less for the output's products, more for the messages of repeated layers
     activations = [each.fullest[0].parts["activations"] for each in (kept, again)]
     assert activations[1] < 0.2 * activations[0]
 
