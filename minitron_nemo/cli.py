@@ -291,10 +291,13 @@ def _compare(options: argparse.Namespace) -> int:
     models, overrides = _apart(options.models)
     paths = list(map(Path, models))
     if options.data is None:
-        from minitron_nemo.measuring import compare_recorded
-
         if overrides:
             raise UserError(f"compare: {overrides[0]} changes what is measured, and nothing is without --data")
+        from minitron_nemo.parallel import launch
+
+        launch.silence_known_warnings()
+        from minitron_nemo.measuring import compare_recorded
+
         print(compare_recorded(paths, options.against, options.json))
         return 0
     if options.data.suffix in (".yaml", ".yml"):

@@ -35,7 +35,7 @@ def record_of(
     return {
         "questions": questions,
         "metrics": {name: {"value": value, "se": error} for name, (value, error) in metrics.items()},
-        "by_question": {name: list(values) for name, values in by_question.items()},
+        "by_question": {name: [float(value) for value in values] for name, values in by_question.items()},
     }
 
 

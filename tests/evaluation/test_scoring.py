@@ -120,6 +120,7 @@ def test_a_task_of_questions_is_what_hugging_face_answers_and_is_not_measured_tw
     assert first == other == read_tasks(path)
     record = first["pruned"]["tasks"]["opposites"]
     assert record["questions"] == 20 and record["by_question"] == right
+    assert {type(value) for value in record["by_question"]["acc"]} == {float}  # which can be subtracted
     for metric, answers in right.items():
         assert record["metrics"][metric]["value"] == pytest.approx(np.mean(answers))
         assert record["metrics"][metric]["se"] == pytest.approx(np.std(answers, ddof=1) / 20**0.5)
