@@ -45,11 +45,9 @@ class Training:
         reports = [record for record in self.records if "data/tokens" in record]
         iterations = [0, *(record["iteration"] for record in reports)]
         tokens = [0.0, *(record["data/tokens"] for record in reports)]
-        return [
-            (float(np.interp(record["iteration"], iterations, tokens)), record[tag])
-            for record in self.records
-            if record.get(tag) is not None
-        ]
+        found = [record for record in self.records if record.get(tag) is not None]
+        consumed = np.interp([record["iteration"] for record in found], iterations, tokens)
+        return [(at, record[tag]) for at, record in zip(consumed.tolist(), found, strict=True)]
 
 
 @dataclass(frozen=True)

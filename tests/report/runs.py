@@ -109,7 +109,8 @@ def depth_scores(generator: np.random.Generator, kept: Sequence[int]) -> DepthSc
     weights = generator.uniform(1000, 2048, 16)
     gone = sorted(set(range(12)) - set(kept))
     branches = [Branch(), *(Branch({layer}) for layer in range(12)), *(Branch(gone[:count]) for count in (2, 3))]
-    sums = {branch: weights * (3.1 + generator.uniform(0.1, 0.4, 16) * len(branch)) for branch in branches}
+    sums = {branch: weights * (3.1 + generator.uniform(0.2, 0.4, 16) * len(branch)) for branch in branches}
+    sums[Branch(gone[:1])] = weights * (3.1 + generator.uniform(0.1, 0.15, 16))  # the first to go is the cheapest
     return DepthScores(TEACHER, {"model": KEY}, weights, None, sums)
 
 
