@@ -95,7 +95,7 @@ class MegatronSink:
                     yield f"{module}._extra_state/shard_{'.'.join(map(str, place))}_{'.'.join(map(str, stack))}"
 
     def finish(self, source: Source, places: list[Any]) -> None:
-        # As long as a GiB takes to write, and only what ends a checkpoint needs it: sympy comes along.
+        # A second of CPU, since DTensor and sympy come along: only what ends a checkpoint needs it.
         from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
         from torch.distributed.checkpoint.metadata import (
             BytesStorageMetadata,
