@@ -62,7 +62,7 @@ def _named(own: Arm, other: Arm) -> str:
     if own.shape != other.shape:
         return f"{own.shape} − {other.shape}"
     names = (arm.training if arm.cut == PAPERS and arm.training else arm.name for arm in (own, other))
-    return " − ".join(name.replace("KD + hidden, ", "").replace("random ", "") for name in names)
+    return " − ".join(name.replace("KD + hidden, ", "").replace("random init", "init") for name in names)
 
 
 def learning(scratch: Mapping[str, Sequence[tuple[float, float]]], levels: Mapping[str, float]) -> Chart:
