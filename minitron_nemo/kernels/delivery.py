@@ -12,8 +12,9 @@ class DeliverGradients(torch.autograd.Function):
     """`total` as a function of `hidden` and `weight`; the gradients are scaled and delivered by the backward pass.
 
     Where `weight` has a `main_grad` (Megatron's DDP) its gradient is added there, in fp32, `grad_added_to_main_grad` is
-    set, and autograd sees zeros, so that DDP's hook fires: it drops them or, with `zero_out_wgrad` (set by Megatron on
-    an embedding that is also the output weight on one stage), adds what the embedding contributed.
+    set, and autograd gets something of its shape, so that DDP's hook fires, which drops it. With `zero_out_wgrad` (set
+    by Megatron on an embedding that is also the output weight on one stage) these are zeros, since the hook adds them
+    with what the embedding contributed.
     """
 
     @staticmethod
@@ -48,7 +49,10 @@ def _deliver_weight_grad(weight: Tensor, grad: Tensor, upstream: Tensor) -> Tens
         return _scale(grad, upstream).to(weight.dtype)
     main_grad.addcmul_(grad, upstream)
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    return weight.new_zeros(()).expand_as(weight)  # one zero: no memory of the weight's size beside the gradient's
+    if getattr(weight, "zero_out_wgrad", False):
+        return weight.new_zeros(()).expand_as(weight)
+    # Never read, so never filled: on a CPU it takes no memory. What is expanded, autograd would fill and keep.
+    return torch.empty_like(weight)
 
 
 def _scale(grad: Tensor, upstream: Tensor) -> Tensor:
