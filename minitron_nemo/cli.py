@@ -48,7 +48,7 @@ EXAMPLE = """examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code."""
-    options = command_line().parse_args(arguments)
+    options = _parse(arguments)
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     try:
@@ -59,6 +59,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"minitron: error: {error}" if rank == "0" else f"minitron: error: rank {rank}: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """As argparse does, but for `key=value` behind an option, where it expects no positional arguments any more."""
+    parser = command_line()
+    options, more = parser.parse_known_args(arguments)
+    taking = next((name for name in ("overrides", "models", "rest") if hasattr(options, name)), None)
+    if more and (taking is None or any(each.startswith("-") or "=" not in each for each in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if taking is not None:
+        getattr(options, taking).extend(more)
+    return options
 
 
 def command_line() -> argparse.ArgumentParser:

@@ -113,14 +113,14 @@ def test_json_has_memory_of_every_rank_and_the_layouts(capsys: pytest.CaptureFix
 def test_a_separate_teacher_is_waited_for_where_it_is_slower() -> None:
     separate = (
         "teacher.placement=separate",
-        "teacher.processes=16",
+        "teacher.processes=32",
         "teacher.layout.tensor_model_parallel_size=8",
         "teacher.layout.sequence_parallel=true",
-        "cluster.nodes=34",
+        "cluster.nodes=36",
     )
     found = plan(WIDTH, *separate).estimate
     assert found.update is not None
-    # 16 GPUs for what 256 would do beside the student.
+    # 32 GPUs for what 256 would do beside the student.
     assert found.update.parts["waiting"] > found.update.parts["student"]
     assert {each.step for each in found.memory} == {"calibrate", "correct", "distill", "distill (teacher)"}
 
