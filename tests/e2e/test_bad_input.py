@@ -223,7 +223,7 @@ def test_plan_says_what_groups_of_zeros_cost(capsys: pytest.CaptureFixture[str],
     tp2 = ["parallel.tensor_model_parallel_size=2", "cluster.processes_per_node=2", "prune.num_query_groups=3"]
     assert main(["plan", str(recipe), *tp2]) == 0
     said = capsys.readouterr().out
-    assert "student, padded       to 8 heads in 4 groups, by zeros: " in said and "teacher, padded" not in said
+    assert "student, padded           to 8 heads in 4 groups, by zeros: " in said and "teacher, padded" not in said
     assert main(["plan", str(recipe), *tp2, "--json"]) == 0
     padding = json.loads(capsys.readouterr().out)["padding"]
     assert padding["teacher"] is None and padding["student"]["num_query_groups"] == 4
