@@ -167,11 +167,16 @@ def test_weight_gradients_accumulate_in_fp32_main_grad() -> None:
     weight.main_grad = torch.full(weight.shape, 2.0)  # type: ignore[attr-defined]
     weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
     for scalar in (1.0, 0.5):
+        weight.grad = None  # as DDP's hook leaves it
+        delivered: list[int] = []
+        hook = weight.register_hook(lambda grad, delivered=delivered: delivered.append(grad.data_ptr()))
         (linear_kd_loss(*tensors, vocab_size=VOCAB_SIZE)[0] * scalar).backward()
+        hook.remove()
+        assert weight.grad is not None and [weight.grad.data_ptr()] == delivered  # kept as it is, not copied
     reference = [tensor.detach().clone().requires_grad_() for tensor in tensors[:2]]
     exact = [tensor.detach().double().requires_grad_() for tensor in reference]
     reference_loss(*exact, *tensors[2:], vocab_size=VOCAB_SIZE)[0].backward()
-    assert weight.grad_added_to_main_grad and weight.grad is not None  # type: ignore[attr-defined]
+    assert weight.grad_added_to_main_grad  # type: ignore[attr-defined]
     assert weight.main_grad.dtype == torch.float32  # type: ignore[attr-defined]
     assert exact[1].grad is not None
     assert relative_error(weight.main_grad - 2.0, 1.5 * exact[1].grad) < 0.002  # type: ignore[attr-defined]
