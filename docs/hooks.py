@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Any
 
-from minitron_nemo.cli import command_line
+from minitron_nemo.command_line import command_line
 
 CLI_PAGE = "reference/cli.md"
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
+from minitron_nemo.command_line import parse
 from minitron_nemo.config import Recipe, load_recipe, recipe_of
 from minitron_nemo.errors import SaidByRankZero, UserError
 from minitron_nemo.processes import die_with_parent, launch_locally, launched
@@ -23,187 +24,20 @@ EXIT_DIFFERS = 1
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
 
-STEPS = {
-    "correct": "fine-tune the teacher with cross-entropy on the distillation data",
-    "calibrate": "score every axis in one forward-only pass over the training text",
-    "score-depth": "measure the teacher without some of its layers, to choose the ones that go",
-    "repair": "fit, to activations of the teacher, weights that make up for what is cut",
-    "prune": "cut the teacher to the target shape, checkpoint to checkpoint",
-    "cache-teacher": "keep the teacher's likeliest tokens for every sample the training will visit",
-    "distill": "train the pruned student against the teacher",
-    "evaluate": "measure teacher, pruned and distilled side by side on held-out text",
-    "export": "write the distilled student in the formats of export.formats",
-    "search": "cut and briefly distil the shapes within a budget, and rank them",
-    "prepare": "tokenise the text and split off held-out documents",
-    "run": "the whole chain; unchanged steps are not run again, interrupted ones resume",
-}
-EXAMPLE = """examples:
-  minitron plan recipes/quickstart.yaml                 check a recipe, see what it costs
-  minitron run recipes/quickstart.yaml train.steps=20   the whole chain, one key changed
-  minitron report runs/quickstart                       what came out, or came out so far, as one HTML page
-  minitron inspect runs/quickstart/distilled            what is in a checkpoint
-  minitron convert SRC DST --to hf                      any checkpoint, other format
-"""
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code."""
-    options = _parse(arguments)
+    options = parse(arguments)
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     try:
-        return int(options.function(options))
+        return int(VERBS.get(options.verb, _steps)(options))
     except SaidByRankZero:
         time.sleep(10)  # an exit code of this rank may end the job, and rank 0 has to say it first
         return EXIT_USER_ERROR
     except UserError as error:
         print(f"minitron: error: {error}" if rank == "0" else f"minitron: error: rank {rank}: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """As argparse does, but for `key=value` behind an option, where it expects no positional arguments any more."""
-    parser = command_line()
-    options, more = parser.parse_known_args(arguments)
-    taking = next((name for name in ("overrides", "models", "rest") if hasattr(options, name)), None)
-    if more and (taking is None or any(each.startswith("-") or "=" not in each for each in more)):
-        parser.error(f"unrecognized arguments: {' '.join(more)}")
-    if taking is not None:
-        getattr(options, taking).extend(more)
-    return options
-
-
-def command_line() -> argparse.ArgumentParser:
-    """The parser of the command line, with one below it for every verb."""
-    parser = argparse.ArgumentParser(
-        prog="minitron",
-        description="Prune a large language model by structure and distil the original into what is left.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    plan = _recipe_verb(verbs, "plan", "check every key of a recipe and print what it takes: memory, time, disk")
-    forms = plan.add_mutually_exclusive_group()
-    forms.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    forms.add_argument("--shell", action="store_true", help="print the variables that launch/common.sh needs")
-    forms.add_argument("--layouts", action="store_true", help="add a table of other layouts, the fastest first")
-    plan.set_defaults(function=_plan)
-    for name, description in STEPS.items():
-        step = _recipe_verb(verbs, name, description)
-        step.add_argument("--stage", metavar="NAME", help="of a recipe with stages: only what belongs to this one")
-        step.set_defaults(function=_steps, until=None)
-    verbs.choices["run"].add_argument("--until", choices=("prune",), help="end after this step")
-    on_tasks = verbs.add_parser(
-        "tasks",
-        help="measure models on benchmark tasks",
-        description=TASKS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    on_tasks.add_argument("models", nargs="+", metavar="RECIPE | DIR | key=value", help="what to measure; keys' values")
-    on_tasks.add_argument("--tasks", action="append", metavar="FILE", help="a task; may be repeated")
-    on_tasks.add_argument("--out", type=Path, default=Path("tasks.json"), help="of DIRs: file to write [tasks.json]")
-    on_tasks.add_argument("--stage", metavar="NAME", help="of a recipe with stages: only what belongs to this one")
-    on_tasks.set_defaults(function=_tasks, until=None)
-    compare = verbs.add_parser(
-        "compare",
-        help="models side by side, differences paired by document",
-        description=COMPARE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    compare.add_argument("models", nargs="+", metavar="RUN | DIR | key=value", help="what to compare; keys' values")
-    compare.add_argument("--data", type=Path, metavar="RECIPE | DIR", help="documents to measure on")
-    compare.add_argument("--against", metavar="MODEL", help="what others are compared with; default: the first")
-    compare.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    compare.set_defaults(function=_compare)
-    submit = _recipe_verb(verbs, "submit", "check a recipe and submit it to Slurm by its `cluster` section")
-    submit.add_argument("--dry-run", action="store_true", help="print the command lines of sbatch instead")
-    submit.set_defaults(function=_submit)
-    convert = verbs.add_parser("convert", help="write a checkpoint in another format", description=CONVERT)
-    convert.add_argument(
-        "source", help="checkpoint directory or .gguf file, or a recipe: then its model.source is converted"
-    )
-    convert.add_argument("rest", nargs="*", metavar="DST | key=value", help="where to write; overrides after a recipe")
-    convert.add_argument("--to", choices=("hf", "megatron", "nemo", "bridge"), help="format to write")
-    convert.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), help="data type to write; default: as stored"
-    )
-    convert.set_defaults(function=_convert)
-    verify = verbs.add_parser("verify", help="read a checkpoint again: is it what it was made?", description=VERIFY)
-    verify.add_argument(
-        "source", metavar="DIR | SRC | RECIPE", help="what to verify; what DST was made of; or a recipe"
-    )
-    verify.add_argument("rest", nargs="*", metavar="DST | key=value", help="what to verify; overrides after a recipe")
-    verify.add_argument("--plan", type=Path, help="plan.json that made DST of SRC; default: the one in DST, if any")
-    verify.set_defaults(function=_verify)
-    merge = verbs.add_parser("merge-scores", help="add passes of calibration up", description=MERGE)
-    merge.add_argument("passes", type=Path, nargs="+", metavar="SCORES", help="scores.npz of a pass")
-    merge.add_argument("--out", type=Path, required=True, help="file to write; prune.scores of a recipe takes it")
-    merge.set_defaults(function=_merge_scores)
-    task = verbs.add_parser("make-task", help="multiple-choice questions out of held-out text", description=TASK)
-    task.add_argument("run", type=Path, help="run directory, whose data is prepared and teacher converted")
-    task.add_argument("--out", type=Path, help="directory to write; default: task in the run directory")
-    task.add_argument("--questions", type=int, default=400, help="of each part, at most; default: %(default)s")
-    task.add_argument("--seed", type=int, default=1234, help="of what is taken and of the answers' places")
-    task.set_defaults(function=_make_task)
-    report = verbs.add_parser("report", help="one HTML page about a run, at any time", description=REPORT)
-    report.add_argument("run", type=Path, help="run directory, or the recipe of one")
-    report.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, e.g. run_dir=DIR")
-    report.add_argument("--baseline", type=Path, metavar="RUN", help="a run whose training is drawn beside this one's")
-    report.set_defaults(function=_report)
-    inspect = verbs.add_parser(
-        "inspect", help="what a checkpoint is: family, shape, parameters, format, layout, tensors"
-    )
-    inspect.add_argument("path", type=Path, help="checkpoint directory or .gguf file")
-    inspect.add_argument("--tensor", help="canonical name of one tensor: its shape, data type and statistics")
-    inspect.set_defaults(function=_inspect)
-    return parser
-
-
-CONVERT = """Convert SRC DST --to FORMAT: one read and one write, slice by slice, in bounded memory. Reads Hugging Face
-safetensors, Megatron torch_dist, NeMo 2, Megatron-Bridge, legacy Megatron-LM and GGUF; writes Hugging Face (hf),
-Megatron torch_dist (megatron), NeMo 2 (nemo) and Megatron-Bridge (bridge)."""
-
-TASKS = """Measure models on tasks. RECIPE: its teacher, pruned and distilled student on evaluate.tasks, into
-RUN/tasks.json. DIR ...: checkpoints of any format, on the tasks given here, into --out; what is no Megatron
-checkpoint is converted for the time being. What was measured already is not measured again.
-
-A task is a .jsonl file with context, choices and answer on each line, a .yaml task file of lm-evaluation-harness, or
-the name of one of its own tasks; these two need pip install 'minitron_nemo[eval]'.
-
-  minitron tasks recipes/quickstart.yaml --tasks recipes/tasks/opposites.yaml
-  minitron tasks runs/quickstart/distilled train.precision=fp32 --tasks recipes/tasks/opposites.jsonl
-  torchrun --nproc-per-node 2 -m minitron_nemo.cli tasks DIR parallel.tensor_model_parallel_size=2 --tasks FILE"""
-
-COMPARE = """Models side by side: parameters, loss, KL and agreement, tasks; differences with standard errors over the
-documents that all were measured on. Run directories are read (evaluation.json, tasks.json). With --data, checkpoints of
-any format are measured, and those of run directories again: on the held-out documents of a recipe, which are prepared
-already, or of a directory of prepared data (then evaluate.sequence_length=N says how much of each).
-
-  minitron compare runs/a runs/b
-  minitron compare runs/a/distilled runs/b/export/hf --data recipes/quickstart.yaml --against runs/a/distilled"""
-
-VERIFY = """Read weights again, slice by slice, in bounded memory. DIR: compare with the hashes that were taken when it
-was written (fingerprints.json). SRC DST: compare, bit for bit, with what the Plan makes of SRC, or with SRC itself.
-RECIPE: the same for what its run directory has of converted teacher, pruned student and exports. Exit code 0: all is
-as it should be; 1: it is not, and a line names the first tensor and row; 2: something cannot be read."""
-
-MERGE = """Add passes of calibration up: the Scores of one pass over all their samples. The passes are of one model, in
-one precision, at one sequence length, and have no sample in common (prune.calibration.first_sample)."""
-
-TASK = """Write choose.jsonl, for prune.depth.task, and judge.jsonl, of other documents, to judge by what was chosen:
-which of four continuations belongs to the beginning of a held-out passage? The same data gives the same questions."""
-
-REPORT = """Write RUN/report.html about what the run directory holds by now: results, training curves, importance and
-cuts, candidates, sample generations, provenance. One file that needs no network. `minitron run` ends with it."""
-
-
-def _recipe_verb(verbs: argparse._SubParsersAction, name: str, description: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(
-        name, help=description, description=description.capitalize() + "."
-    )
-    parser.add_argument("recipe", type=Path, help="recipe file (YAML); docs/recipe.md explains every key")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, e.g. train.lr=1e-4")
-    return parser
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -434,6 +268,21 @@ def _stop_outside_steps(run_dir: Path) -> None:
 
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, stop)
+
+
+# What is no verb of its own here is a step of the chain, all of it, or the search.
+VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "plan": _plan,
+    "submit": _submit,
+    "tasks": _tasks,
+    "compare": _compare,
+    "convert": _convert,
+    "verify": _verify,
+    "merge-scores": _merge_scores,
+    "make-task": _make_task,
+    "report": _report,
+    "inspect": _inspect,
+}
 
 
 if __name__ == "__main__":

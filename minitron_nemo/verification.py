@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from torch import distributed
 
 from minitron_nemo.arch import Plan
+from minitron_nemo.chain import Chain, chains
 from minitron_nemo.checkpoint.verify import Difference, verify
 from minitron_nemo.config import Recipe
 from minitron_nemo.errors import UserError
 from minitron_nemo.parallel import launch
-from minitron_nemo.run import Chain, chains
 from minitron_nemo.stages import plans
 
 

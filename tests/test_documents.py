@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minitron_nemo.cli import command_line
+from minitron_nemo.command_line import command_line
 from minitron_nemo.config import load_recipe
 from tests.documents import DOCUMENTS, ROOT, Shown, commands
 

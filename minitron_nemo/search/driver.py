@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from minitron_nemo.chain import Chain, unchanged
 from minitron_nemo.checkpoint.files import write_atomic
 from minitron_nemo.claim import claimed
 from minitron_nemo.config import Recipe, recipe_yaml
@@ -29,7 +30,7 @@ from minitron_nemo.distillation.status import write_failure, write_status
 from minitron_nemo.errors import SaidByRankZero, UserError
 from minitron_nemo.parallel import launch
 from minitron_nemo.preflight import preflight
-from minitron_nemo.run import Chain, run_chain, unchanged
+from minitron_nemo.run import run_chain
 from minitron_nemo.search.candidates import candidate_recipe, driver_directory, search_directory
 from minitron_nemo.search.launchers import Launcher, LocalProcesses, SlurmJobs, Task
 from minitron_nemo.search.plan import SearchPlan, plan_search

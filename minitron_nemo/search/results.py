@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from minitron_nemo.chain import Chain
 from minitron_nemo.checkpoint.files import write_atomic
 from minitron_nemo.manifest import step_key
 from minitron_nemo.parallel import launch
-from minitron_nemo.run import Chain
 from minitron_nemo.search.costs import Costs
 from minitron_nemo.search.shapes import Candidate
 from minitron_nemo.steps import fingerprint_of

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from minitron_nemo.chain import Chain
 from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.config import (
     CacheConfig,
@@ -32,7 +33,6 @@ from minitron_nemo.distillation.cached import check_cached
 from minitron_nemo.distillation.train import train
 from minitron_nemo.errors import UserError
 from minitron_nemo.preflight import preflight
-from minitron_nemo.run import Chain
 from minitron_nemo.steps import Step
 from tests.e2e.chain import write_recipe
 from tests.pool import run_distributed

@@ -13,6 +13,7 @@ import pytest
 from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
 
 from minitron_nemo.arch.counts import forward_flops_per_token
+from minitron_nemo.chain import Chain
 from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.config import CorrectionConfig, DataConfig, PhaseConfig, TrainConfig, load_recipe
 from minitron_nemo.data.dataset import Blend, open_train
@@ -25,7 +26,6 @@ from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.plan_text import text
 from minitron_nemo.preflight import preflight
-from minitron_nemo.run import Chain
 from tests.data.corpus import make_texts, prepare, write_jsonl
 from tests.distillation.reference import expected_step
 from tests.distillation.runs import Job, MadeUpSource, Result, assert_identical, run

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from minitron_nemo.arch.counts import forward_flops_per_token
+from minitron_nemo.chain import chains
 from minitron_nemo.checkpoint.fingerprint import fingerprint
 from minitron_nemo.cli import main
 from minitron_nemo.config import load_recipe
 from minitron_nemo.errors import UserError
 from minitron_nemo.importance.scores import Scores
-from minitron_nemo.run import chains, run_chain
+from minitron_nemo.run import run_chain
 from minitron_nemo.stages import plans, stage_recipes
 from minitron_nemo.submit import jobs
 from tests.e2e.chain import Command, write_recipe
