@@ -23,6 +23,7 @@ from torch.distributed import TCPStore
 
 # After the first failure the other ranks get this long to finish; ranks stuck in a collective are ended then.
 GRACE_SECONDS = 5.0
+CLEANING_SECONDS = 60.0  # for a rank to take its process groups down, or to start
 MOST_THREADS = 150
 
 
@@ -47,6 +48,8 @@ def run_distributed(world_size: int, fn: Callable[..., Any], *args: Any, timeout
     """
     while len(_workers) < world_size:
         _workers.append(_start_worker())
+    for rank in range(world_size):
+        _wait_until_ready(rank)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for rank, worker in enumerate(_workers[:world_size]):
         worker.connection.send_bytes(pickle.dumps((rank, world_size, store.port, fn, args, kwargs)))
@@ -67,6 +70,21 @@ def shut_down() -> None:
     _workers.clear()
 
 
+def _wait_until_ready(rank: int) -> None:
+    """Wait until the rank's process has cleaned up after its last call; where it went away for that, start another."""
+    worker = _workers[rank]
+    try:
+        if worker.connection.poll(CLEANING_SECONDS):
+            worker.connection.recv_bytes()
+            return
+        worker.process.kill()
+    except (EOFError, ConnectionError):
+        pass  # gone, as it does when it holds what it cannot free
+    worker.process.join()
+    _workers[rank] = _start_worker()
+    _wait_until_ready(rank)
+
+
 def _start_worker() -> Worker:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -81,6 +99,7 @@ def _collect(world_size: int, timeout: float) -> tuple[dict[int, tuple[bool, Any
     """Answers by rank, `(True, result)` or `(False, (error, traceback))`, and the first rank that failed."""
     outcomes: dict[int, tuple[bool, Any]] = {}
     first_failure: int | None = None
+    died = False
     deadline = time.monotonic() + timeout
     while len(outcomes) < world_size:
         pending = {_workers[rank].connection: rank for rank in range(world_size) if rank not in outcomes}
@@ -97,23 +116,25 @@ def _collect(world_size: int, timeout: float) -> tuple[dict[int, tuple[bool, Any
             except (EOFError, ConnectionError):
                 process = _workers[rank].process
                 process.join()
+                died = True
                 outcomes[rank] = (False, (RuntimeError(f"rank {rank} died with exit code {process.exitcode}"), ""))
                 deadline = min(deadline, time.monotonic())
                 first_failure = rank  # the others only lost their connection to it, and may have said so earlier
             if first_failure is None and not outcomes[rank][0]:
                 first_failure = rank
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
-    if any(not worker.process.is_alive() for worker in _workers):
+    if died:
         shut_down()
     return outcomes, first_failure
 
 
 def _serve(connection: Connection) -> None:
-    """A worker's life: answer calls until the pool hangs up."""
+    """A worker's life: say that it is ready, answer a call, clean up; until the pool hangs up or that fails."""
     from minitron_nemo.parallel import launch
 
     os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
     while True:
+        connection.send_bytes(b"ready")
         try:
             call = pickle.loads(connection.recv_bytes())
         except EOFError:
@@ -123,8 +144,14 @@ def _serve(connection: Connection) -> None:
         connection.send_bytes(answer)
         launch.shutdown()
         # Each gloo group has threads that wake up a hundred times a second until the models that know it are collected.
-        if len(os.listdir("/proc/self/task")) > MOST_THREADS:
+        if _threads() > MOST_THREADS:
             gc.collect()
+        if _threads() > MOST_THREADS:  # something that a test broke off still holds them
+            return
+
+
+def _threads() -> int:
+    return len(os.listdir("/proc/self/task"))
 
 
 def _answer(rank: int, world_size: int, port: int, fn: Callable[..., Any], args: Any, kwargs: Any) -> bytes:
