@@ -6,10 +6,11 @@ The teacher's layers have SmolLM2-135M's shape, the student's two thirds of the 
 the vocabulary is 8192, so that layers decide and not logits. Every layout runs in processes of its own, one thread
 each, which first train a tiny model, so that all code is loaded.
 
-Memory is the peak of resident memory during the updates, minus what was resident before the models were built, of every
-rank: shown is the rank with the largest error. It is measured in a run of its own, in which glibc returns every block
-above 64 KiB to the system once it is freed, so that what is resident is what is held. By default glibc keeps most of
-them, in pieces that the next request may not fit into: what is resident then is shown beside it, of the same rank.
+Memory is the peak of resident memory during the updates without pages of files, which are the libraries' code, minus
+what was resident before the models were built, of every rank: shown is the rank with the largest error. It is measured
+in a run of its own, in which glibc returns every block above 64 KiB to the system once it is freed, so that what is
+resident is what is held. By default glibc keeps most of them, in pieces that the next request may not fit into: what is
+resident then is shown beside it, of the same rank.
 
 Seconds are of one update, the least of the repeated ones: CPU time of the busiest rank, and wall time of the slowest. A
 layout of fewer processes than there are cores runs in several copies at once, since a core whose neighbour is idle is
@@ -35,7 +36,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 from torch import distributed
 from torch.distributed import TCPStore
@@ -253,7 +253,7 @@ def on_rank(rank: int, layout: Layout, recompute: bool, options: argparse.Namesp
     tiny = replace(job, teacher=job.teacher.resized(small), student=job.student.resized(small))
     train(tiny, 1)
     gc.collect()
-    before = psutil.Process().memory_info().rss
+    before = status("RssAnon")
     return train(job, 1 if returned else options.repeat)._replace(peak=peak() - before)
 
 
@@ -292,9 +292,14 @@ def forget_peak() -> None:
 
 
 def peak() -> int:
-    """Bytes resident at most since then."""
+    """Bytes resident at most since then, without pages of files."""
+    return status("VmHWM") - status("RssFile") - status("RssShmem")
+
+
+def status(key: str) -> int:
+    """Bytes of this process that the kernel counts under `key`."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
 
 
 @torch.no_grad()
