@@ -4,35 +4,46 @@
 
 The teacher's layers have SmolLM2-135M's shape, the student's two thirds of the FFN; weights are random, in bf16, and
 the vocabulary is 8192, so that layers decide and not logits. Every layout runs in processes of its own, one thread
-each, which first train a tiny model, so that all code is loaded. Memory is the peak of resident memory during the
-updates, minus what was resident before the models were built, of every rank: shown is the rank with the largest error.
-Seconds are of one update, the least of the repeated ones: CPU time of the busiest rank, which other work on the machine
-hardly changes, and wall time of the slowest, which it does.
+each, which first train a tiny model, so that all code is loaded.
 
-The device is measured in the same run: FLOP/s of a product of two square matrices, bytes/s of a copy. The share of
+Memory is the peak of resident memory during the updates without pages of files, which are the libraries' code, minus
+what was resident before the models were built, of every rank: shown is the rank with the largest error. It is measured
+in a run of its own, in which glibc returns every block above 64 KiB to the system once it is freed, so that what is
+resident is what is held. By default glibc keeps most of them, in pieces that the next request may not fit into: what is
+resident then is shown beside it, of the same rank.
+
+Seconds are of one update, the least of the repeated ones: CPU time of the busiest rank, and wall time of the slowest. A
+layout of fewer processes than there are cores runs in several copies at once, since a core whose neighbour is idle is
+faster. Other work on the machine changes wall time, and CPU time less.
+
+The device is measured in the same run, on two cores at once: FLOP/s of a product of two square matrices, bytes/s of a
+copy, and for each kind of message bytes/s of CPU time, for a message as large as the residual stream. The share of
 these FLOP/s that layers reach (`planning.time.EFFICIENCY` of a GPU) is fitted to the CPU time of the first layout, one
 process; all other times are predictions. CPU time is what a rank computes: the steady state of the pipeline, which is
-what as many microbatches again would add, and the optimizer.
+what as many microbatches again would add, the messages after the last one, and the optimizer.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import torch
+from torch import distributed
 from torch.distributed import TCPStore
 
 from minitron_nemo.arch import Architecture
 from minitron_nemo.arch.axes import Axis
 from minitron_nemo.config import ClusterConfig, Recipe, TrainConfig
+from minitron_nemo.distillation.communication import Transfer
 from minitron_nemo.distillation.objective import DistillationObjective
 from minitron_nemo.distillation.optimizer import build_optimizer, ddp_config, params_dtype, update
 from minitron_nemo.distillation.step import Step
@@ -44,6 +55,11 @@ from minitron_nemo.planning.devices import Device
 from minitron_nemo.planning.job import Job
 from minitron_nemo.planning.memory import memory
 from minitron_nemo.planning.time import distillation
+
+RETURNED_BYTES = 64 * 1024  # blocks from this size on go back to the system when they are freed
+M_MMAP_THRESHOLD = -3  # of mallopt(3)
+
+HIDDEN = 576
 
 # Processes, layout, whether layers are recomputed; the first calibrates.
 LAYOUTS = [
@@ -60,18 +76,21 @@ LAYOUTS = [
 
 def main() -> None:
     options = parse()
-    device = measured_device()
+    device = measured_device(options)
+    rates = ", ".join(f"{kind} {rate / 1e9:.2f}" for kind, rate in device.link.items())
     print(
-        f"1 thread: {device.peak_flops / 1e9:.0f} GFLOP/s bf16, {device.memory_bandwidth / 1e9:.1f} GB/s; load {load()}"
+        f"1 thread: {device.peak_flops / 1e9:.0f} GFLOP/s bf16, {device.memory_bandwidth / 1e9:.1f} GB/s, messages in "
+        f"GB/s of CPU time: {rates}; load {load()}"
     )
-    print("| layout | recompute | GB | predicted | error | CPU s | predicted | error | wall s | predicted |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("| layout | recompute | GB | predicted | error | default | CPU s | predicted | error | wall s | predicted |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     share = None
     for processes, layout, recompute in LAYOUTS:
         job = job_of(options, processes, layout, recompute)
-        ranks = run(processes, layout, recompute, options)
+        ranks = run(processes, on_rank, layout, recompute, options, False)
+        held = run(processes, on_rank, layout, recompute, options, True)
         share = share or fitted(job, device, ranks)
-        print(row(job, device, share, ranks), flush=True)
+        print(row(job, device, share, ranks, [each.peak for each in held]), flush=True)
     print(f"share of the peak, fitted to the first: {share:.3f}; load {load()}")
 
 
@@ -89,7 +108,7 @@ def parse() -> argparse.Namespace:
 def job_of(options: argparse.Namespace, processes: int, layout: Layout, recompute: bool) -> Job:
     teacher = Architecture(
         num_layers=options.layers,
-        hidden_size=576,
+        hidden_size=HIDDEN,
         ffn_hidden_size=1536,
         num_attention_heads=9,
         num_query_groups=3,
@@ -113,17 +132,17 @@ class Measured(NamedTuple):
     peak: float
 
 
-def row(job: Job, device: Device, share: float, ranks: list[Measured]) -> str:
+def row(job: Job, device: Device, share: float, ranks: list[Measured], peaks: list[float]) -> str:
     predicted = [each.total for each in memory(job, device) if each.step == "distill"]
     # Ranks are numbered pipeline last.
     stages = [rank * job.layout.pipeline_model_parallel_size // len(ranks) for rank in range(len(ranks))]
-    pairs = [(each.peak, predicted[stage]) for each, stage in zip(ranks, stages, strict=True)]
-    held, expected = max(pairs, key=lambda pair: abs(pair[1] / pair[0] - 1))
+    found = [(peak, predicted[stage], each.peak) for each, peak, stage in zip(ranks, peaks, stages, strict=True)]
+    held, expected, default = max(found, key=lambda each: abs(each[1] / each[0] - 1))
     cpu, work = max(each.cpu for each in ranks), computing(job, device, share)
     cells = [
         f"{job.layout} dp={job.layout.data_parallel_size(len(ranks))}",
         "yes" if job.recipe.train.recompute else "",
-        *(f"{held / 1e9:.3f}", f"{expected / 1e9:.3f}", f"{expected / held - 1:+.1%}"),
+        *(f"{held / 1e9:.3f}", f"{expected / 1e9:.3f}", f"{expected / held - 1:+.1%}", f"{default / 1e9:.3f}"),
         *(f"{cpu:.2f}", f"{work:.2f}", f"{work / cpu - 1:+.1%}"),
     ]
     if len(ranks) > (os.cpu_count() or 1):  # they wait for each other's cores
@@ -137,7 +156,7 @@ def computing(job: Job, device: Device, share: float) -> float:
     segment = job.segments[-1]
     twice = replace(segment, global_batch_size=2 * segment.global_batch_size)
     once, both = (distillation(job, each, device, share) for each in (segment, twice))
-    return both.seconds - once.seconds + once.parts["optimizer"]
+    return both.seconds - once.seconds + once.parts["gradients and parameters"] + once.parts["optimizer"]
 
 
 def fitted(job: Job, device: Device, ranks: list[Measured]) -> float:
@@ -153,51 +172,89 @@ def load() -> str:
     return f"{os.getloadavg()[0]:.0f}"
 
 
-def measured_device() -> Device:
-    """One thread of this machine, the best of some tries; messages between processes are not counted."""
-    torch.set_num_threads(1)
+def measured_device(options: argparse.Namespace) -> Device:
+    """One thread of this machine while another is as busy."""
+    flops, traffic, messages = run(2, speeds, options)[0]
+    here = Device.of_recipe(Recipe(name="plan", train=TrainConfig(steps=1, global_batch_size=1)))
+    return replace(here, peak_flops=flops, memory_bandwidth=traffic, link=messages)
+
+
+def speeds(rank: int, options: argparse.Namespace) -> tuple[float, float, dict[str, float]]:
+    """FLOP/s, bytes/s of a copy, bytes/s of messages by kind, of CPU time."""
     size = 1024
     left, right = (torch.randn(size, size, dtype=torch.bfloat16) for _ in range(2))
     source = torch.randn(32 * 1024**2)
     target = torch.empty_like(source)
-    flops, traffic = 0.0, 0.0
+    states = torch.zeros(options.sequence_length * HIDDEN, dtype=torch.bfloat16)
+    half = states[: states.numel() // 2].clone()
+
+    def exchange() -> None:
+        sent = distributed.P2POp(distributed.isend, states, 1 - rank)
+        received = distributed.P2POp(distributed.irecv, torch.empty_like(states), 1 - rank)
+        for work in distributed.batch_isend_irecv([received, sent] if rank else [sent, received]):
+            work.wait()
+
+    messages: dict[str, Callable[[], object]] = {
+        "all_reduce": lambda: distributed.all_reduce(states),
+        "all_gather": lambda: distributed.all_gather_into_tensor(states, half),
+        "reduce_scatter": lambda: distributed.reduce_scatter_tensor(half, states),
+        "send": exchange,
+    }
+    return (
+        2 * size**3 / least(lambda: torch.mm(left, right), 1),
+        2 * source.nbytes / least(lambda: target.copy_(source), 1),
+        {kind: Transfer("", "", kind, 2, states.nbytes).wire_bytes / least(go, 50) for kind, go in messages.items()},
+    )
+
+
+def least(work: Callable[[], object], calls: int) -> float:
+    """CPU seconds of a call on this rank, in the fastest of ten rounds that all ranks begin together."""
+    found = float("inf")
     for _ in range(10):
-        start = time.perf_counter()
-        torch.mm(left, right)
-        flops = max(flops, 2 * size**3 / (time.perf_counter() - start))
-        start = time.perf_counter()
-        target.copy_(source)
-        traffic = max(traffic, 2 * source.nbytes / (time.perf_counter() - start))
-    here = Device.of_recipe(Recipe(name="plan", train=TrainConfig(steps=1, global_batch_size=1)))
-    return replace(here, peak_flops=flops, memory_bandwidth=traffic)
+        launch.barrier()
+        start = time.process_time()
+        for _ in range(calls):
+            work()
+        found = min(found, (time.process_time() - start) / calls)
+    return found
 
 
-def run(processes: int, layout: Layout, recompute: bool, options: argparse.Namespace) -> list[Measured]:
-    """Every rank is a new process, forked, so that it need not import everything anew."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+def run(processes: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `function(rank, *arguments)` returns on each rank of a job, beside which others keep other cores as busy.
+
+    Every rank is a new process, forked, so that it need not import everything anew.
+    """
+    jobs = max(1, (os.cpu_count() or 1) // processes)
+    stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(jobs)]
     context = multiprocessing.get_context("fork")
-    with context.Pool(processes, maxtasksperchild=1) as pool:
+    with context.Pool(jobs * processes, maxtasksperchild=1) as pool:
         tasks = [
-            pool.apply_async(on_rank, (rank, processes, store.port, layout, recompute, options))
+            pool.apply_async(joined, (rank, processes, store.port, function, arguments))
+            for store in stores
             for rank in range(processes)
         ]
-        return [task.get() for task in tasks]
+        return [task.get() for task in tasks][:processes]
 
 
-def on_rank(
-    rank: int, processes: int, port: int, layout: Layout, recompute: bool, options: argparse.Namespace
-) -> Measured:
+def joined(rank: int, processes: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     launch.join_job(launch.Rendezvous(TCPStore("127.0.0.1", port, is_master=False), rank, processes))
+    return function(rank, *arguments)
+
+
+def on_rank(rank: int, layout: Layout, recompute: bool, options: argparse.Namespace, returned: bool) -> Measured:
+    """`returned`: freed blocks go back to the system, and memory is what counts."""
+    if returned and not ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, RETURNED_BYTES):
+        raise OSError("mallopt(M_MMAP_THRESHOLD) was refused; this benchmark needs glibc")
     launch.initialize(layout, seed=1)
-    job = job_of(options, processes, layout, recompute)
+    job = job_of(options, launch.world_size(), layout, recompute)
     small = {Axis.HIDDEN: 64, Axis.FFN: 64, Axis.LAYERS: layout.stages, Axis.VOCAB: 256}
     tiny = replace(job, teacher=job.teacher.resized(small), student=job.student.resized(small))
     train(tiny, 1)
     gc.collect()
-    before = psutil.Process().memory_info().rss
-    return train(job, options.repeat)._replace(peak=peak() - before)
+    before = status("RssAnon")
+    return train(job, 1 if returned else options.repeat)._replace(peak=peak() - before)
 
 
 def train(job: Job, repeat: int) -> Measured:
@@ -235,9 +292,14 @@ def forget_peak() -> None:
 
 
 def peak() -> int:
-    """Bytes resident at most since then."""
+    """Bytes resident at most since then, without pages of files."""
+    return status("VmHWM") - status("RssFile") - status("RssShmem")
+
+
+def status(key: str) -> int:
+    """Bytes of this process that the kernel counts under `key`."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
 
 
 @torch.no_grad()

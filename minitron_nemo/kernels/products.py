@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-_UPCAST_BYTES = 8 * 1024**2  # of a weight block in fp32: stays small beside the chunk buffers, large enough for a GEMM
+UPCAST_BYTES = 8 * 1024**2  # of a weight block in fp32: stays small beside the chunk buffers, large enough for a GEMM
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _weight_blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     if weight.dtype == torch.float32:
         yield slice(0, count), weight
         return
-    rows = max(1, min(count, _UPCAST_BYTES // (4 * weight.shape[1])))  # a shard of padding alone has none
+    rows = max(1, min(count, UPCAST_BYTES // (4 * weight.shape[1])))  # a shard of padding alone has none
     buffer = torch.empty(rows, weight.shape[1], dtype=torch.float32, device=weight.device)
     for start in range(0, count, rows):
         block = slice(start, min(start + rows, count))

@@ -42,7 +42,19 @@ class LanguageModel(GPTModel):
         """Megatron's constructor calls this once the modules exist and before it ties and marks their weights."""
         if self.post_process:
             install_output_layer(self)
+        if self.pre_process:
+            self.embedding.register_forward_hook(_with_plain_strides)
         super().setup_embeddings_and_output_layer()
+
+
+def _with_plain_strides(module: Any, arguments: Any, states: torch.Tensor) -> torch.Tensor:
+    """The same states, [s, b, h], with the strides of a tensor that was made in this shape.
+
+    Those of a single sequence are transposed without a copy, and their second dim, of size 1, keeps the stride that it
+    had. torch.matmul then does not see that rows follow each other, and multiplies by a copy of a frozen weight for
+    every token.
+    """
+    return states.view(states.shape)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from minitron_nemo.config import Recipe
-from minitron_nemo.parallel.device import has_transformer_engine
+from minitron_nemo.parallel.device import current_device, has_transformer_engine
 from minitron_nemo.parallel.gpus import GPUS
 
 # Share of its memory that a job may fill by arithmetic. The rest is for what arithmetic leaves out: the driver's
@@ -17,15 +18,18 @@ USABLE = 0.9
 class Device:
     """Bytes, FLOP/s and bytes/s of one device; None for what is not known, which then is not predicted.
 
-    With `transformer_engine` layers are TransformerEngine's, and attention of 16-bit numbers keeps no scores.
+    With `transformer_engine` layers are TransformerEngine's, and attention of 16-bit numbers keeps no scores. On a
+    `cpu` messages are gloo's: sent by the processors that compute, so that nothing hides them, and reduced in copies.
     """
 
     memory_bytes: float | None = None
     peak_flops: float | None = None
     memory_bandwidth: float | None = None
-    link: float | None = None  # between processes of a node, one way
+    # Between processes of a node, one way; or, where kinds of messages differ, of each kind (`Transfer.kind`).
+    link: float | Mapping[str, float] | None = None
     network: float | None = None  # between nodes
     transformer_engine: bool = False
+    cpu: bool = False
     name: str = "device"
 
     @staticmethod
@@ -44,8 +48,15 @@ class Device:
             link=gpu.link if gpu else None,
             network=gpu.network if gpu else None,
             transformer_engine=gpu is not None or has_transformer_engine(),
+            cpu=gpu is None and current_device().type == "cpu",
             name=cluster.gpu or "device",
         )
+
+    def bandwidth(self, kind: str, within_node: bool) -> float | None:
+        """Bytes/s of messages of one kind."""
+        if not within_node:
+            return self.network
+        return self.link[kind] if isinstance(self.link, Mapping) else self.link
 
     def fits(self, amount: float) -> bool | None:
         """Whether `amount` bytes go into the usable part; None where the memory is not known."""

@@ -5,6 +5,7 @@
     backward    the same activations + gradients of one layer's states (a recomputed layer besides)
     embedding   those without the last microbatch's + the gradient of the embedding's rows
     teacher     one layer's forward pass; nothing of the student's in flight
+    reduction   on CPUs, a copy of the gradients, which gloo reduces in
     optimizer   temporaries of torch's AdamW; TransformerEngine's needs none
 
 Of the moments the largest counts. Ranks that differ in tensor- or data-parallel place alone hold the same.
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from minitron_nemo.arch import Architecture
 from minitron_nemo.distillation.communication import Update
 from minitron_nemo.distillation.stages import buffer_elements, held_elements
+from minitron_nemo.kernels.products import UPCAST_BYTES
 from minitron_nemo.models.build import padded_vocab_size
 from minitron_nemo.models.states import owners
 from minitron_nemo.parallel.layout import Layout
@@ -68,11 +70,15 @@ def trained(model: Architecture, layout: Layout, rank: int, shards: int, element
     Megatron's DDP keeps parameters and gradients of a virtual stage in one buffer each; a rank's share of the optimizer
     state is at most an even one of that buffer.
     """
-    elements = sum(
+    return _held(sum(_buffers(model, layout, rank, shards)), shards, element_size)
+
+
+def _buffers(model: Architecture, layout: Layout, rank: int, shards: int) -> list[int]:
+    """Elements of the buffer of each of a pipeline rank's virtual stages."""
+    return [
         buffer_elements([size for _, size in held_elements(model, layout, stage)], shards)
         for stage in range(rank, layout.stages, layout.pipeline_model_parallel_size)
-    )
-    return _held(elements, shards, element_size)
+    ]
 
 
 def _held(elements: int, shards: int, element_size: int) -> dict[str, int]:
@@ -91,22 +97,30 @@ def frozen(model: Architecture, layout: Layout, rank: int, element_size: int) ->
     return sum(size for stage in stages for _, size in held_elements(model, layout, stage)) * element_size
 
 
-def loss_bytes(update: Update, chunk_bytes: int) -> int:
+def loss_bytes(update: Update, chunk_bytes: int, cpu: bool = False) -> int:
     """What the loss of one microbatch holds on the last stage: logits of a chunk, dX, dW, states gathered over tp."""
     rows = padded_vocab_size(update.student, update.layout) // update.tp
-    dense = update.teacher is not None and update.placement != "cached"
-    models = 2 if dense else 1
-    chunk = max(1, chunk_bytes // (4 * rows * models))
+    models = [update.student]
+    if update.teacher is not None and update.placement != "cached":
+        models.append(update.teacher)
+    chunk = max(1, chunk_bytes // (4 * rows * len(models)))
     chunks = -(-update.tokens // chunk)
-    logits = -(-update.tokens // chunks) * min(rows, update.student.vocab_size) * 4 * models
+    chunk = -(-update.tokens // chunks)
+    logits = chunk * min(rows, update.student.vocab_size) * FP32
     hidden = update.student.hidden_size
     alone = update.tp == 1 and update.element_size < FP32
     gradients = update.tokens * hidden * (update.element_size if alone else FP32) + rows * hidden * FP32
     gathered = update.states(update.student, sharded=False) if update.layout.sequence_parallel else 0
-    if dense and update.tp > 1:
-        assert update.teacher is not None
-        gathered += update.states(update.teacher, sharded=False)
-    return logits + gradients + gathered
+    if update.tp > 1:
+        gathered += sum(update.states(teacher, sharded=False) for teacher in models[1:])
+    # As `kernels.products` multiplies 16 bits: the logits' gradient is rounded, in the teacher's logits where there are
+    # some; for fp32 logits a CPU needs fp32 operands, a chunk's states and a block of an output weight.
+    rounded = upcast = 0
+    if update.element_size < FP32:
+        rounded = logits // 2 if len(models) == 1 and (alone or not cpu) else 0
+        width = max(model.hidden_size for model in models)
+        upcast = chunk * width * FP32 + min(rows * width * FP32, UPCAST_BYTES) if cpu else 0
+    return len(models) * logits + gradients + gathered + max(rounded, upcast)
 
 
 def activations_of_chunks(update: Update, rank: int, device: Device) -> list[int]:
@@ -151,13 +165,18 @@ def _trained_rank(step: str, job: Job, update: Update, rank: int, device: Device
     work = own.backward_work() + (own.layer() if update.recompute else 0)
     moments = {"backward": {"activations": in_flight, "work": work}}
     if rank == update.pp - 1:
-        moments["loss"] = {"activations": in_flight, "loss": loss_bytes(update, job.recipe.distill.chunk_bytes)}
+        loss = loss_bytes(update, job.recipe.distill.chunk_bytes, device.cpu)
+        moments["loss"] = {"activations": in_flight, "loss": loss}
     if rank == 0:
         rows = padded_vocab_size(update.student, update.layout) // update.tp
         gradient = rows * update.student.hidden_size * update.element_size
         moments["embedding"] = {"activations": in_flight - chunks[0], "work": gradient}
     if not device.transformer_engine:
         moments["optimizer"] = {"work": _adam_work(update, rank)}
+    if device.cpu:
+        # Virtual stages one after the other. The parameters that are gathered are copied, too, but are smaller.
+        reduced = max(_buffers(update.student, update.layout, rank, update.dp))
+        moments["reduction"] = {"work": reduced * GRADIENT_BYTES}
     if update.teacher is not None and update.placement == "colocated":
         other = _activations(update.teacher, update, device, update.teacher_layout)
         moments["teacher"] = {"work": other.forward_work()}

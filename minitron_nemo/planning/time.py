@@ -119,9 +119,12 @@ class Network:
         """Of a group's messages on the wire, one after the other; 0 where the bandwidth is not known."""
         span = self.spans.get(group)
         inside = span is not None and span <= self.per_node and self.per_node % span == 0
-        bandwidth = self.device.link if inside else self.device.network
-        sizes = [each.wire_bytes for each in found if each.group == group and each.kind != "receive"]
-        return sum(sizes) / bandwidth if bandwidth else 0.0
+        total = 0.0
+        for each in found:
+            if each.group == group and each.kind != "receive":
+                bandwidth = self.device.bandwidth(each.kind, inside)
+                total += each.wire_bytes / bandwidth if bandwidth else 0.0
+        return total
 
 
 def _training(
@@ -137,10 +140,10 @@ def _training(
     ]
     virtual = layout.virtual_pipeline_model_parallel_size or 1
     student = sum(pass_time(stages, virtual, count) for count in _windows(update.microbatches, window))
-    # Interleaved schedules send while they compute.
-    between = 0.0 if virtual > 1 else max(network.seconds(found, "pp") for found in own)
+    # Interleaved schedules send while they compute, where something else than the processor can.
+    between = 0.0 if virtual > 1 and not device.cpu else max(network.seconds(found, "pp") for found in own)
     last = [[each for each in found if each.part in ("gradients", "parameters")] for found in all_sent]
-    config, hidden = job.recipe.train, max(stages)  # what one microbatch can hide
+    config, hidden = job.recipe.train, 0.0 if device.cpu else max(stages)  # what one microbatch can hide
     reduced = max(network.seconds([each for each in found if each.part == "gradients"], "dp") for found in last)
     gathered = max(network.seconds([each for each in found if each.part == "parameters"], "dp") for found in last)
     if config.overlap_grad_reduce or config.overlap_param_gather:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.communication import randomised
+from benchmarks.plan import job_of, train
 from minitron_nemo.arch import Architecture
 from minitron_nemo.config import TrainConfig
 from minitron_nemo.distillation.communication import Update
@@ -16,11 +21,13 @@ from minitron_nemo.distillation.objective import DistillationObjective
 from minitron_nemo.distillation.optimizer import build_optimizer, ddp_config
 from minitron_nemo.distillation.optimizer import update as apply
 from minitron_nemo.distillation.step import Step
+from minitron_nemo.kernels import linear_kd_loss
 from minitron_nemo.models.build import build_model
 from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.planning.devices import Device
-from minitron_nemo.planning.memory import activations_of_chunks, frozen, loss_bytes, trained
+from minitron_nemo.planning.job import Job
+from minitron_nemo.planning.memory import activations_of_chunks, frozen, loss_bytes, memory, trained
 from tests.distillation.reference import random_microbatches
 from tests.distillation.test_communication import MIXTURE, SHARED, STUDENT, THREE_GROUPS, TIED
 from tests.pool import run_distributed
@@ -145,4 +152,64 @@ def test_the_loss_holds_chunks_of_logits_and_both_gradients() -> None:
     update = Update(student, Layout(2), 2, 1, 2, 50, 2, teacher=teacher)
     logits, hidden_gradient, weight_gradient = 2 * 50 * 128 * 4, 100 * 48 * 4, 128 * 48 * 4
     assert loss_bytes(update, 2 * 60 * 128 * 4) == logits + hidden_gradient + weight_gradient + 100 * 96 * 2
-    assert loss_bytes(replace(update, teacher=None), 2**30) == 100 * 128 * 4 + hidden_gradient + weight_gradient
+    alone = 100 * 128 * (4 + 2) + hidden_gradient + weight_gradient  # rounded to bf16 beside the logits
+    assert loss_bytes(replace(update, teacher=None), 2**30) == alone
+
+
+def most_allocated(work: Callable[[], Any]) -> int:
+    """The most bytes that torch allocates on this thread while `work` runs, less what it frees of them."""
+    gc.collect()  # what an earlier profile saw allocated would count as freed in this one
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        work()
+    assert found.profiler is not None and found.profiler.kineto_results is not None
+    events = [each for each in found.profiler.kineto_results.events() if each.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize(("taught", "chunk_bytes"), [(True, 2**20), (True, 2**24), (False, 2**24)])
+def test_the_loss_allocates_on_a_cpu_what_is_predicted(taught: bool, chunk_bytes: int) -> None:
+    """In bf16, with several chunks and with one: a block of the student's weight in fp32, and all of the teacher's."""
+    teacher = replace(STUDENT, hidden_size=192) if taught else None
+    student = replace(STUDENT, hidden_size=320, vocab_size=7680)
+    update = Update(student, Layout(), 1, 1, 1, 256, 2, teacher=teacher)
+    states, weight = (torch.randn(size, 320).bfloat16().requires_grad_() for size in (256, 7680))
+    teachers = [torch.randn(size, 192).bfloat16() if taught else None for size in (256, 7680)]
+    labels, weights = torch.randint(0, 7680, (256,)), torch.ones(256)
+    objective: dict[str, float] = {} if taught else {"logits_weight": 0.0, "ce_weight": 1.0}
+
+    def loss() -> None:
+        linear_kd_loss(
+            states, weight, *teachers, labels, weights, vocab_size=7680, chunk_bytes=chunk_bytes, **objective
+        )
+
+    loss()
+    assert most_allocated(loss) == pytest.approx(loss_bytes(update, chunk_bytes, cpu=True), rel=0.04)
+
+
+def short_job(layout: Layout, sequence_length: int) -> Job:
+    sizes = Namespace(layers=3, vocab_size=1024, sequence_length=sequence_length, microbatches=2, chunk_bytes=2**20)
+    return job_of(sizes, layout.tensor_model_parallel_size, layout, False)
+
+
+def allocated_by_updates(layout: Layout, sequence_length: int) -> int:
+    launch.initialize(layout, seed=1)
+    return most_allocated(lambda: train(short_job(layout, sequence_length), 1))
+
+
+@pytest.mark.parametrize(
+    ("layout", "sequence_length", "moment"), [(Layout(), 128, "reduction"), (Layout(2), 256, "backward")], ids=str
+)
+def test_updates_allocate_what_is_predicted_for_the_fullest_moment(
+    layout: Layout, sequence_length: int, moment: str
+) -> None:
+    """On a tensor-parallel rank most were copies of a frozen weight, once, which was multiplied token by token."""
+    ranks = memory(short_job(layout, sequence_length), Device(cpu=True))
+    (predicted,) = [each for each in ranks if each.step == "distill"]
+    assert predicted.moment == moment
+    world_size = layout.tensor_model_parallel_size
+    for measured in run_distributed(world_size, allocated_by_updates, layout, sequence_length):
+        assert measured == pytest.approx(predicted.total, rel=0.02)

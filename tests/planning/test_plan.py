@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from benchmarks.plan import job_of
 from minitron_nemo.cli import main
 from minitron_nemo.config import load_recipe
 from minitron_nemo.errors import UserError
+from minitron_nemo.parallel.layout import Layout
+from minitron_nemo.planning.devices import Device
 from minitron_nemo.planning.disk import disk, training_checkpoint_bytes
+from minitron_nemo.planning.memory import trained
+from minitron_nemo.planning.time import distillation
 from minitron_nemo.preflight import Preflight, preflight
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -38,6 +44,23 @@ def test_a_stated_utilisation_is_what_the_plan_has() -> None:
     assert update is not None
     assert update.mfu(989e12) == pytest.approx(0.31)
     assert update.seconds == pytest.approx(update.flops / 256 / 989e12 / 0.31)
+
+
+def test_on_a_cpu_messages_cost_by_their_kind_and_nothing_hides_them() -> None:
+    """Two replicas: half of 4 bytes a gradient leaves a rank, and half of 2 a parameter. Two stages: states."""
+    sizes = Namespace(layers=4, vocab_size=1024, sequence_length=128, microbatches=4, chunk_bytes=2**20)
+    beside = Device(peak_flops=1e11, link={"reduce_scatter": 1e9, "all_gather": 2e9, "send": 4e9})
+    job = job_of(sizes, 2, Layout(), False)
+    job.recipe.train.overlap_grad_reduce = job.recipe.train.overlap_param_gather = True
+    elements = trained(job.student, job.layout, 0, 2, 2)["weights"] // 2
+    found = [distillation(job, job.segments[0], each, 0.5) for each in (replace(beside, cpu=True), beside)]
+    assert found[0].parts["gradients and parameters"] == pytest.approx(elements * 2 / 1e9 + elements / 2e9)
+    assert found[1].parts["gradients and parameters"] == 0
+    job = job_of(sizes, 2, Layout(1, 2, 2), False)
+    found = [distillation(job, job.segments[0], each, 0.5) for each in (replace(beside, cpu=True), beside)]
+    # Of four stages each rank has two: it sends three states of every microbatch, forward or back.
+    assert found[0].parts["pipeline messages"] == pytest.approx(4 * 3 * 128 * 576 * 2 / 4e9)
+    assert found[1].parts["pipeline messages"] == 0
 
 
 def test_recomputation_costs_a_third_of_the_students_layers_and_saves_activations() -> None:
