@@ -395,6 +395,8 @@ def _merged(loaded: Any, overrides: Sequence[str], path: str) -> Recipe:
         recipe: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {said(error)}") from None
+    except TypeError as error:  # OmegaConf's, which names no key
+        raise UserError(f"{path}: a list stands where there are keys, or keys where there is a list: {error}") from None
     return recipe
 
 

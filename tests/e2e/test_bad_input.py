@@ -135,6 +135,7 @@ TEACHER_PP2 = "teacher.layout.pipeline_model_parallel_size=2"
     [
         ("train.learning_rate=1", "train.learning_rate"),
         ("train.steps=many", "train.steps"),
+        ("stages=[one]", "a list stands where there are keys"),
         ("train.steps=-1", "train.steps: -1 must not be negative"),
         ("evaluate.generate_batch_sizes=[]", "evaluate.generate_batch_sizes: [] must be sizes of batches"),
         ("evaluate.generate_batch_sizes=[4,0]", "evaluate.generate_batch_sizes: [4, 0]"),

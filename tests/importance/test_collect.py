@@ -176,8 +176,8 @@ def assert_same_choices(first: Scores, second: Scores, accuracy: float = 1e-5, *
     for by in scores:
         for heads in ({"num_attention_heads": 4}, {"num_query_groups": 2, "num_attention_heads": 2}):
             config = PruneConfig(**sizes, **heads, **by)
-            plans = [make_plan(measured, second.architecture, config) for measured in (first, second)]
-            assert_same_choice(*plans, accuracy)
+            ours, theirs = (make_plan(measured, second.architecture, config) for measured in (first, second))
+            assert_same_choice(ours, theirs, accuracy)
 
 
 # What is kept in a layer, and whose choice decides it: other experts have other neurons, other groups other heads.
