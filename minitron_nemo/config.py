@@ -48,6 +48,9 @@ class CalibrationConfig:
     # How |activation| becomes one number (2407.14679 section 2.2): over the tokens of a sequence, then over sequences.
     sequence_aggregation: str = "mean"  # mean | l2 | var
     batch_aggregation: str = "l2"  # mean | l2 | var
+    # Of single axes, where another pair shall rank their entries: {num_attention_heads: {sequence: l2, batch: mean}},
+    # or one of the two; what is not given is as above.
+    aggregations: Any = None
 
 
 @dataclass
@@ -392,6 +395,8 @@ def _merged(loaded: Any, overrides: Sequence[str], path: str) -> Recipe:
         recipe: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {said(error)}") from None
+    except TypeError as error:  # OmegaConf's, which names no key
+        raise UserError(f"{path}: a list stands where there are keys, or keys where there is a list: {error}") from None
     return recipe
 
 

@@ -25,6 +25,7 @@ from minitron_nemo.checkpoint.files import write_atomic
 from minitron_nemo.errors import UserError
 
 AGGREGATIONS = ("mean", "l2", "var")
+AGGREGATED = (Axis.HIDDEN, Axis.FFN, Axis.MOE_FFN, Axis.SHARED_FFN, Axis.HEADS)  # axes that `get` aggregates
 ARRAYS = (
     *("hidden", "ffn", "heads", "block_influence", "norm_squares", "ffn_column_norms"),
     *("experts", "routed", "shared_expert", "shared_expert_column_norms"),

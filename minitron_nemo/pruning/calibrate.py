@@ -50,6 +50,7 @@ def calibrate(teacher: Path, prepared: Path, recipe: Recipe, layout: Layout, dir
         "samples": config.samples,
         "precision": config.precision,
         "sequence_length": blend.sequence_length,
+        "separators_counted": recipe.data.separator_weight != 0,  # a token of weight 0 does not
     }
     identity = {
         "model": model_fingerprint,

@@ -97,7 +97,15 @@ def entry_scores(scores: Scores, axis: Axis, chosen: Mapping[str, Any]) -> Array
         return scores.hidden_energy()
     if axis in (Axis.FFN, Axis.MOE_FFN, Axis.SHARED_FFN) and chosen["ffn_score"] == "output":
         return scores.ffn_outputs(axis)
-    return scores.get(axis, chosen["sequence_aggregation"], chosen["batch_aggregation"])
+    return scores.get(axis, *aggregations(axis, chosen))
+
+
+def aggregations(axis: Axis, chosen: Mapping[str, Any]) -> tuple[str, str]:
+    """The pair that ranks the entries of an axis by `chosen`, a Plan's `provenance`: over tokens, over sequences."""
+    own = chosen.get("aggregations", {}).get(axis.value)  # Plans have not always had them
+    if own is not None:
+        return own["sequence"], own["batch"]
+    return chosen["sequence_aggregation"], chosen["batch_aggregation"]
 
 
 def _kept_layers(
@@ -251,6 +259,7 @@ def _gap(kept: float, dropped: float) -> float:
 
 def _provenance(scores: Scores, depth_scores: DepthScores | None, config: PruneConfig) -> dict[str, Any]:
     measured = {} if depth_scores is None else {"depth": dict(depth_scores.identity)}
+    calibration = config.calibration
     return {
         **measured,
         "model_fingerprint": scores.model_fingerprint,
@@ -258,8 +267,12 @@ def _provenance(scores: Scores, depth_scores: DepthScores | None, config: PruneC
         "sequences": scores.sequences,
         "tokens": scores.tokens,
         "calibration": dict(scores.settings),
-        "sequence_aggregation": config.calibration.sequence_aggregation,
-        "batch_aggregation": config.calibration.batch_aggregation,
+        "sequence_aggregation": calibration.sequence_aggregation,
+        "batch_aggregation": calibration.batch_aggregation,
+        "aggregations": {
+            axis: {"sequence": calibration.sequence_aggregation, "batch": calibration.batch_aggregation, **own}
+            for axis, own in (calibration.aggregations or {}).items()
+        },
         "ffn_score": config.ffn_score,
         "hidden_method": config.hidden_method,
         "hidden_score": config.hidden_score,

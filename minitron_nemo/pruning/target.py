@@ -8,10 +8,19 @@ from minitron_nemo.arch import Architecture, Axis
 from minitron_nemo.arch.family import family
 from minitron_nemo.config import PruneConfig, RepairConfig
 from minitron_nemo.errors import UserError
+from minitron_nemo.importance.scores import AGGREGATED, AGGREGATIONS
 from minitron_nemo.pruning import depth
 
 BY_INFLUENCE = ("block_influence", "contiguous")
 DEPTH_METHODS = (*BY_INFLUENCE, *depth.METHODS)
+# What may rank the entries of an axis by something else than activations.
+SCORES = {
+    Axis.HIDDEN: "hidden_score",
+    Axis.FFN: "ffn_score",
+    Axis.MOE_FFN: "ffn_score",
+    Axis.SHARED_FFN: "ffn_score",
+}
+PAIR = "{sequence: mean, batch: l2}"  # an example of one
 
 
 def target_architecture(source: Architecture, config: PruneConfig) -> Architecture:
@@ -33,6 +42,7 @@ def target_architecture(source: Architecture, config: PruneConfig) -> Architectu
         raise UserError(
             f"prune.hidden_score: energy is of RMSNorm, {source.family} has {normalization}; use activation"
         )
+    _check_aggregations(source, config)
     target = source.resized(sizes)
     if config.untie:
         target = replace(target, share_embeddings_and_output_weights=False)
@@ -68,6 +78,26 @@ def _sizes(source: Architecture, config: PruneConfig) -> dict[Axis, int]:
             f"or more than they have; use one of {multiples}"
         )
     return sizes
+
+
+def _check_aggregations(source: Architecture, config: PruneConfig) -> None:
+    """Pairs of their own are for axes that the source has, and whose entries such a pair ranks."""
+    key, given = "prune.calibration.aggregations", config.calibration.aggregations
+    if given is not None and not isinstance(given, dict):
+        raise UserError(f"{key}: {given!r} is not a pair for each of some axes, {{AXIS: {PAIR}}}")
+    for axis, own in (given or {}).items():
+        if axis not in AGGREGATED:
+            raise UserError(f"{key}.{axis}: not one of the axes that have aggregations, {', '.join(AGGREGATED)}")
+        if not source.has(Axis(axis)):
+            raise UserError(f"{key}.{axis}: the layers of {source.family} have none; leave it out")
+        score = SCORES.get(Axis(axis))
+        if score is not None and (by := getattr(config, score)) != "activation":
+            raise UserError(f"{key}.{axis}: prune.{score} is {by}, which has no aggregations; set it to activation")
+        if not isinstance(own, dict) or not own.keys() <= {"sequence", "batch"}:
+            raise UserError(f"{key}.{axis}: {own!r} is not {PAIR}, or one of the two")
+        for part, value in own.items():
+            if value not in AGGREGATIONS:
+                raise UserError(f"{key}.{axis}.{part}: {value!r} is not one of {', '.join(AGGREGATIONS)}")
 
 
 def rotates(target: Architecture, source: Architecture, config: PruneConfig) -> bool:

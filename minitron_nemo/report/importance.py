@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from minitron_nemo.arch import Axis, Plan
 from minitron_nemo.importance.scores import Array, Scores
-from minitron_nemo.pruning.plan import entry_scores
+from minitron_nemo.pruning.plan import aggregations, entry_scores
 from minitron_nemo.report.charts import DROPPED, KEPT, MAX_POINTS, Chart, Row, colours, draw, every
 
 BINS = 32  # columns of a heat map at most, of entries that rank next to each other
@@ -66,7 +66,7 @@ def _hidden_ranking(scores: Scores, plan: Plan) -> Chart:
 def _hidden_map(scores: Scores, plan: Plan) -> Chart:
     """Channels in the order of the ranking over the whole model; rows are the two norms of a layer together."""
     chosen = plan.provenance
-    by_norm = scores.hidden_by_norm(chosen["sequence_aggregation"], chosen["batch_aggregation"])
+    by_norm = scores.hidden_by_norm(*aggregations(Axis.HIDDEN, chosen))
     by_layer = by_norm.reshape(-1, 2, by_norm.shape[1]).sum(axis=1)
     order = np.argsort(-entry_scores(scores, Axis.HIDDEN, chosen), kind="stable")
     kept = np.tile(_flags(plan.kept_hidden, by_layer.shape[1]), (len(by_layer), 1))

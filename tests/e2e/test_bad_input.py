@@ -135,6 +135,7 @@ TEACHER_PP2 = "teacher.layout.pipeline_model_parallel_size=2"
     [
         ("train.learning_rate=1", "train.learning_rate"),
         ("train.steps=many", "train.steps"),
+        ("stages=[one]", "a list stands where there are keys"),
         ("train.steps=-1", "train.steps: -1 must not be negative"),
         ("evaluate.generate_batch_sizes=[]", "evaluate.generate_batch_sizes: [] must be sizes of batches"),
         ("evaluate.generate_batch_sizes=[4,0]", "evaluate.generate_batch_sizes: [4, 0]"),
@@ -151,6 +152,7 @@ TEACHER_PP2 = "teacher.layout.pipeline_model_parallel_size=2"
             "prune.depth_method=greedy prune.depth.metric=task prune.depth.task=/nowhere.jsonl",
             "prune.depth.task: /nowhere.jsonl: not readable as a task",
         ),
+        ("prune.calibration.aggregations.hidden_size=[l2,mean]", "prune.calibration.aggregations.hidden_size: ['l2'"),
         ("distill.divergence=backward_kl", "distill.divergence"),
         ("distill.ce_weight=some", "distill.ce_weight"),
         ("distill.ce_weight=dynamic distill.logits_weight=0", "logits_weight is 0"),

@@ -1,6 +1,7 @@
-"""Importance measured on Hugging Face's own models with hooks of its own, in fp64, by the formulas as they are written.
+"""Importance measured on Hugging Face's own models with hooks of its own, in fp64, by the papers' formulas but for one.
 
-Nothing of the package takes part: whole activations are kept and reduced with numpy.
+A neuron's activation is what the second matrix reads: 2407.14679 prints what goes into the activation function
+(docs/method.md says why not). Nothing of the package takes part: whole activations are kept and reduced with numpy.
 """
 
 from __future__ import annotations

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from minitron_nemo.arch import Axis, Plan
+from minitron_nemo.arch import Architecture, Axis, Plan
 from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.config import CalibrationConfig, PruneConfig
 from minitron_nemo.importance.scores import AGGREGATIONS, ARRAYS, Scores
 from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.pruning.plan import make_plan
-from tests.families import FAMILIES, write_tiny
+from tests.families import FAMILIES, MIXTURES, write_tiny
 from tests.importance.hugging_face import reference_scores
 from tests.importance.measuring import measured
 from tests.pool import run_distributed
@@ -33,6 +34,7 @@ LAYOUTS = {
     "DP2": (2, Layout()),
     "TP2 SP": (2, Layout(tensor_model_parallel_size=2, sequence_parallel=True)),
     "PP2 VPP2": (2, Layout(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)),
+    "PP3 uneven": (3, Layout(pipeline_model_parallel_size=3)),
     "TP2 PP2": (4, Layout(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
     "TP2 SP DP2": (4, Layout(tensor_model_parallel_size=2, sequence_parallel=True)),
     "TP2 PP2 VPP2 SP": (
@@ -137,7 +139,9 @@ def test_scores_of_every_family_are_those_of_hooks_on_hugging_faces_model(family
     alone = run_distributed(1, measured, tmp_path / "teacher", Layout(), *batch())[0]
     assert_equal_hugging_face(alone, hugging_face, tolerance)
     world_size, layout = LAYOUTS["TP2 SP"]
-    assert_same(run_distributed(world_size, measured, tmp_path / "teacher", layout, *batch())[0], alone, tolerance)
+    split = run_distributed(world_size, measured, tmp_path / "teacher", layout, *batch())[0]
+    assert_same(split, alone, tolerance)
+    assert_same_choices(split, alone, 5e-5 if family in MIXTURES else tolerance, **cut_mlp(alone.architecture))
     fused = run_distributed(1, measured, tmp_path / "teacher", Layout(), *batch(), fused_norms=True)[0]
     assert_same(fused, alone, 1e-12)
 
@@ -150,39 +154,61 @@ def test_scores_and_kept_sets_do_not_depend_on_the_layout(name: str, teacher: Pa
         for array in ARRAYS:
             np.testing.assert_array_equal(getattr(by_rank[0], array), getattr(other, array))
     assert_same(by_rank[0], scores, 1e-5)
+    assert_same_choices(by_rank[0], scores, hidden_size=40, ffn_hidden_size=64, num_layers=3)
+
+
+def cut_mlp(architecture: Architecture) -> dict[str, int]:
+    """Sizes for what the layers of the tiny models have between their norms and their residual sums."""
+    sizes = {Axis.FFN: 64, Axis.EXPERTS: 3, Axis.MOE_FFN: 64, Axis.SHARED_FFN: 48}
+    return {axis.value: size for axis, size in sizes.items() if architecture.has(axis)}
+
+
+def assert_same_choices(first: Scores, second: Scores, accuracy: float = 1e-5, **sizes: int) -> None:
+    """The same kept sets for every aggregation of activations and for the scores that recipes have by default.
+
+    Beside the axes in `sizes` heads are cut, half of those in each group, and whole groups. Scores agree to `accuracy`.
+    """
+    scores: list[dict[str, Any]] = [{}]
     for sequence in AGGREGATIONS:
         for over_sequences in AGGREGATIONS:
-            config = PruneConfig(
-                hidden_size=40,
-                ffn_hidden_size=64,
-                num_attention_heads=4,
-                num_layers=3,
-                calibration=CalibrationConfig(sequence_aggregation=sequence, batch_aggregation=over_sequences),
-            )
-            assert_same_choice(*(make_plan(s, scores.architecture, config) for s in (by_rank[0], scores)))
+            calibration = CalibrationConfig(sequence_aggregation=sequence, batch_aggregation=over_sequences)
+            scores.append({"ffn_score": "activation", "calibration": calibration})
+    for by in scores:
+        for heads in ({"num_attention_heads": 4}, {"num_query_groups": 2, "num_attention_heads": 2}):
+            config = PruneConfig(**sizes, **heads, **by)
+            ours, theirs = (make_plan(measured, second.architecture, config) for measured in (first, second))
+            assert_same_choice(ours, theirs, accuracy)
 
 
-def assert_same_choice(first: Plan, second: Plan) -> None:
-    """Equal Plans, but for decisions whose gap is smaller than the accuracy of the Scores."""
-    close = {key for key, gap in second.gaps.items() if gap < 1e-5}
+# What is kept in a layer, and whose choice decides it: other experts have other neurons, other groups other heads.
+PER_LAYER = {
+    "kept_ffn": (Axis.FFN,),
+    "kept_shared_ffn": (Axis.SHARED_FFN,),
+    "kept_groups": (Axis.GROUPS,),
+    "kept_heads": (Axis.HEADS, Axis.GROUPS),
+    "kept_experts": (Axis.EXPERTS,),
+    "kept_moe_ffn": (Axis.MOE_FFN, Axis.EXPERTS),
+}
+
+
+def assert_same_choice(first: Plan, second: Plan, accuracy: float) -> None:
+    """The same kept sets, but for decisions whose gap is smaller than the accuracy of the Scores."""
+    close = {key for key, gap in second.gaps.items() if gap < accuracy}
     if "num_layers" not in close:
         assert first.kept_layers == second.kept_layers
     if "hidden_size" not in close:
         assert first.kept_hidden == second.kept_hidden
-    per_layer = {
-        "kept_ffn": "ffn_hidden_size",
-        "kept_heads": "num_attention_heads",
-        "kept_experts": "num_moe_experts",
-        "kept_moe_ffn": "moe_ffn_hidden_size",
-    }
-    for name, axis in per_layer.items():
-        if getattr(first, name) is None:
-            assert getattr(second, name) is None
-            continue
-        for layer, ours, theirs in zip(first.kept_layers, getattr(first, name), getattr(second, name), strict=True):
-            # Other experts have other neurons.
-            if not {f"{axis}/{layer}", f"{name.replace('kept_moe_ffn', 'num_moe_experts')}/{layer}"} & close:
-                assert ours == theirs
+    for name, axes in PER_LAYER.items():
+        ours, theirs = by_layer(first, name), by_layer(second, name)
+        for layer in ours.keys() & theirs.keys():
+            if not {f"{axis}/{layer}" for axis in axes} & close:
+                assert ours[layer] == theirs[layer], f"{name} of layer {layer}"
+
+
+def by_layer(plan: Plan, name: str) -> dict[int, Any]:
+    """What stays in each layer of the source that does; None where nothing goes."""
+    kept = getattr(plan, name) or [None] * len(plan.kept_layers)
+    return dict(zip(plan.kept_layers, kept, strict=True))
 
 
 @pytest.mark.parametrize("micro_batch_size", [2, 3])

@@ -47,6 +47,9 @@ class Job(NamedTuple):
         recipe = replace(self.recipe, prune=PruneConfig(calibration=config))
         return self.teacher, self.prepared, recipe, layout, self.unfinished
 
+    def counting_separators(self) -> Job:
+        return self._replace(recipe=replace(self.recipe, data=replace(self.recipe.data, separator_weight=1.0)))
+
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
@@ -79,7 +82,8 @@ def test_the_first_samples_of_the_training_order_are_scored(job: Job) -> None:
     np.testing.assert_allclose(scores.get(Axis.LAYERS), reference["layers"], rtol=1e-5)
     assert (scores.sequences, scores.tokens) == (5, int((weights != 0).sum()))
     assert scores.model_fingerprint == fingerprint(job.teacher)
-    assert scores.settings == {"samples": 5, "precision": "fp32", "sequence_length": 48}
+    expected = {"samples": 5, "precision": "fp32", "sequence_length": 48, "separators_counted": False}
+    assert scores.settings == expected
     assert scores.sample_ids == tuple(sorted(sample["id"] for sample in samples))
 
 
@@ -183,11 +187,17 @@ def test_an_interrupted_pass_goes_on_and_ends_with_the_same_bits(
 def test_a_pass_of_another_layout_or_setting_starts_again_and_says_so(job: Job, tmp_path: Path) -> None:
     job = job._replace(unfinished=tmp_path / "unfinished")
     run_distributed(2, interrupted, 1, *job.calibrated(STAGES, samples=8, save_interval=2))
-    for layout, other in ((SHARDS, {"samples": 8}), (STAGES, {"samples": 7}), (STAGES, {"first_sample": 1})):
-        arguments = job.calibrated(layout, save_interval=50, **other)
+    cases = [
+        (job, SHARDS, {"samples": 8}),
+        (job, STAGES, {"samples": 7}),
+        (job, STAGES, {"samples": 8, "first_sample": 1}),
+        (job.counting_separators(), STAGES, {"samples": 8}),
+    ]
+    for changed, layout, other in cases:
+        arguments = changed.calibrated(layout, save_interval=50, **other)
         scores, lines = run_distributed(2, resumed, *arguments)[0]
         assert lines[0] == f"[calibrate] {job.unfinished} is of another model, data, setting or layout: starts again"
-        fresh = job._replace(unfinished=tmp_path / "none").calibrated(layout, **other)
+        fresh = changed._replace(unfinished=tmp_path / "none").calibrated(layout, **other)
         whole = run_distributed(2, calibrate, *fresh)[0]
         for array in ARRAYS:
             np.testing.assert_array_equal(getattr(scores, array), getattr(whole, array), err_msg=array)
@@ -223,3 +233,6 @@ def test_merged_passes_are_one_pass_over_all_samples(job: Job, tmp_path: Path) -
     assert_same(Scores.merge([elsewhere, first]), whole, 1e-5)  # what layouts agree to
     assert main(["merge-scores", files[0], files[2], "--out", str(tmp_path / "twice.npz")]) == 2
     assert not (tmp_path / "twice.npz").exists()
+    arguments = job.counting_separators().calibrated(Layout(), samples=5, first_sample=4)
+    with pytest.raises(UserError, match="separators_counted is True, that of pass 1 False; merge passes of one kind"):
+        Scores.merge([first, run_distributed(1, calibrate, *arguments)[0]])

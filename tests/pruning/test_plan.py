@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from minitron_nemo.arch.matrix import GAIN, Matrix
 from minitron_nemo.config import CalibrationConfig, PruneConfig, RepairConfig
 from minitron_nemo.errors import UserError
 from minitron_nemo.importance.scores import Scores
-from minitron_nemo.pruning.plan import make_plan
+from minitron_nemo.pruning.plan import entry_scores, make_plan
 from minitron_nemo.pruning.target import target_architecture
 from tests.importance.synthetic import architecture, random_values, scores_from
 
@@ -49,6 +50,39 @@ def test_width_keeps_the_subsets_with_the_highest_scores(seed: int, aggregation:
         groups = best_subset(heads[:3], 2), tuple(head + 3 for head in best_subset(heads[3:], 2))
         assert made.kept_heads[layer] == groups[0] + groups[1]
     assert made.target == architecture(hidden_size=4, ffn_hidden_size=5, num_attention_heads=4)
+
+
+def test_an_axis_may_rank_by_a_pair_of_its_own_and_the_plan_says_so(tmp_path: Path) -> None:
+    shape = architecture()
+    scores = scores_from(random_values(shape), shape)
+    own = {"hidden_size": {"sequence": "l2", "batch": "var"}, "num_attention_heads": {"batch": "mean"}}
+    sizes: dict[str, Any] = {"hidden_size": 4, "ffn_hidden_size": 5, "num_attention_heads": 2}
+    general = {"sequence_aggregation": "var", "batch_aggregation": "l2"}
+    made = plan(scores, **sizes, calibration=CalibrationConfig(**general, aggregations=own))
+    assert made.kept_hidden == best_subset(scores.get(Axis.HIDDEN, "l2", "var"), 4)
+    assert made.kept_ffn == tuple(best_subset(layer, 5) for layer in scores.get(Axis.FFN, "var", "l2"))
+    best = scores.get(Axis.HEADS, "var", "mean").reshape(6, 2, 3).argmax(axis=2)
+    assert made.kept_heads == tuple((int(first), 3 + int(second)) for first, second in best)
+    without = plan(scores, **sizes, calibration=CalibrationConfig(**general))
+    assert made.kept_hidden != without.kept_hidden and made.kept_heads != without.kept_heads
+    made.save(tmp_path / "plan.json")
+    written = Plan.load(tmp_path / "plan.json").provenance
+    assert {key: written[key] for key in general} == general
+    assert written["aggregations"] == {
+        "hidden_size": {"sequence": "l2", "batch": "var"},
+        "num_attention_heads": {"sequence": "var", "batch": "mean"},
+    }
+    for axis, pair in ((Axis.HIDDEN, ("l2", "var")), (Axis.FFN, ("var", "l2")), (Axis.HEADS, ("var", "mean"))):
+        np.testing.assert_array_equal(entry_scores(scores, axis, written), scores.get(axis, *pair))
+
+
+def test_query_groups_rank_by_the_pair_of_their_heads() -> None:
+    shape = architecture(num_attention_heads=12, num_query_groups=4)
+    scores = scores_from(random_values(shape), shape)
+    calibration = CalibrationConfig(aggregations={"num_attention_heads": {"batch": "var"}})
+    made = plan(scores, num_query_groups=2, calibration=calibration)
+    heads = scores.get(Axis.HEADS, "mean", "var").reshape(6, 4, 3).sum(axis=2)
+    assert made.kept_groups == tuple(best_subset(layer, 2) for layer in heads)
 
 
 def test_neurons_rank_by_what_they_add_and_channels_by_energy_where_asked_for() -> None:
@@ -263,6 +297,26 @@ def test_a_target_that_cannot_be_reached_is_refused_in_one_line_naming_the_key(
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=message):
         plan(**config)
+
+
+@pytest.mark.parametrize(
+    "given, score, message",
+    [
+        (["l2", "mean"], {}, r": \['l2', 'mean'\] is not a pair for each of some axes, {AXIS: {sequence: "),
+        ({"num_layers": {"batch": "l2"}}, {}, ".num_layers: not one of the axes that have aggregations, hidden_size, "),
+        ({"moe_ffn_hidden_size": {"batch": "l2"}}, {}, ".moe_ffn_hidden_size: the layers of llama have none"),
+        ({"hidden_size": ["l2", "mean"]}, {}, r".hidden_size: \['l2', 'mean'\] is not {sequence: mean, batch: l2}"),
+        ({"hidden_size": {"tokens": "l2"}}, {}, ".hidden_size: {'tokens': 'l2'} is not {sequence: mean, batch: l2}"),
+        ({"hidden_size": {"batch": "max"}}, {}, ".hidden_size.batch: 'max' is not one of mean, l2, var"),
+        ({"ffn_hidden_size": {}}, {"ffn_score": "output"}, ".ffn_hidden_size: prune.ffn_score is output, which has no"),
+        ({"hidden_size": {}}, {"hidden_score": "energy"}, ".hidden_size: prune.hidden_score is energy, which has no"),
+    ],
+)
+def test_a_pair_that_no_axis_can_have_is_refused(given: Any, score: dict[str, str], message: str) -> None:
+    config: dict[str, Any] = {"calibration": CalibrationConfig(aggregations=given), **score}
+    with pytest.raises(UserError, match=f"^prune.calibration.aggregations{message}") as error:
+        plan(hidden_size=4, **config)
+    assert "\n" not in str(error.value)
 
 
 def test_one_layer_can_be_the_target_of_a_model_with_one() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from minitron_nemo.arch import Architecture
 from minitron_nemo.arch.counts import non_embedding_parameters, parameters
-from minitron_nemo.config import PruneConfig
+from minitron_nemo.config import CalibrationConfig, PruneConfig
 from minitron_nemo.importance.scores import Scores
 from minitron_nemo.models.branches import Branch
 from minitron_nemo.pruning.depth_scores import DepthScores
@@ -27,7 +27,13 @@ TEACHER = Architecture(
     vocab_size=32000,
     max_position_embeddings=4096,
 )
-PRUNE = PruneConfig(hidden_size=72, ffn_hidden_size=160, num_attention_heads=4, num_layers=9)
+PRUNE = PruneConfig(
+    hidden_size=72,
+    ffn_hidden_size=160,
+    num_attention_heads=4,
+    num_layers=9,
+    calibration=CalibrationConfig(aggregations={"hidden_size": {"batch": "mean"}}),
+)
 KEY = "0123456789abcdef" * 4
 RECIPE = """\
 name: synthetic

@@ -132,12 +132,17 @@ def test_layers_and_heads_are_shown_as_the_plan_keeps_them(run: Path, page: str)
 def test_channels_and_neurons_are_ranked_by_what_ranked_them(run: Path, page: str) -> None:
     plan, scores = Plan.load(run / "pruned" / "plan.json"), Scores.load(run / "scores.npz")
     found = charts(page, "importance")
-    channels = np.sqrt(scores.hidden[1, 0]).sum(axis=0)
+    by_layer = scores.hidden[0, 0].reshape(12, 2, 96).sum(axis=1) / 16  # the mean over tokens, and over sequences
+    channels = by_layer.sum(axis=0)
     order = np.argsort(-channels)
     assert found["Hidden channels by rank"] == [
         f"channel {entry}, rank {rank + 1}, {'kept' if entry in plan.kept_hidden else 'dropped'}: "
         f"{channels[entry] / channels.mean():.4g} of the mean"
         for rank, entry in enumerate(order)
+    ]
+    relative = (by_layer / by_layer.mean(axis=1, keepdims=True))[:, order].reshape(12, 32, 3).mean(axis=2)
+    assert [said.split(": ")[1] for said in found["Hidden channels by layer"]] == [
+        f"{value:.4g} of the mean" for value in relative.ravel()
     ]
     neurons = np.sqrt(scores.ffn[1, 1] / scores.tokens) * scores.ffn_column_norms
     ranked = -np.sort(-neurons, axis=1) / neurons.mean(axis=1, keepdims=True)

@@ -1,22 +1,26 @@
-"""Scores, kept sets and students over layouts of up to eight processes, and for every family."""
+"""Scores, kept sets, repairs and students over layouts of up to eight processes; but for repairs, of every family."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.torch import load_file
 
+from minitron_nemo.arch import Plan
 from minitron_nemo.checkpoint.fingerprint import fingerprint
 from minitron_nemo.checkpoint.transform import convert
-from minitron_nemo.config import CalibrationConfig, PruneConfig
-from minitron_nemo.importance.scores import AGGREGATIONS
+from minitron_nemo.config import PruneConfig, RepairConfig
 from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.pruning.plan import make_plan
 from tests.families import FAMILIES, MIXTURES, write_tiny
 from tests.importance.measuring import measured
-from tests.importance.test_collect import assert_same, assert_same_choice, batch
+from tests.importance.test_collect import assert_same, assert_same_choices, batch, cut_mlp
 from tests.pool import run_distributed
 from tests.pruning.test_prune import prune_together
+from tests.pruning.test_repair import folded, repair_together
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 
@@ -47,38 +51,63 @@ LLAMA = [
     (8, 4, 2, None, True),
     (8, 2, 2, 2, True),
 ]
+# processes, tensor, pipeline, virtual pipeline, layers of the stages, sequence parallel
+UNEVEN = [
+    (2, 1, 2, 2, (1, 3, 2, 2), False),
+    (4, 2, 2, None, (3, 5), True),
+    (8, 2, 2, 2, (3, 1, 1, 3), True),
+]
 OTHERS = [(2, 2, 1, None, True), (4, 1, 2, 2, False), (8, 2, 2, None, True)]
-CASES = [("llama", *layout) for layout in LLAMA] + [(family, *layout) for family in FAMILIES for layout in OTHERS]
+EVEN = [("llama", *layout) for layout in LLAMA] + [(family, *layout) for family in FAMILIES for layout in OTHERS]
+CASES = [
+    *((family, processes, Layout(tp, pp, vpp, sequence_parallel=sp)) for family, processes, tp, pp, vpp, sp in EVEN),
+    *(
+        ("llama", processes, Layout(tp, pp, vpp, sequence_parallel=sp, num_layers_per_stage=split))
+        for processes, tp, pp, vpp, split, sp in UNEVEN
+    ),
+]
+REPAIRED = [Layout(4, 2, sequence_parallel=True), Layout(2, 2, 2, sequence_parallel=True)]
 TARGET = {"hidden_size": 40, "num_attention_heads": 4, "num_layers": 6}
 
 
-@pytest.mark.parametrize(("family", "processes", "tp", "pp", "vpp", "sp"), CASES)
+@pytest.mark.parametrize(("family", "processes", "layout"), CASES, ids=str)
 def test_no_layout_scores_or_keeps_or_writes_anything_else(
-    family: str, processes: int, tp: int, pp: int, vpp: int | None, sp: bool, tmp_path: Path
+    family: str, processes: int, layout: Layout, tmp_path: Path
 ) -> None:
-    mlp = {"num_moe_experts": 3, "moe_ffn_hidden_size": 64} if family in MIXTURES else {"ffn_hidden_size": 64}
     hugging_face = write_tiny(family, tmp_path / "hf", num_layers=8)
     convert(hugging_face, tmp_path / "teacher", "megatron", progress=False)
     tokens = batch(sequences=8)
-    layout = Layout(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        virtual_pipeline_model_parallel_size=vpp,
-        sequence_parallel=sp,
-    )
     alone = run_distributed(1, measured, tmp_path / "teacher", Layout(), *tokens)[0]
     scores = run_distributed(processes, measured, tmp_path / "teacher", layout, *tokens)[0]
     # Of variances of variances in fp32: of squares, as Nemotron's, and of the few tokens that an expert sees.
-    assert_same(scores, alone, {"nemotron": 1e-4}.get(family, 2e-5 if family in MIXTURES else 1e-5))
-    for sequence in AGGREGATIONS:
-        for over_sequences in AGGREGATIONS:
-            config = PruneConfig(
-                **TARGET,
-                **mlp,
-                calibration=CalibrationConfig(sequence_aggregation=sequence, batch_aggregation=over_sequences),
-            )
-            assert_same_choice(*(make_plan(s, alone.architecture, config) for s in (scores, alone)))
+    tolerance = {"nemotron": 1e-4}.get(family, 2e-5 if family in MIXTURES else 1e-5)
+    assert_same(scores, alone, tolerance)
+    mlp = cut_mlp(alone.architecture)
+    assert_same_choices(scores, alone, 5e-5 if family in MIXTURES else tolerance, hidden_size=40, num_layers=6, **mlp)
     plan = make_plan(alone, alone.architecture, PruneConfig(**TARGET, **mlp))
     run_distributed(1, prune_together, tmp_path / "teacher", plan, tmp_path / "alone")
     run_distributed(processes, prune_together, tmp_path / "teacher", plan, tmp_path / "together")
     assert fingerprint(tmp_path / "together") == fingerprint(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("layout", REPAIRED, ids=str)
+def test_no_layout_repairs_or_writes_anything_else(layout: Layout, tmp_path: Path) -> None:
+    """Eight processes fit the maps that one does; students cut by them have the same bits from one and from eight."""
+    convert(write_tiny("llama", tmp_path / "hf", num_layers=8), tmp_path / "teacher", "megatron", progress=False)
+    tokens = batch(sequences=8)
+    scores = run_distributed(1, measured, tmp_path / "teacher", Layout(), *tokens)[0]
+    plain = make_plan(scores, scores.architecture, PruneConfig(**TARGET, ffn_hidden_size=64))
+    plans = []
+    for processes, on in ((1, Layout()), (8, layout)):
+        directory = tmp_path / f"plan-{processes}"
+        run_distributed(processes, repair_together, tmp_path / "teacher", on, plain, RepairConfig(), directory, tokens)
+        plans.append((Plan.load(directory / "plan.json"), folded(load_file(directory / "plan.safetensors"))))
+    (plan, expected), (other, matrices) = plans
+    assert replace(other, matrices={}) == replace(plan, matrices={})
+    assert len(expected) == 3 * 6 + 1 and matrices.keys() == expected.keys()
+    for name, matrix in expected.items():
+        largest = float(matrix.abs().max())
+        np.testing.assert_allclose(matrices[name], matrix, rtol=0, atol=2e-4 * largest, err_msg=name)
+    for processes in (1, 8):
+        run_distributed(processes, prune_together, tmp_path / "teacher", other, tmp_path / f"student-{processes}")
+    assert fingerprint(tmp_path / "student-1") == fingerprint(tmp_path / "student-8")
