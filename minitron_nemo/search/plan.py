@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from math import ceil, prod
+from math import ceil
 from typing import Any
 
 from minitron_nemo.arch import Architecture
@@ -93,7 +93,10 @@ class SearchPlan:
 def priced(candidate: Candidate) -> str:
     """The costs of a candidate in a line."""
     found = candidate.costs
-    parts = [f"{found.parameters:,} parameters", f"{found.memory_bytes / 1e9:.2f} GB"]
+    parts = [f"{found.parameters:,} parameters"]
+    if found.active_parameters < found.parameters:
+        parts.append(f"{found.active_parameters:,} for each token")
+    parts.append(f"{found.memory_bytes / 1e9:.2f} GB")
     if found.latency_seconds is not None:
         parts.append(f"{found.latency_seconds:.3g} s")
     return ", ".join(parts)
@@ -120,9 +123,9 @@ def plan_search(plan: Preflight) -> SearchPlan:
         )
     if recipe.from_run is not None:
         raise UserError("search: its candidates take teacher and Scores from its own run; leave from_run out")
-    values = grid(teacher, recipe.prune, config)
+    choice = grid(teacher, recipe.prune, config)
     found = []
-    for candidate in candidates(teacher, values, config):
+    for candidate in candidates(choice, config):
         found.append(candidate)
         if len(found) > config.max_candidates:
             raise UserError(
@@ -135,10 +138,8 @@ def plan_search(plan: Preflight) -> SearchPlan:
         _check_recipe(candidate_recipe(recipe, candidate, 0), candidate.name, plan.world_size)
     for steps in config.rungs:
         _check_recipe(candidate_recipe(recipe, found[0], steps), "search.rungs", plan.world_size)
-    sizes = {axis: len(sizes) for axis, sizes in values.items()}
-    combinations = prod(count or len(config.ffn_expansion or []) for count in sizes.values())
     found.sort(key=lambda each: -each.costs.parameters)
-    return SearchPlan(recipe, teacher, plan.world_size, combinations, tuple(found))
+    return SearchPlan(recipe, teacher, plan.world_size, choice.size, tuple(found))
 
 
 def _check_recipe(recipe: Recipe, name: str, world_size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import pytest
 import yaml
 
-from minitron_nemo.arch import Architecture
+from minitron_nemo.arch import Architecture, Axis
 from minitron_nemo.config import BudgetConfig, PruneConfig, SearchConfig, ServingConfig, load_recipe
 from minitron_nemo.errors import UserError
 from minitron_nemo.preflight import preflight
+from minitron_nemo.pruning.target import target_architecture
+from minitron_nemo.search.candidates import pruning
 from minitron_nemo.search.plan import SearchPlan, plan_search
 from minitron_nemo.search.shapes import candidates, grid, shapes
 
@@ -122,7 +125,7 @@ def test_the_candidates_are_those_of_brute_force(limits: dict[str, float]) -> No
             each.costs.memory_bytes,
             round(each.costs.latency_seconds, 12),
         )
-        for each in candidates(TEACHER, grid(TEACHER, PruneConfig(), config), config)
+        for each in candidates(grid(TEACHER, PruneConfig(), config), config)
     }
     assert found == expected
     assert expected
@@ -138,14 +141,13 @@ def test_nothing_is_listed_before_it_is_asked_for() -> None:
     config = SearchConfig(
         num_layers={"min": 2}, hidden_size={"min": 1}, ffn_hidden_size={"min": 1}, budget=BudgetConfig(max_parameters=1)
     )
-    values = grid(TEACHER, PruneConfig(), config)
-    assert next(shapes(TEACHER, values, config))[1:] == llama_parameters(2, 1, 1, 8, 4)
+    assert next(shapes(grid(TEACHER, PruneConfig(), config)))[1:] == llama_parameters(2, 1, 1, 8, 4)
 
 
 def test_axes_that_are_not_given_are_as_pruned() -> None:
     config = SearchConfig(hidden_size=[32, 48])
-    values = grid(TEACHER, PruneConfig(ffn_hidden_size=96, num_query_groups=2, drop_layers=[1, 2]), config)
-    assert {str(axis): sizes for axis, sizes in values.items()} == {
+    found = grid(TEACHER, PruneConfig(ffn_hidden_size=96, num_query_groups=2, drop_layers=[1, 2]), config)
+    assert {str(axis): sizes for axis, sizes in found.values.items()} == {
         "num_layers": [4],
         "hidden_size": [32, 48],
         "ffn_hidden_size": [96],
@@ -153,8 +155,119 @@ def test_axes_that_are_not_given_are_as_pruned() -> None:
         "num_query_groups": [2],
     }
     groups = grid(TEACHER, PruneConfig(), SearchConfig(num_query_groups=[1, 3]))
-    found = [(a.num_attention_heads, a.num_query_groups) for a, _, _ in shapes(TEACHER, groups, SearchConfig())]
-    assert (2, 1) in found and (6, 3) in found  # all heads of the groups that stay
+    pairs = [(a.num_attention_heads, a.num_query_groups) for a, _, _ in shapes(groups)]
+    assert (2, 1) in pairs and (6, 3) in pairs  # all heads of the groups that stay
+
+
+MIXTURE = Architecture(
+    num_layers=4,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=8,
+    vocab_size=259,
+    max_position_embeddings=512,
+    num_moe_experts=8,
+    moe_ffn_hidden_size=48,
+    moe_router_topk=2,
+    family="qwen3_moe",
+    model_type="qwen3_moe",
+)
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_memory_bytes": 90_000}, {"max_latency_seconds": 2e-5}])
+def test_the_candidates_of_a_mixture_are_those_of_brute_force(limits: dict[str, float]) -> None:
+    """Qwen3-MoE with two experts a token; a pass of so many tokens reads the experts that it is expected to meet."""
+    config = SearchConfig(
+        num_layers=[2, 4],
+        hidden_size=[16, 32],
+        num_moe_experts=[2, 3, 8],
+        moe_ffn_hidden_size={"min": 16, "divisor": 16},
+        num_query_groups=[1, 2],
+        serving=ServingConfig(batch_size=2, prompt_tokens=20, new_tokens=3, peak_flops=1e12, bandwidth=2e10),
+        budget=BudgetConfig(**limits),
+    )
+    expected = set()
+    for layers, hidden, experts, ffn, (heads, groups) in product(
+        (2, 4), (16, 32), (2, 3, 8), (16, 32, 48), ((2, 1), (2, 2), (4, 2))
+    ):
+        if (layers, hidden, experts, ffn, heads) == (4, 32, 8, 48, 4):
+            continue  # the teacher
+        dense = hidden * (2 * heads + 2 * groups) * 8 + experts * hidden  # attention and router
+        norms = 2 * hidden + 2 * 8
+        an_expert = 3 * hidden * ffn
+        total = layers * (dense + norms + experts * an_expert) + hidden + 2 * 259 * hidden
+        active = total - layers * (experts - 2) * an_expert
+        cache = 2 * layers * groups * 8 * 2 * (2 * 23)
+        # Bytes of the weights that passes over 40 and over 2 tokens read: of an expert, if a token has come to it.
+        whole, in_experts = total - 259 * hidden, layers * experts * an_expert
+        first, later = (2 * (whole - in_experts * (1 - 2 / experts) ** tokens) for tokens in (40, 2))
+        attention = layers * heads * 8 * 4
+        matrices = layers * (dense + 2 * an_expert)
+        prompt = 2 * (20 * (2 * matrices + attention * 10) + 2 * 259 * hidden)
+        seconds = max(prompt / 1e12, first / 2e10)
+        for context in (21, 22):
+            arithmetic = 2 * (2 * matrices + 2 * 259 * hidden + attention * context)
+            keys = 2 * context * 2 * layers * groups * 8 * 2
+            seconds += max(arithmetic / 1e12, (later + keys) / 2e10)
+        if 2 * total + cache <= limits.get("max_memory_bytes", 1e9) and seconds <= limits.get("max_latency_seconds", 1):
+            sizes = (layers, hidden, experts, ffn, heads, groups)
+            expected.add((*sizes, total, active, 2 * total + cache, round(seconds, 12)))
+    choice = grid(MIXTURE, PruneConfig(), config)
+    assert choice.size == 2 * 2 * 3 * 3 * 2 * 2
+    found = set()
+    for each in candidates(choice, config):
+        a, costs = each.architecture, each.costs
+        shape = (a.num_layers, a.hidden_size, a.num_moe_experts, a.moe_ffn_hidden_size)
+        heads_and_groups = (a.num_attention_heads, a.num_query_groups)
+        counts = (costs.parameters, costs.active_parameters, costs.memory_bytes, round(costs.latency_seconds, 12))
+        found.add((*shape, *heads_and_groups, *counts))
+        assert each.name == "l{}-h{}-e{}-f{}-a{}-g{}".format(*shape, *heads_and_groups)
+        assert target_architecture(MIXTURE, pruning(each, PruneConfig())) == a
+    assert found == expected
+    assert 0 < len(expected) < 107 if limits else len(expected) == 107
+
+
+def test_a_mixture_begins_with_what_prune_has_and_its_shared_expert_is_an_axis() -> None:
+    teacher = replace(
+        MIXTURE, family="qwen2_moe", model_type="qwen2_moe", moe_shared_expert_intermediate_size=80, num_layers=2
+    )
+    config = SearchConfig(moe_shared_expert_intermediate_size=[40, 80])
+    found = list(candidates(grid(teacher, PruneConfig(num_moe_experts=6), config), config))
+    assert [each.name for each in found] == ["l2-h32-e6-f48-s40-a4-g2", "l2-h32-e6-f48-s80-a4-g2"]
+    assert found[1].costs.parameters - found[0].costs.parameters == 2 * 3 * 32 * 40
+
+
+def test_an_untied_student_is_counted_with_its_two_embeddings() -> None:
+    """`prune.untie` gives the candidates an output weight that the teacher has not."""
+    teacher = replace(TEACHER, share_embeddings_and_output_weights=True)
+    prune, config = PruneConfig(untie=True), SearchConfig(hidden_size=[32, 64], num_layers=[2, 6])
+    found = list(candidates(grid(teacher, prune, config), config))
+    assert len(found) == 3  # without the teacher's own sizes, untied or not
+    for each in found:
+        a = each.architecture
+        total, inside = llama_parameters(a.num_layers, a.hidden_size, 160, 8, 4)
+        assert (each.costs.parameters, each.costs.non_embedding_parameters) == (total, inside)
+        assert each.costs.memory_bytes == 2 * total + 2 * a.num_layers * 4 * 8 * 2 * (2048 + 256)
+        assert target_architecture(teacher, pruning(each, prune)) == a
+
+
+def test_an_expansion_is_the_number_that_is_written() -> None:
+    """4.15 x 1920 is 7968; the float next to 4.15 makes it 7968.000000000001."""
+    teacher = replace(TEACHER, hidden_size=1920, ffn_hidden_size=8000)
+    config = SearchConfig(ffn_expansion=[4.15, 0.05, 4.15, 5.0])
+    found = grid(teacher, PruneConfig(), config)
+    assert [a.ffn_hidden_size for a, _, _ in shapes(found)] == [96, 7968]
+    assert found.size == 3
+
+
+def test_a_depth_of_one_layer_is_for_methods_that_may_drop_the_first_or_the_last() -> None:
+    config = SearchConfig(num_layers=[1, 3])
+    for method in ("leave_one_out", "greedy", "best_block"):
+        assert grid(TEACHER, PruneConfig(depth_method=method), config).values[Axis.LAYERS] == [1, 3]
+    with pytest.raises(UserError, match=r"search\.num_layers: 1 is too few, contiguous keeps the first"):
+        grid(TEACHER, PruneConfig(depth_method="contiguous"), config)
 
 
 def test_the_published_candidates_for_8b_come_out_of_their_grid() -> None:
@@ -211,13 +324,31 @@ def test_the_section_that_the_documents_show_is_one_for_llama_31_8b() -> None:
         ({"num_query_groups": [2], "num_attention_heads": [8]}, "search.num_attention_heads: 8 is no multiple"),
         ({"ffn_expansion": [2.0], "ffn_hidden_size": [96]}, "search.ffn_hidden_size is given too"),
         ({"ffn_expansion": [0.0]}, "search.ffn_expansion: [0.0] must be"),
+        ({"ffn_expansion": [float("inf")]}, "search.ffn_expansion: [inf] must be"),
         ({"ffn_expansion": [2.51]}, "search.ffn_expansion: 2.51 x hidden_size 64 is 160.64"),
+        ({"num_moe_experts": [4]}, "search.num_moe_experts: the layers of llama have none; leave it out"),
     ],
 )
 def test_a_grid_that_the_teacher_cannot_be_cut_to_is_refused(keys: dict[str, Any], words: str) -> None:
     config = SearchConfig(**keys)
     with pytest.raises(UserError) as error:
-        list(candidates(TEACHER, grid(TEACHER, PruneConfig(), config), config))
+        list(candidates(grid(TEACHER, PruneConfig(), config), config))
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"ffn_hidden_size": [32]}, "search.ffn_hidden_size: the layers of qwen3_moe have none; use search.moe_ffn"),
+        ({"ffn_expansion": [1.0]}, "search.ffn_expansion: the layers of qwen3_moe have none; use search.moe_ffn"),
+        ({"moe_shared_expert_intermediate_size": [8]}, "have none; leave it out"),
+        ({"num_moe_experts": [1, 4]}, "search.num_moe_experts: 1 are too few, a token is routed to 2; begin with 2"),
+        ({"moe_ffn_hidden_size": [49]}, "search.moe_ffn_hidden_size: 49 is not a size to prune to"),
+    ],
+)
+def test_a_grid_that_a_mixture_cannot_be_cut_to_is_refused(keys: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as error:
+        grid(MIXTURE, PruneConfig(), SearchConfig(**keys))
     assert words in str(error.value)
 
 
