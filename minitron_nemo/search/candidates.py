@@ -10,15 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from minitron_nemo.chain import SEARCH
 from minitron_nemo.config import PruneConfig, Recipe, SearchConfig
 from minitron_nemo.search.shapes import Candidate, sizes
-
-DIRECTORY = "search"
 
 
 def search_directory(recipe: Recipe) -> Path:
     """Where a search keeps its candidates and its results."""
-    return Path(recipe.run_dir) / DIRECTORY
+    return Path(recipe.run_dir) / SEARCH
 
 
 def driver_directory(recipe: Recipe) -> Path:
