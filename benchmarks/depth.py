@@ -155,7 +155,7 @@ def search(
     while branches := wanted(scores, method, drop, normalize=False):
         found += len(branches)
         measure_branches(model, text, branches, scores, recipe, save)
-    models, evaluations = planned(model.architecture, method, drop, most=1000)
+    models, evaluations = planned(model.architecture, method, [drop], most=1000)
     print(f"{summary(scores, method, drop, normalize=False)}", flush=True)
     print(
         f"{method}: {found} of {models} models measured now in {time.process_time() - start:.1f} CPU s; all of them "

@@ -46,6 +46,9 @@ from minitron_nemo.report.page import write_report
 from minitron_nemo.stages import stage_directory
 from minitron_nemo.steps import Step, Stopped, inputs_of, is_done
 
+DEPTH_FILE = "depth.npz"
+SEARCH = "search"  # in a run directory: what belongs to a search
+
 # Why a recipe may lack a step.
 ABSENT = {
     "score-depth": "no layers go, or prune.depth_method needs no measurement",
@@ -61,7 +64,7 @@ ABSENT = {
 class Chain:
     """The steps of one recipe, or of a stage of one, which comes after the stage `before`; with their files.
 
-    Those up to the Scores may be of the run in `from_run`.
+    Those up to the Scores may be of the run in `from_run`, which also lends what it and its search measured of depth.
     """
 
     def __init__(self, plan: Preflight, before: Chain | None = None) -> None:
@@ -75,7 +78,9 @@ class Chain:
         self.converted = shared / "teacher"
         self.corrected = shared / "corrected"
         self.scores = (self.borrowed_from or directory) / "scores.npz"
-        self.depth_scores = directory / "depth.npz"
+        self.depth_scores = directory / DEPTH_FILE
+        measured = (shared / DEPTH_FILE, shared / SEARCH / DEPTH_FILE)
+        self.lent_depths = [path for path in measured if path != self.depth_scores]
         self.repaired = directory / "plan"
         self.pruned = directory / "pruned"
         self.cached = directory / "teacher_cache.json"
@@ -306,7 +311,7 @@ class Chain:
         launch.from_rank_0(take)
 
     def _score_depth(self, key: str) -> None:
-        score_depth(self.source, self.prepared, self.recipe, self.plan.layout, self.depth_scores)
+        score_depth(self.source, self.prepared, self.recipe, self.plan.layout, self.depth_scores, self.lent_depths)
 
     def _make_plan(self) -> Plan:
         measured = DepthScores.load(self.depth_scores) if self._drop else None

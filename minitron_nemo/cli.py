@@ -17,10 +17,10 @@ from types import FrameType
 
 from minitron_nemo.command_line import parse
 from minitron_nemo.config import Recipe, load_recipe, recipe_of
-from minitron_nemo.errors import SaidByRankZero, UserError
+from minitron_nemo.errors import Failed, SaidByRankZero, UserError
 from minitron_nemo.processes import die_with_parent, launch_locally, launched
 
-EXIT_DIFFERS = 1
+EXIT_DIFFERS = EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
 
@@ -38,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"minitron: error: {error}" if rank == "0" else f"minitron: error: rank {rank}: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except Failed as error:
+        print(f"minitron: failed: {error}", file=sys.stderr)
+        return EXIT_FAILED
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -305,6 +305,9 @@ class SearchConfig:
     hidden_size: Any = None
     ffn_hidden_size: Any = None
     ffn_expansion: list[float] | None = None  # instead of ffn_hidden_size: multiples of the hidden size
+    num_moe_experts: Any = None  # of a mixture, with the two that follow in the place of an FFN
+    moe_ffn_hidden_size: Any = None
+    moe_shared_expert_intermediate_size: Any = None
     num_attention_heads: Any = None
     num_query_groups: Any = None
     budget: BudgetConfig = field(default_factory=BudgetConfig)

@@ -1,4 +1,4 @@
-"""The exceptions that mean "your input is wrong": the CLI prints one line and exits with 2."""
+"""The exceptions of which the command line prints one line: wrong input exits with 2, what failed elsewhere with 1."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class SaidByRankZero(UserError):
     """What the other ranks raise for a UserError of rank 0, which is the one to say it."""
+
+
+class Failed(Exception):
+    """A process or job that was started did not end well. Names it, its log and what to do, in one line."""

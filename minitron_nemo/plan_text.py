@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from minitron_nemo.arch import Architecture
 from minitron_nemo.arch.counts import active_parameters, non_embedding_parameters, parameters
+from minitron_nemo.config import DepthConfig
 from minitron_nemo.distillation.communication import Transfer, wire_bytes
 from minitron_nemo.planning.text import layout_rows, parts, rows
 from minitron_nemo.preflight import Preflight
@@ -28,7 +30,7 @@ def text(plan: Preflight, layouts: bool = False) -> str:
         *(("steps", f"{part.steps} of {part.tokens_per_step:,} tokens ({part})") for part in plan.segments),
         *((f"tokens, {name}", f"{count:,}") for name, count in plan.tokens.items()),
         *((f"FLOPs, {name}", f"{count:.3e} (arithmetic)") for name, count in plan.flops.items()),
-        *((("depth search", _searched(plan)),) if plan.drop else ()),
+        *((("depth search", searched(recipe.prune.depth, plan.depth_search)),) if plan.drop else ()),
         ("processes", f"{plan.world_size}: {layout} dp={data_parallel_size}"),
         *(() if plan.worlds is None else (("distillation", str(plan.worlds)),)),
         *(
@@ -53,8 +55,8 @@ def _padded(cost: dict[str, Any]) -> str:
     )
 
 
-def _searched(plan: Preflight) -> str:
-    config, found = plan.recipe.prune.depth, plan.depth_search
+def searched(config: DepthConfig, found: Mapping[str, float]) -> str:
+    """What choosing layers takes, `found` as `Preflight.depth_search` has it."""
     sequences = f"{config.samples} sequences" if config.metric == "loss" else f"the choices of {config.task}"
     return (
         f"{found['models']} models, {found['forward_passes']:g} passes through the layers and {found['models']} "

@@ -91,12 +91,9 @@ class Preflight:
     @property
     def depth_search(self) -> dict[str, float]:
         """Models to measure for that, and evaluations of a layer for each sequence, also in passes through all."""
-        config, length = self.recipe.prune, self.recipe.data.sequence_length
-        b = config.calibration.micro_batch_size
-        most = depth.most_branches(self.source, self.layout, config, b, length)
-        models, evaluations = depth.planned(self.source, config.depth_method, self.drop, most)
-        passes = round(evaluations / self.source.num_layers, 2)
-        return {"models": models, "layer_evaluations": evaluations, "forward_passes": passes}
+        return depth.depth_search(
+            self.source, self.layout, self.recipe.prune, [self.drop], self.recipe.data.sequence_length
+        )
 
     @property
     def flops(self) -> dict[str, int]:

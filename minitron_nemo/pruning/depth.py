@@ -7,7 +7,7 @@ that for a downstream task a block is better than the layers of least loss. The 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from minitron_nemo.arch import Architecture
@@ -100,16 +100,34 @@ def most_branches(
     return max(1, config.depth.states_bytes // row)
 
 
-def planned(source: Architecture, method: str, drop: int, most: int) -> tuple[int, int]:
-    """Models that will be measured, and evaluations of a layer that a sequence takes for them all."""
-    models, evaluations, dropped = 0, 0, Branch()
-    for turn in range(drop if method == "greedy" else 1):
-        branches = candidates(method, source.num_layers, drop, dropped) + ([] if turn else [Branch()])
-        models += len(branches)
-        groups = grouped(branches, most, source.num_layers)
-        evaluations += sum(Branches(group, source.num_layers).evaluations for group in groups)
-        dropped |= {source.num_layers - 1 - turn}  # which ones greedy drops changes no number
-    return models, evaluations
+def planned(source: Architecture, method: str, drops: Iterable[int], most: int) -> tuple[int, int]:
+    """Models that will be measured, and evaluations of a layer that a sequence takes for them all.
+
+    For dropping each of these numbers of layers, the largest first, with nothing measured twice.
+    """
+    measured, evaluations = set[Branch](), 0
+    for drop in sorted(drops, reverse=True):
+        dropped = Branch()
+        for turn in range(drop if method == "greedy" else 1):
+            compared = candidates(method, source.num_layers, drop, dropped) + ([] if turn else [Branch()])
+            if branches := [branch for branch in compared if branch not in measured]:
+                groups = grouped(branches, most, source.num_layers)
+                evaluations += sum(Branches(group, source.num_layers).evaluations for group in groups)
+                measured.update(branches)
+            dropped |= {source.num_layers - 1 - turn}  # which ones greedy drops changes no number
+    return len(measured), evaluations
+
+
+def depth_search(
+    source: Architecture, layout: Layout, config: PruneConfig, drops: Iterable[int], sequence_length: int
+) -> dict[str, float]:
+    """Models to measure to drop each of these numbers of layers, and evaluations of a layer for each sequence, also in
+    passes through all.
+    """
+    most = most_branches(source, layout, config, config.calibration.micro_batch_size, sequence_length)
+    models, evaluations = planned(source, config.depth_method, drops, most)
+    passes = round(evaluations / source.num_layers, 2)
+    return {"models": models, "layer_evaluations": evaluations, "forward_passes": passes}
 
 
 def flops_per_token(source: Architecture, sequence_length: int, models: int, evaluations: int) -> int:

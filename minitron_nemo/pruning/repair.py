@@ -7,7 +7,7 @@ places as fit, then its ranks solve for their maps and write them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,11 +17,12 @@ from torch import Tensor, distributed
 
 from minitron_nemo.arch import Architecture, Axis, Plan
 from minitron_nemo.arch.blocks import EMBEDDING
+from minitron_nemo.arch.counts import forward_flops_per_token
 from minitron_nemo.arch.matrix import ADD, GAIN, REPLACE, Matrix
 from minitron_nemo.arch.plan import FILE_NAME
 from minitron_nemo.checkpoint.dense import MatrixFile
 from minitron_nemo.checkpoint.files import commit_partial, make_partial, partial_path
-from minitron_nemo.config import Recipe, RepairConfig
+from minitron_nemo.config import PruneConfig, Recipe, RepairConfig
 from minitron_nemo.data.sampler import Microbatch
 from minitron_nemo.importance.second_moments import Moments, NormCovariance, Place, Watch, fit, gain_of, owners, places
 from minitron_nemo.models.build import Model
@@ -30,7 +31,7 @@ from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.progress import Progress
 from minitron_nemo.pruning.calibrate import open_calibration, without_logits
-from minitron_nemo.pruning.target import repairs_of
+from minitron_nemo.pruning.target import repairs_of, rotates
 
 W = TypeVar("W", bound=Watch)
 
@@ -64,6 +65,31 @@ def repair_warnings(
         f"prune.repair.samples: {tokens:,} tokens are few to fit {columns:,} columns to; "
         f"use {-(-TOKENS_PER_COLUMN * columns // sequence_length)} samples"
     ]
+
+
+def planned(
+    source: Architecture, target: Architecture, config: PruneConfig, layout: Layout, sequence_length: int
+) -> tuple[int, int]:
+    """Passes over `repair.samples` through the source's layers, and FLOPs of a token in all of them and in the sums.
+
+    At most: as if the layers that stay were all on the stage that has most of them. The systems that are solved with
+    the sums, once for a place, are left out.
+    """
+    axes = _fitted(source, target, config.repair)
+    hidden, columns, layers = source.hidden_size, target.hidden_size, target.num_layers
+    norm = (hidden + columns) * columns if Axis.HIDDEN in axes else 0  # elements of the sums of a place
+    ffn = source.ffn_hidden_size * target.ffn_hidden_size if Axis.FFN in axes else 0
+    output = 0 if target.share_embeddings_and_output_weights else norm
+    passes, pp = 0, layout.pipeline_model_parallel_size
+    for rank in range(pp):
+        here = min(layers, sum(layout.layers_per_stage(source.num_layers)[rank::pp]))
+        places = [norm, norm, ffn // layout.tensor_model_parallel_size] * here + [output] * (rank == pp - 1)
+        passes = max(passes, len(_runs([place for place in places if place], config.repair.statistics_bytes)))
+    multiplied = layers * (2 * norm + ffn) + output
+    if rotates(target, source, config):
+        passes, multiplied = passes + 1, multiplied + (2 * layers + 1) * hidden**2
+    through = forward_flops_per_token(source, sequence_length) - 2 * source.vocab_size * hidden
+    return passes, passes * through + 2 * multiplied
 
 
 def repair(teacher: Path, prepared: Path, recipe: Recipe, layout: Layout, plan: Plan, directory: Path) -> None:
@@ -126,7 +152,7 @@ def _write_matrices(
     entries: dict[str, Matrix] = {}
     if rotation is not None and launch.rank() == 0:
         entries[EMBEDDING] = file.write(EMBEDDING, REPLACE, rotation.cpu())
-    passes = list(_passes(model, wanted, config.statistics_bytes))
+    passes = _passes(model, wanted, config.statistics_bytes)
     count = max(_gathered(len(passes)))
     for number in range(count):
         now = passes[number] if number < len(passes) else []
@@ -183,21 +209,23 @@ def _shapes(place: Place, plan: Plan) -> dict[str, tuple[int, int]]:
     return {place.name: (plan.source.hidden_size, kept), place.norm: (1, kept)}
 
 
-def _passes(model: Model, wanted: Sequence[Place], budget: int) -> Iterator[list[Place]]:
+def _passes(model: Model, wanted: Sequence[Place], budget: int) -> list[list[Place]]:
     """This pipeline stage's places in order, in runs whose sums fit into `budget` bytes on a rank, one at least."""
     source, tp_size = model.architecture, model.layout.tensor_model_parallel_size
     here = {layer for chunk in model.chunks for layer in owners(chunk, source)}
-    run: list[Place] = []
-    filled = 0
-    for place in (place for place in wanted if place.layer in here):
-        size = place.rows(source, tp_size) * place.columns * torch.float64.itemsize
-        if run and filled + size > budget:
-            yield run
-            run, filled = [], 0
-        run.append(place)
+    mine = [place for place in wanted if place.layer in here]
+    return [mine[run] for run in _runs([place.rows(source, tp_size) * place.columns for place in mine], budget)]
+
+
+def _runs(sums: Sequence[int], budget: int) -> list[slice]:
+    """Sums of so many elements, in order, in runs that fit into `budget` bytes, one at least."""
+    runs, start, filled = [], 0, 0
+    for place, size in enumerate(elements * torch.float64.itemsize for elements in sums):
+        if place > start and filled + size > budget:
+            runs.append(slice(start, place))
+            start, filled = place, 0
         filled += size
-    if run:
-        yield run
+    return [*runs, slice(start, len(sums))] if sums else []
 
 
 def _gathered(value: Any) -> list[Any]:

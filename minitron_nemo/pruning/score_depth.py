@@ -40,11 +40,14 @@ from minitron_nemo.pruning.target import target_architecture
 SAVED_MICROBATCHES = 16  # of each rank, measured between two writes of the file
 
 
-def score_depth(teacher: Path, prepared: Path, recipe: Recipe, layout: Layout, path: Path) -> DepthScores:
+def score_depth(
+    teacher: Path, prepared: Path, recipe: Recipe, layout: Layout, path: Path, lent: Sequence[Path] = ()
+) -> DepthScores:
     """Measure what `prune.depth_method` has to know for the target's depth, and write it to `path`.
 
-    What `path` holds of the same model, sequences and precision is not measured again. Collective over the job; every
-    rank gets the same. Raises UserError for what does not fit together.
+    What `path`, or one of the files `lent` by other runs, holds of the same model, sequences and precision is not
+    measured again; of those that are lent, what is needed is copied. Collective over the job; every rank gets the same.
+    Raises UserError for what does not fit together.
     """
     config = recipe.prune
     source = Architecture.load(teacher)
@@ -61,8 +64,12 @@ def score_depth(teacher: Path, prepared: Path, recipe: Recipe, layout: Layout, p
         raise UserError("score-depth: no token has a weight other than 0; give longer text")
     scores = DepthScores(source, identity, weights, choices)
     scores.sums = launch.from_rank_0(partial(_measured_before, path, identity))
+    borrowed = launch.from_rank_0(lambda: _all_measured(lent, identity))
     model, save = None, partial(_save, scores, path)
     while branches := wanted(scores, config.depth_method, drop, config.depth.normalize):
+        if known := {branch: borrowed.pop(branch) for branch in branches if branch in borrowed}:
+            scores.sums |= known
+            continue
         model = model or open_teacher(teacher, recipe, layout)
         measure_branches(model, samples, branches, scores, recipe, save)
     launch.from_rank_0(save)
@@ -130,6 +137,12 @@ def _measured_before(path: Path, identity: Mapping[str, Any]) -> dict[Branch, An
         return {}
     before = DepthScores.load(path)
     return before.sums if before.identity == identity else {}
+
+
+def _all_measured(paths: Sequence[Path], identity: Mapping[str, Any]) -> dict[Branch, Any]:
+    """What the files have measured to the end."""
+    found = [sums for path in paths for sums in _measured_before(path, identity).items()]
+    return {branch: sums for branch, sums in found if not np.isnan(sums).any()}
 
 
 def _save(scores: DepthScores, path: Path) -> None:

@@ -10,15 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from minitron_nemo.chain import SEARCH
 from minitron_nemo.config import PruneConfig, Recipe, SearchConfig
-from minitron_nemo.search.shapes import AXES, Candidate
-
-DIRECTORY = "search"
+from minitron_nemo.search.shapes import Candidate, sizes
 
 
 def search_directory(recipe: Recipe) -> Path:
     """Where a search keeps its candidates and its results."""
-    return Path(recipe.run_dir) / DIRECTORY
+    return Path(recipe.run_dir) / SEARCH
 
 
 def driver_directory(recipe: Recipe) -> Path:
@@ -28,10 +27,10 @@ def driver_directory(recipe: Recipe) -> Path:
 
 def pruning(candidate: Candidate, prune: PruneConfig) -> PruneConfig:
     """The `prune` section that makes the candidate."""
-    sizes: dict[str, Any] = {axis.value: candidate.architecture.size(axis) for axis in AXES}
+    target: dict[str, Any] = {axis.value: size for axis, size in sizes(candidate.architecture).items()}
     if prune.drop_layers is not None:
-        del sizes["num_layers"]
-    return replace(prune, **sizes)
+        del target["num_layers"]
+    return replace(prune, **target)
 
 
 def candidate_recipe(recipe: Recipe, candidate: Candidate, steps: int) -> Recipe:

@@ -2,6 +2,7 @@
 
     RUN/search/NAME/        run directory of a candidate, with a recipe and a result for every rung it came to
     RUN/search/table.*      written again after every rung
+    RUN/search/depth.npz    the teacher without layers, measured for all candidates by the job that cuts them
     RUN/search/driver/      status and lock of a search that starts processes or jobs; otherwise they are the run's
 
 Each rung trains anew from the cut model, with a schedule that ends at its own last update: losses at the end of a
@@ -20,16 +21,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from minitron_nemo.chain import Chain, unchanged
+from minitron_nemo.chain import DEPTH_FILE, Chain, unchanged
 from minitron_nemo.checkpoint.files import write_atomic
 from minitron_nemo.claim import claimed
 from minitron_nemo.config import Recipe, recipe_yaml
 from minitron_nemo.distillation.state import TRACKER
 from minitron_nemo.distillation.status import FILE_NAME as STATUS
 from minitron_nemo.distillation.status import write_failure, write_status
-from minitron_nemo.errors import SaidByRankZero, UserError
+from minitron_nemo.errors import Failed, SaidByRankZero, UserError
 from minitron_nemo.parallel import launch
 from minitron_nemo.preflight import preflight
+from minitron_nemo.pruning.score_depth import score_depth
 from minitron_nemo.run import run_chain
 from minitron_nemo.search.candidates import candidate_recipe, driver_directory, search_directory
 from minitron_nemo.search.launchers import Launcher, LocalProcesses, SlurmJobs, Task
@@ -37,10 +39,11 @@ from minitron_nemo.search.plan import SearchPlan, plan_search
 from minitron_nemo.search.results import Result, Standing, load_result, ranked, result_key, save_result, survivors
 from minitron_nemo.search.shapes import Candidate
 from minitron_nemo.search.table import write_table
-from minitron_nemo.steps import Stopped
+from minitron_nemo.steps import Stopped, stopped_by_signals
 
 # What turns a search that starts processes or jobs into its own first task: all candidates cut and measured in one job.
 FIRST = ("search.launcher=none", "search.rungs=[]")
+AGAIN = "mend that and call the search again, which goes on with what is left"
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,8 @@ class Trial:
 def search(recipe: Recipe, path: Path, overrides: Sequence[str]) -> None:
     """Search by the recipe in `path` with `overrides`. Collective over the job; one process with another launcher.
 
-    Raises UserError for wrong input, Stopped where a signal ended it, RuntimeError for candidates that failed. Whatever
-    ended it: called again, it goes on with what is left.
+    Raises UserError for wrong input, Stopped where a signal ended it, Failed for candidates that failed in processes or
+    jobs of their own. Whatever ended it: called again, it goes on with what is left.
     """
     config, outside = recipe.search, recipe.search.launcher != "none"
     if outside and launch.job_size() > 1:
@@ -84,7 +87,22 @@ def search(recipe: Recipe, path: Path, overrides: Sequence[str]) -> None:
         else:
             run_chain(recipe, until="calibrate")
             launch.from_rank_0(partial(write_status, place, "running", step="search"))
+            _measure_depths(plan)
             _say(_rungs(plan, None))
+
+
+def _measure_depths(plan: SearchPlan) -> None:
+    """Measure the teacher without layers as all candidates need it, each model once; their chains take it from here.
+
+    The fewest layers come first: what `greedy` measures for them is all that it asks for the others.
+    """
+    by_depth = {each.architecture.num_layers: each for each in plan.candidates}
+    for _, candidate in sorted(by_depth.items()):
+        chain = _trial(plan, candidate, 0).chain
+        if chain.plan.drop:
+            measured = search_directory(plan.recipe) / DEPTH_FILE
+            with stopped_by_signals():
+                score_depth(chain.source, chain.prepared, chain.recipe, chain.plan.layout, measured, chain.lent_depths)
 
 
 def _rungs(plan: SearchPlan, launcher: Launcher | None) -> str:
@@ -155,7 +173,7 @@ def _here(trials: Sequence[Trial]) -> Iterator[Trial]:
 
 
 def _outside(trials: Sequence[Trial], launcher: Launcher) -> Iterator[Trial]:
-    """As processes or jobs of their own. Raises RuntimeError when all have ended and some not well."""
+    """As processes or jobs of their own. Raises Failed when all have ended and some not well."""
     tasks = {}
     for trial in trials:
         if unchanged(trial.chain):  # it ended while nobody was there to record it
@@ -170,9 +188,9 @@ def _outside(trials: Sequence[Trial], launcher: Launcher) -> Iterator[Trial]:
         if _ended_well(trial, launcher.patience):
             yield trial
         else:
-            failed.append(f"{trial.candidate.name}: {_reason(trial.directory)}; see {task.log}")
+            failed.append(f"{trial.candidate.name}: {_reason(trial.directory)}, see {task.log}")
     if failed:
-        raise RuntimeError("; ".join(failed))
+        raise Failed(f"{'; '.join(failed)}; {AGAIN}")
 
 
 def _first_outside(plan: SearchPlan, launcher: Launcher, path: Path, overrides: Sequence[str]) -> None:
@@ -190,7 +208,7 @@ def _first_outside(plan: SearchPlan, launcher: Launcher, path: Path, overrides: 
         deadline = time.monotonic() + launcher.patience
         while missing():
             if time.monotonic() > deadline:
-                raise RuntimeError(f"{name}: {_reason(run_dir)}; see {log}")
+                raise Failed(f"{name}, the cuts of all candidates: {_reason(run_dir)}, see {log}; {AGAIN}")
             time.sleep(1)
 
 

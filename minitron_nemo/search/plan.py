@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from math import ceil, prod
+from math import ceil
 from typing import Any
 
 from minitron_nemo.arch import Architecture
 from minitron_nemo.arch.counts import forward_flops_per_token
 from minitron_nemo.config import Recipe, SearchConfig
 from minitron_nemo.errors import UserError
+from minitron_nemo.parallel.layout import Layout
+from minitron_nemo.plan_text import searched
 from minitron_nemo.preflight import Preflight, preflight
-from minitron_nemo.pruning.repair import fits
+from minitron_nemo.pruning import depth, repair
 from minitron_nemo.search.candidates import candidate_recipe
 from minitron_nemo.search.costs import BYTES
 from minitron_nemo.search.shapes import Candidate, candidates, grid, has_grid
@@ -43,20 +45,41 @@ class SearchPlan:
         return counts
 
     @property
+    def drops(self) -> set[int]:
+        """How many layers the teacher is measured without, to choose those that candidates lose."""
+        found = {depth.layers_to_drop(self.teacher, each.architecture, self.recipe.prune) for each in self.candidates}
+        return found - {0}
+
+    @property
+    def depth_search(self) -> dict[str, float]:
+        """What that takes for all candidates, as `Preflight.depth_search` has it for one."""
+        layout = Layout.from_config(self.recipe.parallel)
+        return depth.depth_search(self.teacher, layout, self.recipe.prune, self.drops, self.recipe.data.sequence_length)
+
+    @property
     def tokens(self) -> dict[str, int]:
-        """Positions that the search reads, calibration and what comes before it left out."""
-        recipe = self.recipe
-        repaired = sum(fits(self.teacher, each.architecture, recipe.prune.repair) for each in self.candidates)
+        """Positions that the search reads, calibration and what comes before it left out; of repairs in every pass.
+
+        How long the sequences of a task are is not known before they are tokenised: with it depth has none.
+        """
+        recipe, length = self.recipe, self.recipe.data.sequence_length
         updates = sum(count * steps for count, steps in zip(self.entrants, recipe.search.rungs, strict=True))
+        measured = recipe.prune.depth.samples * (recipe.prune.depth.metric == "loss") * bool(self.drops)
         return {
-            "repair": repaired * recipe.prune.repair.samples * recipe.data.sequence_length,
-            "distillation": updates * recipe.train.global_batch_size * recipe.data.sequence_length,
+            "depth": measured * length,
+            "repair": sum(passes for passes, _ in self._repairs) * recipe.prune.repair.samples * length,
+            "distillation": updates * recipe.train.global_batch_size * length,
         }
 
     @property
     def flops(self) -> dict[str, int]:
-        """At most: every rung is counted as if its largest candidates had got there. Forward = 1, backward = 2."""
+        """Of the distillation at most: as if the largest candidates had got to every rung. Forward = 1, backward = 2.
+
+        Of repairs without the systems that they solve.
+        """
         recipe, length = self.recipe, self.recipe.data.sequence_length
+        found, tokens = self.depth_search, self.tokens
+        a_token = depth.flops_per_token(self.teacher, length, int(found["models"]), int(found["layer_evaluations"]))
         teacher = forward_flops_per_token(self.teacher, length)
         students = [forward_flops_per_token(each.architecture, length) for each in self.candidates]
         students.sort(reverse=True)
@@ -64,13 +87,27 @@ class SearchPlan:
             steps * recipe.train.global_batch_size * length * sum(teacher + 3 * student for student in students[:count])
             for count, steps in zip(self.entrants, recipe.search.rungs, strict=True)
         )
-        return {"repair": teacher * self.tokens["repair"], "distillation": distillation}
+        return {
+            "depth": a_token * tokens["depth"],
+            "repair": sum(flops for _, flops in self._repairs) * recipe.prune.repair.samples * length,
+            "distillation": distillation,
+        }
+
+    @property
+    def _repairs(self) -> list[tuple[int, int]]:
+        """Of every candidate: passes, and FLOPs of a token in all of them."""
+        recipe, layout = self.recipe, Layout.from_config(self.recipe.parallel)
+        return [
+            repair.planned(self.teacher, each.architecture, recipe.prune, layout, recipe.data.sequence_length)
+            for each in self.candidates
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "grid": self.grid_size,
             "candidates": [{"name": each.name, **asdict(each.costs)} for each in self.candidates],
             "rungs": [list(rung) for rung in zip(self.recipe.search.rungs, self.entrants, strict=True)],
+            "depth_search": self.depth_search if self.drops else None,
             "tokens": self.tokens,
             "flops": self.flops,
         }
@@ -83,9 +120,13 @@ class SearchPlan:
         rows = [
             ("search", f"{len(self.candidates)} candidates within the budget, of {self.grid_size:,} in the grid"),
             *(("", f"{each.name:<36}{priced(each)}") for each in self.candidates),
+            *((("search, depth", searched(self.recipe.prune.depth, self.depth_search)),) if self.drops else ()),
             ("search, trainings", ", ".join(rungs) or "none"),
             *((f"tokens, search {name}", f"{count:,}") for name, count in self.tokens.items()),
-            *((f"FLOPs, search {name}", f"at most {count:.3e} (arithmetic)") for name, count in self.flops.items()),
+            *(
+                (f"FLOPs, search {name}", f"{'at most ' * (name == 'distillation')}{count:.3e} (arithmetic)")
+                for name, count in self.flops.items()
+            ),
         ]
         return "\n".join(f"{name:<30}{value}" for name, value in rows)
 
@@ -93,7 +134,10 @@ class SearchPlan:
 def priced(candidate: Candidate) -> str:
     """The costs of a candidate in a line."""
     found = candidate.costs
-    parts = [f"{found.parameters:,} parameters", f"{found.memory_bytes / 1e9:.2f} GB"]
+    parts = [f"{found.parameters:,} parameters"]
+    if found.active_parameters < found.parameters:
+        parts.append(f"{found.active_parameters:,} for each token")
+    parts.append(f"{found.memory_bytes / 1e9:.2f} GB")
     if found.latency_seconds is not None:
         parts.append(f"{found.latency_seconds:.3g} s")
     return ", ".join(parts)
@@ -114,15 +158,21 @@ def plan_search(plan: Preflight) -> SearchPlan:
             f"search.launcher: {config.launcher} trains several candidates at once, and they would fill one "
             "teacher.cache; use launcher none, or another teacher.placement"
         )
+    started = recipe.cluster.processes_per_node if recipe.cluster.launcher == "local" else 1
+    if config.launcher == "local" and plan.world_size != started:
+        raise UserError(
+            f"search.launcher: local gives a training {started} of the {plan.world_size} processes that cluster.nodes "
+            "and cluster.processes_per_node say; set cluster.launcher to local and cluster.nodes to 1"
+        )
     if recipe.stages:
         raise UserError(
             "search: a recipe with stages cannot be searched; search the stage's shape by a recipe of its own"
         )
     if recipe.from_run is not None:
         raise UserError("search: its candidates take teacher and Scores from its own run; leave from_run out")
-    values = grid(teacher, recipe.prune, config)
+    choice = grid(teacher, recipe.prune, config)
     found = []
-    for candidate in candidates(teacher, values, config):
+    for candidate in candidates(choice, config):
         found.append(candidate)
         if len(found) > config.max_candidates:
             raise UserError(
@@ -135,10 +185,8 @@ def plan_search(plan: Preflight) -> SearchPlan:
         _check_recipe(candidate_recipe(recipe, candidate, 0), candidate.name, plan.world_size)
     for steps in config.rungs:
         _check_recipe(candidate_recipe(recipe, found[0], steps), "search.rungs", plan.world_size)
-    sizes = {axis: len(sizes) for axis, sizes in values.items()}
-    combinations = prod(count or len(config.ffn_expansion or []) for count in sizes.values())
     found.sort(key=lambda each: -each.costs.parameters)
-    return SearchPlan(recipe, teacher, plan.world_size, combinations, tuple(found))
+    return SearchPlan(recipe, teacher, plan.world_size, choice.size, tuple(found))
 
 
 def _check_recipe(recipe: Recipe, name: str, world_size: int) -> None:

@@ -118,7 +118,7 @@ def survivors(standings: Sequence[Standing], keep: float) -> list[Standing]:
 
 
 def pareto(standings: Sequence[Standing]) -> set[str]:
-    """Names of the candidates that no other dominates in parameters, memory, latency and loss.
+    """Names of the candidates that no other dominates in parameters, active ones, memory, latency and loss.
 
     A candidate is compared with all that were measured after the last updates it got: losses after different numbers of
     updates do not compare.
@@ -141,4 +141,4 @@ def _dominates(other: Standing, each: Standing, result: Result) -> bool:
 
 def _costs(standing: Standing) -> tuple[float, ...]:
     found = standing.costs
-    return found.parameters, found.memory_bytes, found.latency_seconds or 0.0
+    return found.parameters, found.active_parameters, found.memory_bytes, found.latency_seconds or 0.0

@@ -6,19 +6,31 @@ and all depths of a width follow. Only what passes the limits on parameters is p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import product
+from math import inf, prod
 from typing import Any
 
 from minitron_nemo.arch import Architecture, Axis
 from minitron_nemo.arch.counts import non_embedding_parameters, parameters
 from minitron_nemo.config import BudgetConfig, PruneConfig, SearchConfig
 from minitron_nemo.errors import UserError
-from minitron_nemo.pruning.target import target_architecture
+from minitron_nemo.pruning.target import BY_INFLUENCE, target_architecture
 from minitron_nemo.search.costs import Costs, costs
 
-AXES = (Axis.LAYERS, Axis.HIDDEN, Axis.FFN, Axis.HEADS, Axis.GROUPS)
+LETTERS = {
+    Axis.LAYERS: "l",
+    Axis.HIDDEN: "h",
+    Axis.EXPERTS: "e",
+    Axis.FFN: "f",
+    Axis.MOE_FFN: "f",
+    Axis.SHARED_FFN: "s",
+    Axis.HEADS: "a",
+    Axis.GROUPS: "g",
+}
+AXES = tuple(LETTERS)
 EXPANSION = "ffn_expansion"
 
 
@@ -32,9 +44,30 @@ class Candidate:
     @property
     def name(self) -> str:
         """What tells it from the other shapes of one teacher; also its directory."""
-        a = self.architecture
-        heads = f"a{a.num_attention_heads}-g{a.num_query_groups}"
-        return f"l{a.num_layers}-h{a.hidden_size}-f{a.ffn_hidden_size}-{heads}"
+        return "-".join(f"{LETTERS[axis]}{size}" for axis, size in sizes(self.architecture).items())
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What there is to choose from: sizes of every axis that the teacher has, and what `base` says of all else.
+
+    `expansions`, multiples of the hidden size, take the place of the sizes of `ffn_hidden_size` where there are any.
+    """
+
+    teacher: Architecture
+    base: Architecture
+    values: Mapping[Axis, Sequence[int]]
+    expansions: Sequence[Fraction]
+
+    @property
+    def size(self) -> int:
+        """How many combinations there are, those included that no architecture can have."""
+        return prod(map(len, self.values.values())) * (len(self.expansions) or 1)
+
+
+def sizes(architecture: Architecture) -> dict[Axis, int]:
+    """The sizes of a shape, by the axes that it has."""
+    return {axis: architecture.size(axis) for axis in AXES if architecture.has(axis)}
 
 
 def has_grid(config: SearchConfig) -> bool:
@@ -42,25 +75,20 @@ def has_grid(config: SearchConfig) -> bool:
     return any(getattr(config, key) is not None for key in (*map(str, AXES), EXPANSION))
 
 
-def grid(teacher: Architecture, prune: PruneConfig, config: SearchConfig) -> dict[Axis, list[int]]:
+def grid(teacher: Architecture, prune: PruneConfig, config: SearchConfig) -> Grid:
     """The values of every axis; those that `search` does not give are what `prune` makes of the teacher.
 
-    `ffn_expansion` has no sizes before a hidden size is chosen, and leaves the axis' own list empty. Raises UserError,
-    naming the key, for values that the teacher cannot be cut to.
+    Raises UserError, naming the key, for values that the teacher cannot be cut to.
     """
-    fixed = target_architecture(teacher, prune)
-    values = {axis: [fixed.size(axis)] for axis in AXES}
-    for axis in AXES:
+    base = target_architecture(teacher, prune)
+    _check_axes(teacher, prune, config)
+    values = {axis: [size] for axis, size in sizes(base).items()}
+    for axis in values:
         if (given := getattr(config, axis.value)) is not None:
             values[axis] = _values(axis, given, teacher.size(axis))
-    if config.ffn_expansion is not None:
-        if config.ffn_hidden_size is not None:
-            raise UserError("search.ffn_expansion: search.ffn_hidden_size is given too; keep one of the two")
-        if not config.ffn_expansion or min(config.ffn_expansion) <= 0:
-            raise UserError(f"search.{EXPANSION}: {config.ffn_expansion} must be a list of numbers greater than 0")
-        values[Axis.FFN] = []
-    if config.num_layers is not None and prune.drop_layers is not None:
-        raise UserError("search.num_layers: prune.drop_layers says which layers go; leave one of the two out")
+    expansions = _expansions(config)
+    if expansions:
+        del values[Axis.FFN]
     if config.num_query_groups is not None and config.num_attention_heads is None and prune.num_attention_heads is None:
         values[Axis.HEADS] = sorted({groups * teacher.heads_per_group for groups in values[Axis.GROUPS]})
     for heads in values[Axis.HEADS]:
@@ -69,43 +97,74 @@ def grid(teacher: Architecture, prune: PruneConfig, config: SearchConfig) -> dic
                 f"search.num_attention_heads: {heads} is no multiple, up to {teacher.heads_per_group} times, of any "
                 f"num_query_groups {values[Axis.GROUPS]}"
             )
-    if values[Axis.LAYERS][0] == 1 < teacher.num_layers and config.num_layers is not None:
-        raise UserError("search.num_layers: 1 is too few, the first and the last layer stay; begin with 2")
-    return values
+    by_influence = config.num_layers is not None and prune.depth_method in BY_INFLUENCE
+    if by_influence and values[Axis.LAYERS][0] == 1 < teacher.num_layers:
+        raise UserError(
+            f"search.num_layers: 1 is too few, {prune.depth_method} keeps the first and the last layer; begin with 2, "
+            "or use another prune.depth_method"
+        )
+    topk = teacher.moe_router_topk or 0
+    if (experts := values.get(Axis.EXPERTS)) and experts[0] < topk:
+        raise UserError(
+            f"search.num_moe_experts: {experts[0]} are too few, a token is routed to {topk}; begin with {topk}"
+        )
+    return Grid(teacher, base, values, expansions)
 
 
-def shapes(
-    teacher: Architecture, values: dict[Axis, list[int]], config: SearchConfig
-) -> Iterator[tuple[Architecture, int, int]]:
+def shapes(grid: Grid) -> Iterator[tuple[Architecture, int, int]]:
     """Every shape of the grid with its parameters and non-embedding parameters, depth varying fastest.
 
     Sizes that `ffn_expansion` gives are skipped where the teacher's FFN is smaller. Raises UserError where an expansion
     of a hidden size is no whole number.
     """
-    for hidden, heads, groups in product(values[Axis.HIDDEN], values[Axis.HEADS], values[Axis.GROUPS]):
-        if not _pair(teacher, heads, groups):
-            continue
-        for ffn in values[Axis.FFN] or _expanded(hidden, config.ffn_expansion or [], teacher):
-            sizes = {Axis.HIDDEN: hidden, Axis.FFN: ffn, Axis.HEADS: heads, Axis.GROUPS: groups}
-            one, two = (teacher.resized({**sizes, Axis.LAYERS: layers}) for layers in (1, 2))
-            total, inside = parameters(one), non_embedding_parameters(one)
-            a_layer = parameters(two) - total
-            for layers in values[Axis.LAYERS]:
-                more = (layers - 1) * a_layer
-                yield teacher.resized({**sizes, Axis.LAYERS: layers}), total + more, inside + more
+    for width in _widths(grid):
+        one, two = (grid.base.resized({**width, Axis.LAYERS: layers}) for layers in (1, 2))
+        total, inside = parameters(one), non_embedding_parameters(one)
+        a_layer = parameters(two) - total
+        for layers in grid.values[Axis.LAYERS]:
+            more = (layers - 1) * a_layer
+            yield grid.base.resized({**width, Axis.LAYERS: layers}), total + more, inside + more
 
 
-def candidates(teacher: Architecture, values: dict[Axis, list[int]], config: SearchConfig) -> Iterator[Candidate]:
+def candidates(grid: Grid, config: SearchConfig) -> Iterator[Candidate]:
     """The shapes of the grid that are within the budget, the teacher's own left out."""
     budget = config.budget
-    for architecture, total, inside in shapes(teacher, values, config):
-        if architecture == teacher or not _counts_fit(budget, total, inside):
+    for architecture, total, inside in shapes(grid):
+        if sizes(architecture) == sizes(grid.teacher) or not _counts_fit(budget, total, inside):
             continue
         candidate = Candidate(architecture, costs(architecture, config.serving))
         if _within(None, candidate.costs.memory_bytes, budget.max_memory_bytes) and _within(
             None, candidate.costs.latency_seconds, budget.max_latency_seconds
         ):
             yield candidate
+
+
+def _check_axes(teacher: Architecture, prune: PruneConfig, config: SearchConfig) -> None:
+    """Raises UserError for axes that the teacher has not, and for two keys that say the same."""
+    keys = {axis.value: axis for axis in AXES} | {EXPANSION: Axis.FFN}
+    for key, axis in keys.items():
+        if getattr(config, key) is not None and not teacher.has(axis):
+            instead = "use search.moe_ffn_hidden_size" if axis == Axis.FFN else "leave it out"
+            raise UserError(f"search.{key}: the layers of {teacher.family} have none; {instead}")
+    if config.ffn_expansion is not None and config.ffn_hidden_size is not None:
+        raise UserError("search.ffn_expansion: search.ffn_hidden_size is given too; keep one of the two")
+    if config.num_layers is not None and prune.drop_layers is not None:
+        raise UserError("search.num_layers: prune.drop_layers says which layers go; leave one of the two out")
+
+
+def _widths(grid: Grid) -> Iterator[dict[Axis, int]]:
+    """The grid without its depths."""
+    axes: list[Axis] = [axis for axis in grid.values if axis != Axis.LAYERS]
+    for combination in product(*(grid.values[axis] for axis in axes)):
+        width = dict(zip(axes, combination, strict=True))
+        if not _pair(grid.teacher, width[Axis.HEADS], width[Axis.GROUPS]):
+            continue
+        if not grid.expansions:
+            yield width
+        for expansion in grid.expansions:
+            ffn = _expanded(width[Axis.HIDDEN], expansion)
+            if ffn <= grid.teacher.ffn_hidden_size:
+                yield {**width, Axis.FFN: ffn}
 
 
 def _counts_fit(budget: BudgetConfig, total: int, inside: int) -> bool:
@@ -150,13 +209,23 @@ def _multiples(key: str, given: dict[str, Any], most: int) -> list[int]:
     return found
 
 
-def _expanded(hidden: int, expansions: Sequence[float], teacher: Architecture) -> Iterator[int]:
-    for expansion in sorted(set(expansions)):
-        ffn = expansion * hidden
-        if ffn != int(ffn):
-            raise UserError(f"search.{EXPANSION}: {expansion:g} x hidden_size {hidden} is {ffn:g}, no whole number")
-        if ffn <= teacher.ffn_hidden_size:
-            yield int(ffn)
+def _expansions(config: SearchConfig) -> list[Fraction]:
+    """As they are written: 4.15 of a hidden size is a whole number more often than the float next to it."""
+    given = config.ffn_expansion
+    if given is None:
+        return []
+    if not given or not all(0 < expansion < inf for expansion in given):
+        raise UserError(f"search.{EXPANSION}: {given} must be a list of numbers greater than 0")
+    return sorted({Fraction(str(expansion)) for expansion in given})
+
+
+def _expanded(hidden: int, expansion: Fraction) -> int:
+    ffn = expansion * hidden
+    if ffn.denominator != 1:
+        raise UserError(
+            f"search.{EXPANSION}: {float(expansion)} x hidden_size {hidden} is {float(ffn)}, no whole number"
+        )
+    return int(ffn)
 
 
 def _pair(teacher: Architecture, heads: int, groups: int) -> bool:

@@ -13,12 +13,23 @@ from typing import Any
 
 import yaml
 
+from minitron_nemo.arch import Axis
 from minitron_nemo.checkpoint.files import write_atomic
 from minitron_nemo.config import Recipe
 from minitron_nemo.search.candidates import pruning, search_directory
 from minitron_nemo.search.results import SCHEMA_VERSION, Standing, pareto, ranked
+from minitron_nemo.search.shapes import sizes
 
-SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+LABELS = {
+    Axis.LAYERS: "layers",
+    Axis.HIDDEN: "hidden",
+    Axis.EXPERTS: "experts",
+    Axis.FFN: "ffn",
+    Axis.MOE_FFN: "expert ffn",
+    Axis.SHARED_FFN: "shared ffn",
+    Axis.HEADS: "heads",
+    Axis.GROUPS: "groups",
+}
 
 
 def rows(standings: Sequence[Standing], rungs: Sequence[int]) -> list[dict[str, Any]]:
@@ -38,7 +49,7 @@ def rows(standings: Sequence[Standing], rungs: Sequence[int]) -> list[dict[str, 
             {
                 "rank": rank,
                 "name": candidate.name,
-                **{name: getattr(candidate.architecture, name) for name in SIZES},
+                **{axis.value: size for axis, size in sizes(candidate.architecture).items()},
                 **asdict(candidate.costs),
                 "losses": {str(steps): result.loss for steps, result in by_rung.items()},
                 "steps": last.steps,
@@ -65,7 +76,8 @@ def write_table(recipe: Recipe, standings: Sequence[Standing], rungs: Sequence[i
         "candidates": found,
     }
     write_atomic(directory / "table.json", json.dumps(content, indent=2) + "\n")
-    cells = [_header(rungs), *(_cells(row, rungs) for row in found)]
+    axes = list(sizes(standings[0].candidate.architecture))
+    cells = [_header(axes, rungs), *(_cells(row, axes, rungs) for row in found)]
     write_atomic(directory / "table.tsv", "".join("\t".join(line) + "\n" for line in cells))
     markdown = _markdown(cells)
     write_atomic(directory / "table.md", markdown + "\n")
@@ -76,29 +88,31 @@ def write_table(recipe: Recipe, standings: Sequence[Standing], rungs: Sequence[i
 def best(recipe: Recipe, winner: Standing, count: int) -> str:
     """The winner's `prune` section, with how to go on from it."""
     section = asdict(pruning(winner.candidate, recipe.prune))
-    sizes = {name: section[name] for name in SIZES if section[name] is not None}
-    overrides = " ".join(f"prune.{name}={size}" for name, size in sizes.items())
+    names = [axis.value for axis in sizes(winner.candidate.architecture)]
+    chosen = {name: section[name] for name in names if section[name] is not None}
+    overrides = " ".join(f"prune.{name}={size}" for name, size in chosen.items())
     return (
         f"# The best of {count} candidates of {recipe.name} after {winner.last.steps} updates: {winner.candidate.name},"
         f" loss {winner.last.loss:.4f}.\n"
         "# Put the sizes into the recipe's `prune` section, or behind the command:\n"
-        f"#   minitron run RECIPE {overrides}\n" + yaml.safe_dump({"prune": sizes}, sort_keys=False)
+        f"#   minitron run RECIPE {overrides}\n" + yaml.safe_dump({"prune": chosen}, sort_keys=False)
     )
 
 
-def _header(rungs: Sequence[int]) -> list[str]:
+def _header(axes: Sequence[Axis], rungs: Sequence[int]) -> list[str]:
     losses = [f"loss after {steps}" if steps else "loss as cut" for steps in rungs]
-    names = ["", "layers", "hidden", "ffn", "heads", "groups", "parameters", "memory, GB", "latency, s"]
-    return [*names, *losses, "minus the best", "tokens/s", "Pareto"]
+    counts = ["parameters", *(["active"] if Axis.EXPERTS in axes else []), "memory, GB", "latency, s"]
+    return ["", *(LABELS[axis] for axis in axes), *counts, *losses, "minus the best", "tokens/s", "Pareto"]
 
 
-def _cells(row: dict[str, Any], rungs: Sequence[int]) -> list[str]:
+def _cells(row: dict[str, Any], axes: Sequence[Axis], rungs: Sequence[int]) -> list[str]:
     latency, speed = row["latency_seconds"], row["generation_tokens_per_second"]
     error = "" if row["delta_se"] is None else f" ± {row['delta_se']:.4f}"
     return [
         str(row["rank"]),
-        *(str(row[name]) for name in SIZES),
+        *(str(row[axis.value]) for axis in axes),
         str(row["parameters"]),
+        *([str(row["active_parameters"])] if Axis.EXPERTS in axes else []),
         f"{row['memory_bytes'] / 1e9:.4g}",
         "" if latency is None else f"{latency:.4g}",
         *(f"{row['losses'][str(steps)]:.4f}" if str(steps) in row["losses"] else "" for steps in rungs),

@@ -85,6 +85,10 @@ GRID = "search.num_layers=[2,3]"
         ),
         (f"{GRID} search.launcher=slurm teacher.placement=cached", "search.launcher: slurm trains several"),
         (f"{GRID} from_run=elsewhere", "leave from_run out"),
+        (
+            f"{GRID} search.launcher=local cluster.processes_per_node=2",
+            "search.launcher: local gives a training 1 of the 2 processes",
+        ),
         # What is wrong with one candidate's own recipe names the candidate.
         (f"{GRID} parallel.pipeline_model_parallel_size=3 cluster.processes_per_node=3", "l2-h64-f64-a8-g4: parallel."),
         (f"{GRID} train.lr_decay_style=WSD train.lr_wsd_decay_steps=5 search.rungs=[2]", "search.rungs: train.lr_wsd"),
@@ -104,18 +108,26 @@ def test_plan_shows_what_a_search_will_do(capsys: pytest.CaptureFixture[str], re
     assert main(["plan", str(recipe), *overrides, "search.rungs=[5,10]", "--json"]) == 0
     search = json.loads(capsys.readouterr().out)["search"]
     tokens = (4 * 5 + 2 * 10) * 4 * 64
-    assert search["tokens"] == {"repair": 4 * 16 * 64, "distillation": tokens}
+    assert search["tokens"] == {"depth": 8 * 64, "repair": 4 * 16 * 64, "distillation": tokens}
     assert search["candidates"][0]["name"] == "l3-h48-f64-a8-g4"
 
+    def inside(layers: int, hidden: int, ffn: int) -> int:
+        """FLOPs of a token among 64: matrices of layers, attention over 32 on average."""
+        return 2 * layers * (hidden * (8 + 4 + 4 + 8) * 8 + 3 * hidden * ffn) + layers * 4 * 32 * 64
+
     def forward(layers: int, hidden: int, ffn: int) -> int:
-        """FLOPs of a token among 64: matrices, logits, attention over 32 on average."""
-        matrices = layers * (hidden * (8 + 4 + 4 + 8) * 8 + 3 * hidden * ffn) + 259 * hidden
-        return 2 * matrices + layers * 4 * 32 * 64
+        return inside(layers, hidden, ffn) + 2 * 259 * hidden
 
     updates = [forward(4, 64, 96) + 3 * forward(layers, hidden, 64) for layers in (3, 2) for hidden in (48, 32)]
     largest = sorted(updates)[2:]
     assert search["flops"]["distillation"] == 4 * 64 * (5 * sum(updates) + 10 * sum(largest))
-    assert search["flops"]["repair"] == 4 * 16 * 64 * forward(4, 64, 96)
+    # Least squares sum products of 64 channels and those that stay, of 96 neurons and the 64 that stay.
+    sums = sum(layers * 2 * (2 * (64 + hidden) * hidden + 96 * 64) for layers in (3, 2) for hidden in (48, 32))
+    assert search["flops"]["repair"] == 16 * 64 * (4 * inside(4, 64, 96) + sums)
+    # Greedy, down to two layers, which serves three: 4 + 3 + 2 + 1 evaluations of a layer, then 1 + 2 + 2 + 0.
+    assert search["depth_search"] == {"models": 8, "layer_evaluations": 15, "forward_passes": 3.75}
+    assert search["flops"]["depth"] == 8 * 64 * (inside(4, 64, 96) * 15 // 4 + 8 * 2 * 259 * 64)
+    assert "8 models, 3.75 passes through the layers and 8 through the output, each of 8 sequences" in printed
 
 
 def test_a_recipe_may_end_with_the_cut(capsys: pytest.CaptureFixture[str], recipe: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from minitron_nemo.config import DepthConfig, PruneConfig
 from minitron_nemo.data.choices import Choices
 from minitron_nemo.errors import UserError
-from minitron_nemo.models.branches import Branch
+from minitron_nemo.models.branches import Branch, Branches
 from minitron_nemo.pruning.depth import check_depth, choose, flops_per_token, grouped, planned, summary, wanted
 from minitron_nemo.pruning.depth_scores import DepthScores
 from minitron_nemo.pruning.plan import make_plan
@@ -163,14 +163,31 @@ def test_a_loss_that_is_not_finite_is_refused_by_its_layers() -> None:
 
 def test_costs_are_planned_as_they_are_counted() -> None:
     shape = architecture(num_layers=32)
-    assert planned(shape, "leave_one_out", 16, most=100) == (33, 32 * 33 // 2)
+    assert planned(shape, "leave_one_out", [16], most=100) == (33, 32 * 33 // 2)
     # 17 starts: the states before them once, 16 - start layers behind each; and the rest of the whole model.
-    assert planned(shape, "best_block", 16, most=100) == (18, 32 + sum(16 - start for start in range(17)))
+    assert planned(shape, "best_block", [16], most=100) == (18, 32 + sum(16 - start for start in range(17)))
     # The second round has 31 layers left, and no whole model to measure: 30 of its layers before the last one branches.
-    assert planned(shape, "greedy", 2, most=100) == (33 + 31, 32 * 33 // 2 + 31 * 30 // 2 + 30)
-    assert planned(shape, "leave_one_out", 16, most=1) == (33, 32 * 32)
+    assert planned(shape, "greedy", [2], most=100) == (33 + 31, 32 * 33 // 2 + 31 * 30 // 2 + 30)
+    assert planned(shape, "leave_one_out", [16], most=1) == (33, 32 * 32)
     # Two groups: the first has the plain states of its 16 layers once more.
-    assert planned(shape, "leave_one_out", 16, most=17)[1] == 32 * 33 // 2 + 15
+    assert planned(shape, "leave_one_out", [16], most=17)[1] == 32 * 33 // 2 + 15
+
+
+@pytest.mark.parametrize("method", ["leave_one_out", "greedy", "best_block"])
+@pytest.mark.parametrize("most", [3, 100])
+def test_several_depths_are_planned_as_they_are_measured_one_after_the_other(method: str, most: int) -> None:
+    """Into one file, in which what an earlier depth has measured is not asked for again."""
+    scores, models, evaluations = DepthScores(architecture(num_layers=LAYERS), {}, np.ones(SEQUENCES)), 0, 0
+    loss = random_loss(0)
+    for drop in (4, 3, 1):
+        while branches := wanted(scores, method, drop, False):
+            models += len(branches)
+            evaluations += sum(Branches(group, LAYERS).evaluations for group in grouped(branches, most, LAYERS))
+            for branch in branches:
+                scores.add(branch, range(SEQUENCES), np.full(SEQUENCES, loss(branch)))
+    assert planned(scores.architecture, method, [1, 4, 3], most) == (models, evaluations)
+    alone = sum(planned(scores.architecture, method, [drop], most)[0] for drop in (4, 3, 1))
+    assert models < alone == {"leave_one_out": 21, "greedy": 42, "best_block": 16}[method]
 
 
 def test_groups_are_even_and_hold_what_is_alike() -> None:

@@ -6,8 +6,10 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -16,12 +18,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from minitron_nemo.arch import Architecture, Axis, Plan
+from minitron_nemo.arch.counts import forward_flops_per_token
 from minitron_nemo.checkpoint import dense
 from minitron_nemo.checkpoint.fingerprint import fingerprint
 from minitron_nemo.checkpoint.transform import convert
-from minitron_nemo.config import RepairConfig
+from minitron_nemo.config import PruneConfig, RepairConfig
 from minitron_nemo.errors import UserError
+from minitron_nemo.importance.second_moments import places
+from minitron_nemo.models.forward import forward_only
 from minitron_nemo.parallel.layout import Layout
+from minitron_nemo.pruning import repair as step
 from minitron_nemo.pruning.prune import prune
 from minitron_nemo.pruning.repair import repair_plan, repair_warnings
 from tests.families import DENSE, fused_like, norm_name, unfused, write_tiny
@@ -187,10 +193,41 @@ def test_maps_do_not_depend_on_the_layout(name: str, untied: Repaired, tmp_path:
         )
 
 
+def passes_of_repair(*arguments: Any) -> int:
+    with patch.object(step, "forward_only", wraps=forward_only) as forward:
+        repair_together(*arguments)
+    return forward.call_count
+
+
 def test_a_small_byte_budget_takes_more_passes_and_gives_the_same_bits(untied: Repaired, tmp_path: Path) -> None:
     config = RepairConfig(statistics_bytes=100_000)
-    run_distributed(1, repair_together, untied.teacher, Layout(), untied.plain, config, tmp_path / "plan")
+    arguments = untied.teacher, Layout(), untied.plain, config, tmp_path / "plan"
+    [passes] = run_distributed(1, passes_of_repair, *arguments)
     assert (tmp_path / "plan" / "plan.safetensors").read_bytes() == (untied.directory / "plan.safetensors").read_bytes()
+    prune = PruneConfig(repair=config)
+    assert passes == step.planned(untied.plain.source, untied.plain.target, prune, Layout(), 32)[0] > 3
+
+
+def test_the_planned_passes_are_the_most_that_a_choice_of_layers_can_take(untied: Repaired) -> None:
+    """On two pipeline stages, where a stage that keeps both of its layers takes most; the FLOPs are those of places."""
+    plain, budget, found = untied.plain, 100_000, []
+    config = PruneConfig(hidden_method="rotate", repair=RepairConfig(statistics_bytes=budget))
+    for kept in combinations(range(LAYERS), 3):
+        everywhere = places(replace(plain, kept_layers=kept), ffn=True, hidden=True)
+        for stage in (range(2), range(2, LAYERS + 1)):
+            filled: list[list[int]] = [[]]
+            for place in (place for place in everywhere if place.layer in stage):
+                size = 8 * place.rows(plain.source, 1) * place.columns
+                filled += [[]] if sum(filled[-1]) + size > budget else []
+                filled[-1].append(size)
+            found.append(len(filled))
+    layout = Layout(pipeline_model_parallel_size=2)
+    passes, flops = step.planned(plain.source, plain.target, config, layout, 32)
+    assert passes == max(found) + 1  # one for the rotation
+    through = forward_flops_per_token(plain.source, 32) - 2 * 259 * 64
+    products = sum(place.rows(plain.source, 1) * place.columns for place in everywhere) + 7 * 64 * 64
+    assert flops == passes * through + 2 * products
+    assert step.planned(plain.source, plain.source, config, layout, 32) == (0, 0)
 
 
 def formula_student(case: Repaired, destination: Path) -> Path:

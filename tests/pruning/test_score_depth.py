@@ -148,6 +148,20 @@ def test_what_was_measured_serves_other_methods_and_depths(job: Job, tmp_path: P
         run_distributed(1, run_without_a_model, *job.arguments(Layout(), path, samples=SAMPLES + 1))
 
 
+def test_what_other_runs_have_measured_is_copied_as_far_as_it_is_needed(job: Job, tmp_path: Path) -> None:
+    lent = tmp_path / "lent.npz"
+    [greedy] = run_distributed(1, run, *job.arguments(Layout(), lent, num_layers=2, method="greedy"))
+    own = job.arguments(Layout(), tmp_path / "own" / "depth.npz", num_layers=1)
+    [copied] = run_distributed(1, run_without_a_model, *own, [tmp_path / "nothing.npz", lent])
+    written = DepthScores.load(tmp_path / "own" / "depth.npz").sums
+    assert copied.keys() == written.keys() == {Branch(), *(Branch({layer}) for layer in range(LAYERS))}
+    for branch, values in written.items():
+        np.testing.assert_array_equal(values, greedy[branch])
+    other = job.arguments(Layout(), tmp_path / "other.npz", samples=SAMPLES + 1)
+    with pytest.raises(AssertionError, match="there is nothing to measure"):
+        run_distributed(1, run_without_a_model, *other, [lent])
+
+
 QUESTIONS: list[dict[str, Any]] = [
     {"context": "The quick brown fox", "choices": [" jumps", " sleeps under", " x"], "answer": 0},
     {"context": "Two and two are ", "choices": ["four", "seven"], "answer": 1},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from minitron_nemo.arch import Architecture
-from minitron_nemo.arch.counts import parameters
+from minitron_nemo.arch.counts import active_parameters, parameters
 from minitron_nemo.checkpoint.source import open_source
 from minitron_nemo.config import ServingConfig
 from minitron_nemo.search.costs import key_value_bytes, latency_seconds, memory_bytes
@@ -33,7 +34,7 @@ def test_memory_is_what_hugging_face_holds(tmp_path: Path, tied: bool, dtype: to
     assert memory_bytes(architecture, serving) == weights + cache
 
 
-def llama(**changes: int | bool) -> Architecture:
+def llama(**changes: int | bool | str) -> Architecture:
     sizes = {
         "num_layers": 32,
         "hidden_size": 4096,
@@ -78,3 +79,23 @@ def test_a_tied_embedding_is_read_as_the_output_weight() -> None:
     serving = ServingConfig(prompt_tokens=1, new_tokens=1, peak_flops=1e30, bandwidth=1.0)
     tied = llama(share_embeddings_and_output_weights=True)
     assert latency_seconds(tied, serving) == latency_seconds(llama(), serving) == 2 * parameters(tied)
+
+
+def test_a_pass_reads_the_experts_that_its_tokens_are_expected_to_meet() -> None:
+    """Against the mean over all ways in which three tokens can choose two of four experts each."""
+    mixture, both = (
+        llama(num_moe_experts=n, moe_router_topk=2, moe_ffn_hidden_size=14336, family="mixtral", model_type="mixtral")
+        for n in (4, 2)
+    )
+    ways = list(product(combinations(range(4), 2), repeat=3))
+    met = sum(len(set().union(*way)) for way in ways) / len(ways)
+    an_expert = 32 * 3 * 4096 * 14336
+    read = parameters(mixture) - 128256 * 4096 - (4 - met) * an_expert
+    serving = ServingConfig(batch_size=3, prompt_tokens=1, new_tokens=1, peak_flops=1e30, bandwidth=1.0)
+    assert latency_seconds(mixture, serving) == pytest.approx(2 * read)
+    one = latency_seconds(mixture, replace(serving, batch_size=1))
+    assert one == pytest.approx(2 * (active_parameters(mixture) - 128256 * 4096))
+    # Arithmetic is that of the two experts of a token, whatever there is to read.
+    busy = replace(serving, peak_flops=1.0, bandwidth=1e30)
+    router = 32 * 2 * 4096
+    assert latency_seconds(mixture, busy) - latency_seconds(both, busy) == pytest.approx(3 * 2 * router)

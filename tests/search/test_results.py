@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +36,8 @@ def standing(number: int, costs: tuple[float, ...], losses: dict[int, float], do
     results = tuple(
         Result(steps, loss, 0.1, 0.2, tuple((loss + noise).tolist()), 10.0) for steps, loss in losses.items()
     )
-    parameters, memory, latency = costs
-    return Standing(Candidate(shape, Costs(int(parameters), 0, int(memory), latency)), results)
+    parameters, active, memory, latency = costs
+    return Standing(Candidate(shape, Costs(int(parameters), int(active), 0, int(memory), latency)), results)
 
 
 def names(standings: list[Standing]) -> list[int]:
@@ -48,7 +49,7 @@ def test_the_front_is_that_of_brute_force() -> None:
     for _ in range(50):
         standings = []
         for number in range(12):
-            costs = generator.integers(1, 5, 3)
+            costs = generator.integers(1, 3, 4)
             losses = dict(zip((0, 10, 20), generator.integers(1, 6, 3) / 4, strict=True))
             reached = list(losses)[: 1 + number % 3]
             standings.append(standing(number, tuple(costs.tolist()), {steps: losses[steps] for steps in reached}))
@@ -62,6 +63,7 @@ def test_the_front_is_that_of_brute_force() -> None:
                     continue
                 pairs = [
                     (other.costs.parameters, one.costs.parameters),
+                    (other.costs.active_parameters, one.costs.active_parameters),
                     (other.costs.memory_bytes, one.costs.memory_bytes),
                     (other.costs.latency_seconds, one.costs.latency_seconds),
                     (theirs[steps], one.last.loss),
@@ -74,7 +76,7 @@ def test_the_front_is_that_of_brute_force() -> None:
 
 
 def test_those_that_went_further_rank_first_and_then_the_loss_counts() -> None:
-    costs = (1, 1, 1.0)
+    costs = (1, 1, 1, 1.0)
     standings = [
         standing(0, costs, {0: 1.0}),
         standing(1, costs, {0: 2.0, 10: 1.5}),
@@ -88,7 +90,7 @@ def test_those_that_went_further_rank_first_and_then_the_loss_counts() -> None:
 
 
 def test_differences_are_paired_with_the_best_after_the_same_updates() -> None:
-    costs = (1, 1, 1.0)
+    costs = (1, 1, 1, 1.0)
     standings = [standing(0, costs, {0: 2.0, 10: 1.0}), standing(1, costs, {0: 1.5}), standing(2, costs, {0: 1.75})]
     first, second, third = rows(standings, (0, 10))
     assert [row["rank"] for row in (first, second, third)] == [1, 2, 3]
@@ -104,7 +106,7 @@ def test_differences_are_paired_with_the_best_after_the_same_updates() -> None:
 def test_the_tables_say_the_same_and_the_best_is_a_section_of_a_recipe(tmp_path: Path) -> None:
     recipe: Recipe = load_recipe(write_recipe(tmp_path))
     (tmp_path / "run" / "search").mkdir(parents=True)
-    standings = [standing(0, (9, 8, 0.5), {0: 2.0, 10: 1.0}), standing(1, (7, 6, 0.25), {0: 1.5})]
+    standings = [standing(0, (9, 9, 8, 0.5), {0: 2.0, 10: 1.0}), standing(1, (7, 7, 6, 0.25), {0: 1.5})]
     text = write_table(recipe, standings, (0, 10))
     directory = tmp_path / "run" / "search"
     assert (directory / "table.md").read_text() == text + "\n"
@@ -120,3 +122,20 @@ def test_the_tables_say_the_same_and_the_best_is_a_section_of_a_recipe(tmp_path:
     [command] = [line for line in (directory / "best.yaml").read_text().splitlines() if "minitron run" in line]
     chosen = load_recipe(tmp_path / "tiny.yaml", command.split()[4:])
     assert {name: getattr(chosen.prune, name) for name in sizes} == sizes
+
+
+def test_the_table_of_a_mixture_has_its_axes_and_what_a_token_meets(tmp_path: Path) -> None:
+    recipe = Recipe(name="mixture", run_dir=str(tmp_path / "run"))
+    (tmp_path / "run" / "search").mkdir(parents=True)
+    dense = standing(0, (9, 5, 8, 0.5), {0: 2.0})
+    experts = {"num_moe_experts": 4, "moe_ffn_hidden_size": 96, "moe_router_topk": 2, "family": "mixtral"}
+    shape = replace(dense.candidate.architecture, **experts, model_type="mixtral")
+    write_table(recipe, [replace(dense, candidate=Candidate(shape, dense.costs))], (0,))
+    directory = tmp_path / "run" / "search"
+    header, line = (line.split("\t") for line in (directory / "table.tsv").read_text().splitlines())
+    cells = dict(zip(header, line, strict=True))
+    assert header[1:9] == ["layers", "hidden", "experts", "expert ffn", "heads", "groups", "parameters", "active"]
+    assert (cells["experts"], cells["expert ffn"], cells["parameters"], cells["active"]) == ("4", "96", "9", "5")
+    sizes = {"num_layers": 2, "hidden_size": 64, "num_moe_experts": 4, "moe_ffn_hidden_size": 96}
+    best = yaml.safe_load((directory / "best.yaml").read_text())
+    assert best == {"prune": {**sizes, "num_attention_heads": 8, "num_query_groups": 4}}

@@ -11,32 +11,37 @@ from typing import Any
 
 import psutil
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from minitron_nemo.arch import Plan
 from minitron_nemo.checkpoint.fingerprint import fingerprint
+from minitron_nemo.pruning.depth import choose
+from minitron_nemo.pruning.depth_scores import DepthScores
 from tests.e2e.chain import Command, write_recipe
+from tests.families import write_tiny
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 CANDIDATES = {"l3-h64-f64-a8-g4", "l2-h64-f96-a8-g4", "l2-h64-f64-a8-g4"}
 
 
-def write_search(directory: Path) -> Path:
+def write_search(directory: Path, **sections: dict[str, Any]) -> Path:
     """Three candidates of four shapes, two for the second rung; nothing is timed, so that tables can be equal."""
-    return write_recipe(
-        directory,
-        prune={"ffn_hidden_size": None, "num_layers": None},
-        search={
+    common: dict[str, dict[str, Any]] = {
+        "prune": {"ffn_hidden_size": None, "num_layers": None},
+        "search": {
             "ffn_hidden_size": [64, 96],
             "num_layers": [2, 3],
             "budget": {"max_parameters": 1e5},
             "rungs": [2, 4],
         },
-        teacher={"correction": {"steps": 0}},
-        train={"save_interval": 1, "eval_interval": 0},
-        parallel={"pipeline_model_parallel_size": 1},
-        evaluate={"documents": 6, "generate_tokens": 0},
-        cluster={"launcher": "none", "processes_per_node": 1},
-    )
+        "teacher": {"correction": {"steps": 0}},
+        "train": {"save_interval": 1, "eval_interval": 0},
+        "parallel": {"pipeline_model_parallel_size": 1},
+        "evaluate": {"documents": 6, "generate_tokens": 0},
+        "cluster": {"launcher": "none", "processes_per_node": 1},
+    }
+    return write_recipe(directory, **(common | sections))
 
 
 def table(directory: Path) -> list[dict[str, Any]]:
@@ -168,8 +173,43 @@ def test_a_candidate_that_fails_is_named_and_the_others_are_trained_all_the_same
         code = command.wait()
     assert code == 1, command.output
     log = search / busy["name"] / "1.log"
-    assert f"RuntimeError: {busy['name']}: it did not come to its end; see {log}" in command.output
+    said = (
+        f"minitron: failed: {busy['name']}: it did not come to its end, see {log}; mend that and call the search again"
+    )
+    assert any(line.startswith(said) for line in command.output.splitlines())
+    assert "Traceback" not in command.output
     assert "in use by another minitron" in log.read_text()
     status = json.loads((search / "driver/status.json").read_text())
     assert (status["state"], status["step"]) == ("failed", "search")
     assert (search / other["name"] / "result_1.json").exists()
+
+
+def test_a_mixture_is_searched_and_its_depths_are_measured_once(tmp_path: Path) -> None:
+    """Down to a single layer, which methods that measure may leave."""
+    mixture = write_tiny("mixtral", tmp_path / "mixture", num_layers=3)
+    cut = {"ffn_hidden_size": None, "num_layers": None, "depth_method": "leave_one_out", "depth": {"samples": 4}}
+    recipe = write_search(
+        tmp_path,
+        model={"source": str(mixture)},
+        prune={**cut, "calibration": {"samples": 4}},
+        search={"num_moe_experts": [3], "moe_ffn_hidden_size": [48], "num_layers": [1, 2], "rungs": [1]},
+        evaluate={"documents": 2, "generate_tokens": 0},
+    )
+    command = Command(tmp_path / "log", "search", str(recipe))
+    assert command.wait() == 0, command.output
+    assert command.output.count("[score-depth, ") == 1  # the whole model and those without a layer
+    for row in table(tmp_path):
+        run = tmp_path / "run/search" / row["name"]
+        assert row["name"] == f"l{row['num_layers']}-h64-e3-f48-a8-g4"
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(
+                mixture, num_hidden_layers=row["num_layers"], num_local_experts=3, intermediate_size=48
+            )
+        )
+        assert row["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+        evaluation = json.loads((run / "evaluation.json").read_text())
+        assert evaluation["pruned"]["parameters"] == row["parameters"]
+        assert evaluation["distilled"]["loss"] == row["losses"]["1"]
+        dropped, _ = choose(DepthScores.load(run / "depth.npz"), "leave_one_out", 3 - row["num_layers"], False)
+        assert set(range(3)) - dropped == set(Plan.load(run / "pruned" / "plan.json").kept_layers)
+    assert sorted(row["num_layers"] for row in table(tmp_path)) == [1, 2]

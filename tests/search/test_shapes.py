@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import pytest
 import yaml
 
-from minitron_nemo.arch import Architecture
+from minitron_nemo.arch import Architecture, Axis
 from minitron_nemo.config import BudgetConfig, PruneConfig, SearchConfig, ServingConfig, load_recipe
 from minitron_nemo.errors import UserError
 from minitron_nemo.preflight import preflight
+from minitron_nemo.pruning.target import target_architecture
+from minitron_nemo.search.candidates import pruning
 from minitron_nemo.search.plan import SearchPlan, plan_search
 from minitron_nemo.search.shapes import candidates, grid, shapes
 
@@ -122,7 +125,7 @@ def test_the_candidates_are_those_of_brute_force(limits: dict[str, float]) -> No
             each.costs.memory_bytes,
             round(each.costs.latency_seconds, 12),
         )
-        for each in candidates(TEACHER, grid(TEACHER, PruneConfig(), config), config)
+        for each in candidates(grid(TEACHER, PruneConfig(), config), config)
     }
     assert found == expected
     assert expected
@@ -138,14 +141,13 @@ def test_nothing_is_listed_before_it_is_asked_for() -> None:
     config = SearchConfig(
         num_layers={"min": 2}, hidden_size={"min": 1}, ffn_hidden_size={"min": 1}, budget=BudgetConfig(max_parameters=1)
     )
-    values = grid(TEACHER, PruneConfig(), config)
-    assert next(shapes(TEACHER, values, config))[1:] == llama_parameters(2, 1, 1, 8, 4)
+    assert next(shapes(grid(TEACHER, PruneConfig(), config)))[1:] == llama_parameters(2, 1, 1, 8, 4)
 
 
 def test_axes_that_are_not_given_are_as_pruned() -> None:
     config = SearchConfig(hidden_size=[32, 48])
-    values = grid(TEACHER, PruneConfig(ffn_hidden_size=96, num_query_groups=2, drop_layers=[1, 2]), config)
-    assert {str(axis): sizes for axis, sizes in values.items()} == {
+    found = grid(TEACHER, PruneConfig(ffn_hidden_size=96, num_query_groups=2, drop_layers=[1, 2]), config)
+    assert {str(axis): sizes for axis, sizes in found.values.items()} == {
         "num_layers": [4],
         "hidden_size": [32, 48],
         "ffn_hidden_size": [96],
@@ -153,8 +155,39 @@ def test_axes_that_are_not_given_are_as_pruned() -> None:
         "num_query_groups": [2],
     }
     groups = grid(TEACHER, PruneConfig(), SearchConfig(num_query_groups=[1, 3]))
-    found = [(a.num_attention_heads, a.num_query_groups) for a, _, _ in shapes(TEACHER, groups, SearchConfig())]
-    assert (2, 1) in found and (6, 3) in found  # all heads of the groups that stay
+    pairs = [(a.num_attention_heads, a.num_query_groups) for a, _, _ in shapes(groups)]
+    assert (2, 1) in pairs and (6, 3) in pairs  # all heads of the groups that stay
+
+
+def test_an_untied_student_is_counted_with_its_two_embeddings() -> None:
+    """`prune.untie` gives the candidates an output weight that the teacher has not."""
+    teacher = replace(TEACHER, share_embeddings_and_output_weights=True)
+    prune, config = PruneConfig(untie=True), SearchConfig(hidden_size=[32, 64], num_layers=[2, 6])
+    found = list(candidates(grid(teacher, prune, config), config))
+    assert len(found) == 3  # without the teacher's own sizes, untied or not
+    for each in found:
+        a = each.architecture
+        total, inside = llama_parameters(a.num_layers, a.hidden_size, 160, 8, 4)
+        assert (each.costs.parameters, each.costs.non_embedding_parameters) == (total, inside)
+        assert each.costs.memory_bytes == 2 * total + 2 * a.num_layers * 4 * 8 * 2 * (2048 + 256)
+        assert target_architecture(teacher, pruning(each, prune)) == a
+
+
+def test_an_expansion_is_the_number_that_is_written() -> None:
+    """4.15 x 1920 is 7968; the float next to 4.15 makes it 7968.000000000001."""
+    teacher = replace(TEACHER, hidden_size=1920, ffn_hidden_size=8000)
+    config = SearchConfig(ffn_expansion=[4.15, 0.05, 4.15, 5.0])
+    found = grid(teacher, PruneConfig(), config)
+    assert [a.ffn_hidden_size for a, _, _ in shapes(found)] == [96, 7968]
+    assert found.size == 3
+
+
+def test_a_depth_of_one_layer_is_for_methods_that_may_drop_the_first_or_the_last() -> None:
+    config = SearchConfig(num_layers=[1, 3])
+    for method in ("leave_one_out", "greedy", "best_block"):
+        assert grid(TEACHER, PruneConfig(depth_method=method), config).values[Axis.LAYERS] == [1, 3]
+    with pytest.raises(UserError, match=r"search\.num_layers: 1 is too few, contiguous keeps the first"):
+        grid(TEACHER, PruneConfig(depth_method="contiguous"), config)
 
 
 def test_the_published_candidates_for_8b_come_out_of_their_grid() -> None:
@@ -211,13 +244,15 @@ def test_the_section_that_the_documents_show_is_one_for_llama_31_8b() -> None:
         ({"num_query_groups": [2], "num_attention_heads": [8]}, "search.num_attention_heads: 8 is no multiple"),
         ({"ffn_expansion": [2.0], "ffn_hidden_size": [96]}, "search.ffn_hidden_size is given too"),
         ({"ffn_expansion": [0.0]}, "search.ffn_expansion: [0.0] must be"),
+        ({"ffn_expansion": [float("inf")]}, "search.ffn_expansion: [inf] must be"),
         ({"ffn_expansion": [2.51]}, "search.ffn_expansion: 2.51 x hidden_size 64 is 160.64"),
+        ({"num_moe_experts": [4]}, "search.num_moe_experts: the layers of llama have none; leave it out"),
     ],
 )
 def test_a_grid_that_the_teacher_cannot_be_cut_to_is_refused(keys: dict[str, Any], words: str) -> None:
     config = SearchConfig(**keys)
     with pytest.raises(UserError) as error:
-        list(candidates(TEACHER, grid(TEACHER, PruneConfig(), config), config))
+        list(candidates(grid(TEACHER, PruneConfig(), config), config))
     assert words in str(error.value)
 
 
