@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
-from typing import Any
 
 from minitron_nemo.report.charts import Chart, Series, curves
 from minitron_nemo.report.read import Training
@@ -35,16 +34,14 @@ TERMS = {
 }
 
 
-def distillation_charts(
-    training: Training, evaluation: Mapping[str, Mapping[str, Any]], logits_weight: float
-) -> list[Chart]:
-    """Charts of the distillation; with the teacher's and the pruned model's loss where `evaluation` has them.
+def distillation_charts(training: Training, losses: Mapping[str, float], logits_weight: float) -> list[Chart]:
+    """Charts of the distillation; with the teacher's and the pruned model's held-out loss where `losses` has them.
 
     None before the first report.
     """
     if not training.series("train/loss"):
         return []
-    levels = {name: evaluation[name]["loss"] for name in ("teacher", "pruned") if name in evaluation}
+    levels = {name: losses[name] for name in ("teacher", "pruned") if name in losses}
     total = Series("total", training.series("train/loss"))
     drawn = [
         curves(

@@ -123,7 +123,7 @@ def test_the_report_shows_this_run(finished: Path) -> None:
     [metrics] = run.glob("training/distilled-*/metrics.jsonl")
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     losses = [record["train/loss"] for record in records if "train/loss" in record]
-    totals = [words for words in charts(page, "training")["What is minimised"] if words.startswith("total")]
+    totals = [words for words in charts(page, "training", "Distillation")["What is minimised"] if words.startswith("total")]
     assert [words.rpartition(" ")[2] for words in totals] == [f"{loss:.6g}" for loss in losses]
     for name in ("teacher", "pruned", "distilled"):
         assert len(evaluation[name]["samples"]) == 3
