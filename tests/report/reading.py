@@ -28,8 +28,8 @@ def drawn(page: str, section: str, below: str = "") -> dict[str, list[tuple[str,
 def lines(page: str, section: str, title: str) -> list[list[tuple[float, float]]]:
     """The lines of a chart: the points of each, in px from the left and from the top."""
     [root] = [root for root in _charts(page, section, "") if root.attrib["aria-label"] == title]
-    paths = [mark for mark in root.iter(f"{SVG}path") if mark.get("stroke-width") == "1.5"]
-    numbers = [re.findall(r"-?[\d.]+", path.attrib["d"]) for path in paths]
+    found = [path.attrib["d"] for path in root.iter(f"{SVG}path") if path.get("stroke-width") == "1.5"]
+    numbers = [re.findall(r"-?[\d.]+", path) for path in found if re.fullmatch(r"M[^A-Z]+(L[^A-Z]+)+", path)]
     return [[(float(x), float(y)) for x, y in zip(line[::2], line[1::2], strict=True)] for line in numbers]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -59,9 +60,7 @@ EDGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # of positions, 
 HOSTILE = "</dd><script>document.title = 'taken'</script> \x00\x07 & <b>bold</b>"
 
 
-def write_run(
-    directory: Path, updates: int = 60, teacher: Architecture = TEACHER, prune: PruneConfig = PRUNE
-) -> Path:
+def write_run(directory: Path, updates: int = 60, teacher: Architecture = TEACHER, prune: PruneConfig = PRUNE) -> Path:
     """A finished run with everything, `updates` long; returns `directory`."""
     directory.mkdir(parents=True)
     generator = np.random.default_rng(0)
@@ -86,11 +85,26 @@ def write_run(
     return directory
 
 
+def part_of_a_run(directory: Path, *kept: str, **run: Any) -> Path:
+    """Of a run of `write_run` only these files, so that few charts are drawn."""
+    write_run(directory, **run)
+    for path in directory.iterdir():
+        if path.name not in ("status.json", "recipe.yaml", *kept):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return directory
+
+
+def records(run: Path, name: str) -> list[dict[str, Any]]:
+    """Of the training of that name, reports and validations."""
+    [path] = run.glob(f"training/{name}-*/metrics.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content))
 
 
-def write_status(directory: Path, state: str, step: str, iteration: int | None = None) -> None:
+def write_status(directory: Path, state: str, step: str | None, iteration: int | None = None) -> None:
     status = {"schema_version": 1, "state": state, "step": step, "iteration": iteration, "steps": 60, "reason": None}
     write_json(directory / "status.json", {**status, "time": "2026-01-02T03:04:05Z"})
 
@@ -142,7 +156,11 @@ def depth_scores(generator: np.random.Generator, teacher: Architecture, kept: Se
     """Losses of 16 sequences: without each layer, and with ever fewer layers, as `greedy` tries them."""
     weights = generator.uniform(1000, 2048, 16)
     gone = sorted(set(range(teacher.num_layers)) - set(kept))
-    branches = [Branch(), *(Branch({layer}) for layer in range(teacher.num_layers)), *(Branch(gone[:count]) for count in range(2, len(gone) + 1))]
+    branches = [
+        Branch(),
+        *(Branch({layer}) for layer in range(teacher.num_layers)),
+        *(Branch(gone[:count]) for count in range(2, len(gone) + 1)),
+    ]
     sums = {branch: weights * (3.1 + generator.uniform(0.2, 0.4, 16) * len(branch)) for branch in branches}
     sums[Branch(gone[:1])] = weights * (3.1 + generator.uniform(0.1, 0.15, 16))  # the first to go is the cheapest
     return DepthScores(teacher, {"model": KEY}, weights, None, sums)
@@ -195,14 +213,17 @@ def tasks(evaluation: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         }
 
     models = {
-        name: {"fingerprint": MADE[MEASURED[name]], "tasks": {task: {"metrics": metrics} for task, metrics in measured(record["loss"]).items()}}
+        name: {
+            "fingerprint": MADE[MEASURED[name]],
+            "tasks": {task: {"metrics": metrics} for task, metrics in measured(record["loss"]).items()},
+        }
         for name, record in evaluation.items()
     }
     return {"schema_version": 1, "models": models}
 
 
 def candidates() -> list[dict[str, Any]]:
-    """After two rungs: b and e got the updates of the first alone. c has less memory than d, which beats it in speed."""
+    """After two rungs, of which b and e got the first alone. c is smaller than d, which is faster and better."""
     columns = ("name", "parameters", "steps", "loss", "loss_se", "latency_seconds", "pareto")
     rows = [
         ("a", 61_000_000, 300, 3.91, 0.03, 0.021, True),
