@@ -98,7 +98,7 @@ def position_charts(evaluation: Evaluation) -> list[Chart]:
 def _context(part: Mapping[str, Any]) -> str:
     """How many tokens the predictions at the positions of a bucket are made from."""
     first, last = part["from"] + 1, part["to"]
-    return f"from {first:,} tokens" if first == last else f"from {first:,} to {last:,} tokens"
+    return f"from {first:,} to {last:,} tokens" if first < last else f"from {first} token{'s' * (first > 1)}"
 
 
 def generation(evaluation: Evaluation) -> Table | None:

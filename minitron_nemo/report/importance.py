@@ -48,8 +48,8 @@ class Neurons:
         means = self.values.mean(axis=-1, keepdims=True)
         relative = np.take_along_axis(self.values / np.where(means == 0, 1, means), order, axis=-1)
         stays = self.kept.any(axis=-1)
-        weights = (stays | ~stays.any(axis=1, keepdims=True)).astype(float)
-        weights /= weights.sum(axis=1, keepdims=True)
+        weights = (stays | ~stays.any(axis=-1, keepdims=True)).astype(float)
+        weights /= weights.sum(axis=-1, keepdims=True)
         flags = np.take_along_axis(self.kept, order, axis=-1)
         scores, kept = (np.einsum("len,le->ln", each, weights) for each in (relative, flags.astype(float)))
         return scores, kept >= 0.5

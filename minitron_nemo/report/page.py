@@ -101,18 +101,16 @@ def _behaviour(run: Run) -> dict[str, Any]:
 
 def _trainings(run: Run) -> dict[str, Any]:
     found = run.trainings
-    distilled, corrected, scratch = (found.get(name) for name in ("distilled", "corrected", "scratch"))
-    baseline, called = (run.baseline, "baseline") if run.baseline else (scratch, "from scratch")
+    distilled, corrected = (found.get(name) for name in ("distilled", "corrected"))
     weight = run.recipe.distill.logits_weight if run.recipe else 1.0
     levels = {name: model["loss"] for name, model in run.evaluation.items() if name not in run.outdated}
-    versus = training.versus(distilled, baseline, called) if distilled and baseline else None
+    versus = training.versus(distilled, run.baseline) if distilled and run.baseline else None
     return {
         "distillation": training.distillation_charts(distilled, levels, weight) if distilled else [],
         "correction": training.correction_charts(corrected) if corrected else [],
         "facts": training.facts(found),
         "versus": versus[0] if versus else "",
         "versus_charts": [versus[1]] if versus else [],
-        "baseline": called,
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,8 @@ from minitron_nemo.stages import STAGES, stage_recipes
 CANDIDATES_FILE = "search/table.json"
 DEPTH_FILE = "depth.npz"
 
-# Directories below RUN/training are named MODEL-KEY; the steps that make them. `scratch` is the student's shape trained
-# from random weights: a baseline that no step of the chain makes.
-TRAININGS = {"corrected": "correct", "distilled": "distill", "scratch": ""}
+# Directories below RUN/training are named MODEL-KEY; the steps that make them.
+TRAININGS = {"corrected": "correct", "distilled": "distill"}
 
 # What a measured model is the output of: one of these steps, those of the run or of the stage itself.
 MAKERS = {
@@ -87,9 +86,9 @@ class Run:
     trainings: Mapping[str, Training]  # by name, of TRAININGS
     candidates: Sequence[Candidate]
     depth: DepthScores | None  # what score-depth measured
-    baseline: Training | None = None  # of another run
-    outdated: Mapping[str, str] = field(default_factory=dict)  # of evaluation: model -> step that makes it anew since
-    outdated_tasks: Mapping[str, str] = field(default_factory=dict)  # the same of tasks
+    baseline: Training | None  # of another run
+    outdated: Mapping[str, str]  # models of `evaluation` that a step has made anew since, or is making: with that step
+    outdated_tasks: Mapping[str, str]  # the same of `tasks`
 
     @property
     def name(self) -> str:
@@ -142,7 +141,7 @@ def read_baseline(directory: Path) -> Training:
     Raises UserError where there is none.
     """
     found = read_run(directory).trainings
-    for name in ("distilled", "scratch", "corrected"):
+    for name in ("distilled", "corrected"):
         if name in found and found[name].series("validation/loss"):
             return found[name]
     raise UserError(f"--baseline {directory}: no training in it has held-out losses; give it train.eval_interval")

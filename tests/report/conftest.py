@@ -8,7 +8,7 @@ import pytest
 
 from minitron_nemo.report.page import write_report
 from tests.report.reading import html
-from tests.report.runs import write_run
+from tests.report.runs import write_baseline, write_run
 
 
 @pytest.fixture(scope="session")
@@ -17,5 +17,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def page(run: Path) -> str:
-    return html(write_report(run))
+def baseline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_baseline(tmp_path_factory.mktemp("report") / "baseline")
+
+
+@pytest.fixture(scope="session")
+def page(run: Path, baseline: Path) -> str:
+    return html(write_report(run, baseline))

@@ -75,13 +75,19 @@ def write_run(directory: Path, updates: int = 60, teacher: Architecture = TEACHE
     write_json(directory / "tasks.json", tasks(measured))
     write_metrics(directory / "training" / "distilled-01234567", updates, generator, hidden=True)
     write_metrics(directory / "training" / "corrected-01234567", 12, generator)
-    write_metrics(directory / "training" / "scratch-any", 2 * updates, generator, start=9.0)
     (directory / "search").mkdir()
     write_json(directory / "search" / "table.json", {"schema_version": 1, "candidates": candidates()})
     depth_scores(generator, teacher, plan.kept_layers).save(directory / "depth.npz")
     write_json(directory / "manifest.json", {"schema_version": 1, "steps": steps()})
     write_status(directory, "done", "export")
     (directory / "recipe.yaml").write_text(RECIPE)
+    return directory
+
+
+def write_baseline(directory: Path) -> Path:
+    """A run that has only trained, from worse weights and for longer; returns `directory`."""
+    write_metrics(directory / "training" / "distilled-89abcdef", 120, np.random.default_rng(3), start=9.0)
+    write_status(directory, "running", "distill")
     return directory
 
 
