@@ -60,10 +60,10 @@ def _plane(
     points = [
         {
             "data": {"values": some},
-            "mark": {"type": "point", "size": 45, "filled": filled},
+            "mark": {"type": "point", "size": 45, **look},
             "encoding": {**encoding, "description": {"field": "says"}},
         }
-        for some, filled in ((last, True), (before, False))
+        for some, look in ((last, {}), (before, {"filled": False, "fill": "var(--page)"}))
     ]
     line = {"data": {"values": front}, "mark": "line", "encoding": encoding}
     hollow = " Hollow: stopped after fewer, which does not compare with the others." if before else ""

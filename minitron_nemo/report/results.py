@@ -183,8 +183,8 @@ def shape(plan: Plan, sequence_length: int | None) -> Table:
         ("channels of a head", before.kv_channels, after.kv_channels),
         ("vocabulary", before.vocab_size, after.vocab_size),
         ("parameters", parameters(before), parameters(after)),
-        *met,
         ("without embeddings", non_embedding_parameters(before), non_embedding_parameters(after)),
+        *met,
     ]
     if sequence_length is not None:
         flops = [forward_flops_per_token(model, sequence_length) for model in (before, after)]

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from minitron_nemo.arch import Architecture
+from minitron_nemo.arch import Architecture, Axis
 from minitron_nemo.arch.counts import non_embedding_parameters, parameters
+from minitron_nemo.arch.matrix import GAIN, REPLACE, Matrix
+from minitron_nemo.arch.tensors import tensors
 from minitron_nemo.config import PruneConfig
 from minitron_nemo.importance.scores import Scores
 from minitron_nemo.models.branches import Branch
@@ -68,7 +70,8 @@ def write_run(directory: Path, updates: int = 60, teacher: Architecture = TEACHE
     scores.save(directory / "scores.npz")
     plan = make_plan(scores, teacher, prune)
     if plan.rotated:
-        plan = replace(plan, provenance={**plan.provenance, "rotation_keeps": KEEPS})
+        provenance = {**plan.provenance, "rotation_keeps": KEEPS}
+        plan = replace(plan, matrices=rotating(plan.source, plan.target), provenance=provenance)
     (directory / "pruned").mkdir()
     plan.save(directory / "pruned" / "plan.json")
     write_json(directory / "evaluation.json", measured := evaluation(teacher, plan.target))
@@ -156,6 +159,18 @@ def random_scores(generator: np.random.Generator, teacher: Architecture = TEACHE
         data_fingerprint=KEY,
         settings={"samples": 16, "precision": "fp32", "sequence_length": 2048},
     )
+
+
+def rotating(source: Architecture, target: Architecture) -> dict[str, Matrix]:
+    """The maps of a rotated Plan: new gains, and a matrix in place of the columns of the embedding and every reader."""
+    found = {}
+    for name, spec, *_ in tensors(target):
+        axes = [Axis.HIDDEN in dim.axes for dim in spec.dims]
+        if axes == [True]:
+            found[name] = Matrix(GAIN, (1, target.hidden_size), KEY)
+        if axes == [False, True]:
+            found[name] = Matrix(REPLACE, (source.hidden_size, target.hidden_size), KEY)
+    return found
 
 
 def depth_scores(generator: np.random.Generator, teacher: Architecture, kept: Sequence[int]) -> DepthScores:
