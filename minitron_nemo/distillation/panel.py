@@ -2,7 +2,7 @@
 
     ╭─ distill ──────────────────────────────────────────────────────────────────╮
     │ ━━━━━━━━━━╸━━━━━  40/60 updates  ETA 0:12:31, at 14:05                     │
-    │ loss        2.3145   KL 0.4431   CE 3.5640   hidden 0.0211 × 0.25          │
+    │ loss        2.3145   logits 0.4431   CE 3.5640   hidden 0.0211 × 0.25      │
     │ ...                                                                        │
 
 It is a view of the last value of every tag that goes to metrics.jsonl. No row is wider than 79 columns: terminals break
@@ -104,7 +104,7 @@ class Panel:
     def _rows(self, room: int) -> list[tuple[str, str, str]]:
         """Label, figures and style; always as many rows, so that nothing below them moves."""
         skipped, back = (round(self.values.get(f"train/{name}", 0)) for name in ("skipped", "roll_backs"))
-        lost = f"{skipped} updates did not happen; returns to a checkpoint: {back}"
+        lost = f"{skipped:,} update{'s' * (skipped != 1)}; {back} return{'s' * (back != 1)} to a checkpoint"
         return [
             ("loss", self._figures(_LOSSES, self._hidden()), "bold"),
             ("update", self._figures(_UPDATE), ""),
@@ -137,7 +137,7 @@ class Panel:
         return f"after update {iteration:,}, {clock(max(0.0, self.now() - made))} ago{writing}\n{where}"
 
 
-_LOSSES = {"train/loss": "{:.4f}", "train/logits": "KL {:.4f}", "train/ce": "CE {:.4f}"}
+_LOSSES = {"train/loss": "{:.4f}", "train/logits": "logits {:.4f}", "train/ce": "CE {:.4f}"}
 _UPDATE = {"train/lr": "learning rate {:.2e}", "train/grad_norm": "gradient norm {:.2f}"}
 _SPEED = {
     "speed/tokens_per_second": "{:,.0f} tokens/s",

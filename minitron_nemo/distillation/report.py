@@ -69,7 +69,7 @@ class Report:
         hidden = f", hidden {self.hidden:.4f} x {self.alpha:.3g}" if self.alpha else ""
         mfu = f" ({self.scalars['speed/mfu']:.1%} MFU)" if "speed/mfu" in self.scalars else ""
         return (
-            f"loss {self.loss:.4f} (kl {self.logits:.4f}, ce {self.ce:.4f}{hidden})  lr {self.lr:.2e}  "
+            f"loss {self.loss:.4f} (logits {self.logits:.4f}, ce {self.ce:.4f}{hidden})  lr {self.lr:.2e}  "
             f"grad norm {self.grad_norm:.2f}  {self.scalars['speed/tokens_per_second']:,.0f} tokens/s{mfu}"
         )
 

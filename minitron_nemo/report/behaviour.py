@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import sqrt
 from typing import Any
 
 from minitron_nemo.report.charts import Chart, Row, colours, draw, error_bars, interval, with_error
@@ -63,28 +64,41 @@ def task_charts(measured: Evaluation) -> list[Chart]:
 
 
 def position_charts(evaluation: Evaluation) -> list[Chart]:
-    """Divergence from the teacher over positions in a document; none where that was not measured."""
+    """Divergence from the teacher by position in a document; none where that was not measured.
+
+    The token at position p, from 0, is met with p + 1 tokens: on a logarithmic axis of these a bucket is at the middle.
+    """
     names = [name for name in models(evaluation) if name != TEACHER and evaluation[name].get("kl_by_position")]
     rows = [
         {
-            "x": (part["from"] + part["to"] - 1) / 2,
+            "x": sqrt((part["from"] + 1) * part["to"]),
             "y": part["kl"],
             **interval(part["kl"], part["se"]),
             "series": name,
-            "says": f"{name}, tokens {part['from']} to {part['to'] - 1}: {with_error(part['kl'], part['se'])}",
+            "says": f"{name}, {_context(part)}: {with_error(part['kl'], part['se'])}",
         }
         for name in names
         for part in evaluation[name]["kl_by_position"]
     ]
     if not rows:
         return []
+    across = {"field": "x", "type": "quantitative", "title": "tokens of the document so far"}
     encoding = {
-        "x": {"field": "x", "type": "quantitative", "title": "position in the document, tokens"},
+        "x": {**across, "scale": {"type": "log", "base": 2}, "axis": {"format": ",d", "labelOverlap": True}},
         "y": {"field": "y", "type": "quantitative", "title": "nats per token"},
         "color": colours(names),
     }
-    caption = "KL(teacher, model) of the tokens at a position, mean over held-out documents ± one standard error."
+    caption = (
+        "KL(teacher, model) of predictions by how many tokens they are made from, the document's separator included: "
+        "mean over held-out documents ± one standard error."
+    )
     return [draw("Divergence by position", caption, _joined(rows, encoding))]
+
+
+def _context(part: Mapping[str, Any]) -> str:
+    """How many tokens the predictions at the positions of a bucket are made from."""
+    first, last = part["from"] + 1, part["to"]
+    return f"from {first:,} to {last:,} tokens" if first < last else f"from {first} token{'s' * (first > 1)}"
 
 
 def generation(evaluation: Evaluation) -> Table | None:

@@ -18,6 +18,7 @@ WIDTH = 340  # of every chart, legends and axes included: what a phone has; the 
 MAX_POINTS = 120  # of a series
 COLOURS = tuple(f"var(--series-{number})" for number in range(1, 7))
 KEPT, DROPPED = "kept", "dropped"
+TEACHERS = "of the teacher"  # entries that neither stay nor go, but are rotated
 # What has one colour wherever it appears: models above all.
 NAMED = {
     KEPT: "var(--kept)",
@@ -25,6 +26,7 @@ NAMED = {
     "distilled": COLOURS[0],
     "pruned": COLOURS[1],
     "teacher": COLOURS[2],
+    TEACHERS: COLOURS[2],
     "source": COLOURS[3],
 }
 
@@ -62,12 +64,13 @@ Layer = dict[str, Any]
 
 @dataclass(frozen=True)
 class Chart:
-    """What the page shows as one figure. `scale`: words for the palest and the fullest colour of a heat map."""
+    """What the page shows as one figure. `scale`: words for the palest and the fullest `shade` of a heat map."""
 
     title: str
     caption: str
     svg: str
     scale: tuple[str, str] | None = None
+    shade: str = NAMED[KEPT]
 
 
 @dataclass(frozen=True)

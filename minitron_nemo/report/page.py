@@ -40,8 +40,10 @@ def page(run: Run) -> str:
     return environment.get_template("page.html").render(
         run=run,
         state=_state(run.status),
-        verdict=results.verdict(run.evaluation),
-        headlines=results.headlines(run.evaluation),
+        made_since=results.made_since(run.outdated),
+        made_since_tasks=results.made_since(run.outdated_tasks),
+        verdict="" if run.outdated else results.verdict(run.evaluation),
+        headlines=[] if run.outdated else results.headlines(run.evaluation),
         models=results.table(run.evaluation) if run.evaluation else None,
         model_charts=[results.chart(run.evaluation)] if run.evaluation else [],
         roles=results.ROLES,
@@ -99,17 +101,16 @@ def _behaviour(run: Run) -> dict[str, Any]:
 
 def _trainings(run: Run) -> dict[str, Any]:
     found = run.trainings
-    distilled, corrected, scratch = (found.get(name) for name in ("distilled", "corrected", "scratch"))
-    baseline, called = (run.baseline, "baseline") if run.baseline else (scratch, "from scratch")
+    distilled, corrected = (found.get(name) for name in ("distilled", "corrected"))
     weight = run.recipe.distill.logits_weight if run.recipe else 1.0
-    versus = training.versus(distilled, baseline, called) if distilled and baseline else None
+    levels = {name: model["loss"] for name, model in run.evaluation.items() if name not in run.outdated}
+    versus = training.versus(distilled, run.baseline) if distilled and run.baseline else None
     return {
-        "distillation": training.distillation_charts(distilled, run.evaluation, weight) if distilled else [],
+        "distillation": training.distillation_charts(distilled, levels, weight) if distilled else [],
         "correction": training.correction_charts(corrected) if corrected else [],
         "facts": training.facts(found),
         "versus": versus[0] if versus else "",
         "versus_charts": [versus[1]] if versus else [],
-        "baseline": called,
     }
 
 

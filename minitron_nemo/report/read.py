@@ -26,9 +26,17 @@ from minitron_nemo.stages import STAGES, stage_recipes
 CANDIDATES_FILE = "search/table.json"
 DEPTH_FILE = "depth.npz"
 
-# Directories below RUN/training are named MODEL-KEY; the steps that make them. `scratch` is the student's shape trained
-# from random weights: a baseline that no step of the chain makes.
-TRAININGS = {"corrected": "correct", "distilled": "distill", "scratch": ""}
+# Directories below RUN/training are named MODEL-KEY; the steps that make them.
+TRAININGS = {"corrected": "correct", "distilled": "distill"}
+
+# What a measured model is the output of: one of these steps, those of the run or of the stage itself.
+MAKERS = {
+    "distilled": ("distill",),
+    "pruned": ("prune",),
+    "teacher": ("correct", "convert"),
+    "corrected": ("correct",),
+    "source": ("convert",),
+}
 
 
 @dataclass(frozen=True)
@@ -52,10 +60,11 @@ class Training:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A shape that a search distilled briefly. Loss in nats per token, latency in seconds."""
+    """A shape that a search distilled briefly, for `steps` updates. Loss in nats per token, latency in seconds."""
 
     name: str
     parameters: int
+    steps: int
     loss: float
     pareto: bool
     loss_se: float | None = None
@@ -77,7 +86,9 @@ class Run:
     trainings: Mapping[str, Training]  # by name, of TRAININGS
     candidates: Sequence[Candidate]
     depth: DepthScores | None  # what score-depth measured
-    baseline: Training | None = None  # of another run
+    baseline: Training | None  # of another run
+    outdated: Mapping[str, str]  # models of `evaluation` that a step has made anew since, or is making: with that step
+    outdated_tasks: Mapping[str, str]  # the same of `tasks`
 
     @property
     def name(self) -> str:
@@ -102,20 +113,25 @@ def read_run(directory: Path, baseline: Path | None = None) -> Run:
         steps = {name.removeprefix(own): step for name, step in steps.items() if name.startswith(own)}
         recipe = stage_recipes(recipe).get(stage) if recipe else None
     scores = directory / "scores.npz"
+    evaluation = _json(directory / "evaluation.json") or {}
+    on_tasks = tasks.read_tasks(directory / tasks.FILE_NAME)
+    measured = {name: steps.get("evaluate", {"inputs": {}})["inputs"].get(name) for name in evaluation}
     plans = [directory / name / PLAN_FILE for name in ("pruned", "plan")]
     return Run(
         directory=directory,
         status=status,
         steps=steps,
         recipe=recipe,
-        evaluation=_json(directory / "evaluation.json") or {},
-        tasks=tasks.read_tasks(directory / tasks.FILE_NAME),
+        evaluation=evaluation,
+        tasks=on_tasks,
         scores=Scores.load(scores) if scores.is_file() else None,
         plan=next((Plan.load(path) for path in plans if path.is_file()), None),
         trainings=_trainings(directory, status, steps),
         candidates=_candidates(directory / CANDIDATES_FILE),
         depth=DepthScores.load(directory / DEPTH_FILE) if (directory / DEPTH_FILE).is_file() else None,
         baseline=None if baseline is None else read_baseline(baseline),
+        outdated=_outdated(measured, status, steps),
+        outdated_tasks=_outdated({name: model.get("fingerprint") for name, model in on_tasks.items()}, status, steps),
     )
 
 
@@ -125,7 +141,7 @@ def read_baseline(directory: Path) -> Training:
     Raises UserError where there is none.
     """
     found = read_run(directory).trainings
-    for name in ("distilled", "scratch", "corrected"):
+    for name in ("distilled", "corrected"):
         if name in found and found[name].series("validation/loss"):
             return found[name]
     raise UserError(f"--baseline {directory}: no training in it has held-out losses; give it train.eval_interval")
@@ -136,12 +152,30 @@ def _trainings(directory: Path, status: Mapping[str, Any], steps: Mapping[str, A
     found = {}
     for name, step in TRAININGS.items():
         paths = sorted(directory.glob(f"training/{name}-*/metrics.jsonl"), key=lambda path: path.stat().st_mtime_ns)
-        underway = status.get("step") == step and status.get("state") != "done"
-        if step in steps and not underway:
+        if step in steps and not _underway(step, status):
             recorded = directory / "training" / f"{name}-{steps[step]['key'][:8]}" / "metrics.jsonl"
             paths = [path for path in paths if path == recorded]
         if paths and (records := read_metrics(paths[-1])):
             found[name] = Training(records)
+    return found
+
+
+def _underway(step: str, status: Mapping[str, Any]) -> bool:
+    """Whether the run is in this step, or ended in it before it was done."""
+    return status.get("step") == step and status.get("state") != "done"
+
+
+def _outdated(
+    measured: Mapping[str, str | None], status: Mapping[str, Any], steps: Mapping[str, Mapping[str, Any]]
+) -> dict[str, str]:
+    """Of the `measured` models, by fingerprint, those that a step has since made anew or is making; with that step."""
+    found = {}
+    for name, mark in measured.items():
+        makers = [step for step in MAKERS.get(name, ()) if step in steps]
+        if underway := [step for step in MAKERS.get(name, ()) if _underway(step, status)]:
+            found[name] = underway[0]
+        elif mark is not None and makers and mark not in [steps[step]["output"] for step in makers]:
+            found[name] = makers[0]
     return found
 
 

@@ -6,8 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minitron_nemo.arch import Plan
-from minitron_nemo.arch.counts import forward_flops_per_token, non_embedding_parameters, parameters
+from minitron_nemo.arch import Axis, Plan
+from minitron_nemo.arch.blocks import EMBEDDING
+from minitron_nemo.arch.counts import (
+    active_parameters,
+    forward_flops_per_token,
+    non_embedding_parameters,
+    parameters,
+)
 from minitron_nemo.report.charts import Chart, colours, draw, error_bars, interval, with_error
 
 ORDER = ("source", "teacher", "pruned", "distilled")
@@ -17,6 +23,16 @@ ROLES = {
     "pruned": "cut, not trained",
     "distilled": "the result",
 }
+# The widths between a layer's two norms, of those that a family has.
+MLPS = (
+    ("experts of a layer", Axis.EXPERTS),
+    ("FFN size", Axis.FFN),
+    ("FFN size of an expert", Axis.MOE_FFN),
+    ("FFN size of the shared expert", Axis.SHARED_FFN),
+)
+# What makes models, in words.
+MAKING = {"convert": "conversion", "correct": "correction", "prune": "pruning", "distill": "distillation"}
+AGREEMENT = "of positions where student and teacher agree on the likeliest next token"
 NBSP = "\N{NO-BREAK SPACE}"
 
 Evaluation = Mapping[str, Mapping[str, Any]]
@@ -58,6 +74,11 @@ def models(evaluation: Evaluation) -> list[str]:
     return [*known, *(name for name in evaluation if name not in known)]
 
 
+def made_since(outdated: Mapping[str, str]) -> str:
+    """What has made models anew since they were measured, in words; "" for nothing. `outdated`: model -> step."""
+    return " and ".join(MAKING[step] for step in dict.fromkeys(outdated.values()))
+
+
 def verdict(evaluation: Evaluation) -> str:
     """The result in two sentences; "" while the distilled student is not measured."""
     if not {"teacher", "pruned", "distilled"} <= set(evaluation):
@@ -89,10 +110,12 @@ def headlines(evaluation: Evaluation) -> list[tuple[str, str]]:
     lost, gained = pruned["delta_vs_teacher"], -distilled["delta_vs_pruned"]
     if lost > 0 and gained > 0:
         found.append((f"{gained / lost:.0%}", "of the loss that pruning cost is regained by distillation"))
-    found.append((f"{distilled['top1_agreement']:.0%}", "of next tokens are the ones the teacher finds likeliest"))
-    its, own = (model.get("generation_tokens_per_second") for model in (teacher, distilled))
+    found.append((f"{distilled['top1_agreement']:.0%}", AGREEMENT))
+    its, own = (next(iter(model.get("generation") or ()), None) for model in (teacher, distilled))
     if its and own:
-        found.append((f"{own / its:.1f}{NBSP}×", "the teacher's speed of generation, one text at a time"))
+        faster, size = own["tokens_per_second"] / its["tokens_per_second"], own["batch_size"]
+        at_once = "one text at a time" if size == 1 else f"{size} texts at once"
+        found.append((f"{faster:.1f}{NBSP}×", f"the teacher's speed of generation, {at_once}"))
     return found
 
 
@@ -146,16 +169,22 @@ def chart(evaluation: Evaluation) -> Chart:
 def shape(plan: Plan, sequence_length: int | None) -> Table:
     """Sizes before and after, and what they come to; FLOPs by arithmetic."""
     before, after = plan.source, plan.target
+    topk, met = [], []
+    if before.has(Axis.EXPERTS):
+        topk = [("experts that see a token", before.moe_router_topk or 0, after.moe_router_topk or 0)]
+        met = [("parameters that a token meets", active_parameters(before), active_parameters(after))]
     sizes: list[tuple[str, int, int]] = [
         ("layers", before.num_layers, after.num_layers),
         ("hidden size", before.hidden_size, after.hidden_size),
-        ("FFN size", before.ffn_hidden_size, after.ffn_hidden_size),
+        *((label, before.size(axis), after.size(axis)) for label, axis in MLPS if before.has(axis)),
+        *topk,
         ("attention heads", before.num_attention_heads, after.num_attention_heads),
         ("query groups", before.num_query_groups, after.num_query_groups),
         ("channels of a head", before.kv_channels, after.kv_channels),
         ("vocabulary", before.vocab_size, after.vocab_size),
         ("parameters", parameters(before), parameters(after)),
         ("without embeddings", non_embedding_parameters(before), non_embedding_parameters(after)),
+        *met,
     ]
     if sequence_length is not None:
         flops = [forward_flops_per_token(model, sequence_length) for model in (before, after)]
@@ -173,12 +202,22 @@ def cuts(plan: Plan) -> str:
     words = [f"Layers dropped, counted from 0: {', '.join(map(str, gone))}." if gone else "All layers stay."]
     if plan.merged_heads is not None:
         words.append("Queries of kept heads take in those of dropped ones.")
-    new_gains = sum(map(plan.has_gain, plan.matrices))
+    if plan.rotated:
+        words.append(rotation(plan))
+    # The embedding's is the rotation itself.
+    fitted = [name for name in plan.matrices if not plan.has_gain(name) and name != EMBEDDING]
     words.append(
         f"To make up for what goes: norms rescaled {len(plan.norm_scales)}, "
-        f"weight matrices fitted by least squares {len(plan.matrices) - new_gains}."
+        f"weight matrices fitted by least squares {len(fitted)}."
     )
     return " ".join(words)
+
+
+def rotation(plan: Plan) -> str:
+    """What a rotated Plan makes of the hidden channels, in words."""
+    words = f"Rotated: {plan.target.hidden_size} combinations of {plan.source.hidden_size} channels"
+    keeps = plan.provenance.get("rotation_keeps")  # not there before `minitron repair` has found the rotation
+    return f"{words}." if keeps is None else f"{words}, which keep {keeps:.1%} of the squares behind the norms."
 
 
 def _figure(record: Mapping[str, Any], key: str, form: str, unit: float) -> Figure:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
-from typing import Any
 
 from minitron_nemo.report.charts import Chart, Series, curves
 from minitron_nemo.report.read import Training
 from minitron_nemo.report.results import Figure, Table, count, in_bytes
 
 TOKENS_PER_SECOND = "speed/tokens_per_second"
-NAMES = {"corrected": "correction", "distilled": "distillation", "scratch": "from scratch"}
+NAMES = {"corrected": "correction", "distilled": "distillation"}
 
 # Rows of the table of trainings: label, tag, and how all its values become one figure.
 FACTS: Sequence[tuple[str, str, Callable[[Sequence[float]], str]]] = (
@@ -35,16 +34,14 @@ TERMS = {
 }
 
 
-def distillation_charts(
-    training: Training, evaluation: Mapping[str, Mapping[str, Any]], logits_weight: float
-) -> list[Chart]:
-    """Charts of the distillation; with the teacher's and the pruned model's loss where `evaluation` has them.
+def distillation_charts(training: Training, losses: Mapping[str, float], logits_weight: float) -> list[Chart]:
+    """Charts of the distillation; with the teacher's and the pruned model's held-out loss where `losses` has them.
 
     None before the first report.
     """
     if not training.series("train/loss"):
         return []
-    levels = {name: evaluation[name]["loss"] for name in ("teacher", "pruned") if name in evaluation}
+    levels = {name: losses[name] for name in ("teacher", "pruned") if name in losses}
     total = Series("total", training.series("train/loss"))
     drawn = [
         curves(
@@ -114,7 +111,7 @@ def _validation(training: Training, name: str, label: str) -> Series:
     return Series(label, points, [errors.get(tokens) for tokens, _ in points])
 
 
-def versus(distilled: Training, baseline: Training, called: str) -> tuple[str, Chart] | None:
+def versus(distilled: Training, baseline: Training) -> tuple[str, Chart] | None:
     """Tokens that each needed to the lowest held-out loss that both reached, in words and as a chart.
 
     None where one of them has no validations.
@@ -122,18 +119,17 @@ def versus(distilled: Training, baseline: Training, called: str) -> tuple[str, C
     ours, theirs = (_validation(training, "loss", "") for training in (distilled, baseline))
     if not ours.points or not theirs.points:
         return None
-    name = {"from scratch": "training from scratch"}.get(called, f"the {called}")
     best, its_best = (min(loss for _, loss in series.points) for series in (ours, theirs))
     goal = max(best, its_best)
     mine, its = (_first(series, goal) for series in (ours, theirs))
     words = f"Distillation reached a held-out loss of {goal:.4f} nats per token after {mine:,.0f} tokens; "
-    words += f"{name} needed {its:,.0f}, {its / mine:.2g} times as many."
+    words += f"the baseline needed {its:,.0f}, {its / mine:.2g} times as many."
     if its_best > best:
         words += f" The {best:.4f} that distillation ended with it did not reach in {theirs.points[-1][0]:,.0f} tokens."
     chart = curves(
-        f"Held-out loss, distilled and {called}",
+        "Held-out loss, distilled and baseline",
         "Error bars are one standard error over documents.",
-        [Series("distilled", ours.points, ours.errors), Series(called, theirs.points, theirs.errors)],
+        [Series("distilled", ours.points, ours.errors), Series("baseline", theirs.points, theirs.errors)],
         y="nats per token",
     )
     return words, chart

@@ -77,13 +77,13 @@ def test_the_panel_shows_the_last_figures_and_what_is_left(tmp_path: Path, width
     text = " ".join(re.sub(r"[│╭╮╰╯─━╸╺]", " ", " ".join(rows[top:])).split())
     for figures in (
         "11/20 updates ETA 0:00:20, at 12:00",  # 20,480 tokens at 1,024 a second
-        "loss 2.4457 KL 0.4432 CE 3.5679 hidden 0.0234 × 0.25",
+        "loss 2.4457 logits 0.4432 CE 3.5679 hidden 0.0234 × 0.25",
         "learning rate 1.25e-04 gradient norm 0.46",
         "1,024 tokens/s 34.6% MFU 2.00 s an update",
         "tokens 20,480 of 40,960",
         "held out loss 3.6543 ± 0.0312 KL 0.4422 68.4% after update 10",
         "after update 8, 0:00:00 ago; writing that of update 10",
-        "skipped 1 updates did not happen; returns to a checkpoint: 0",
+        "skipped 1 update; 0 returns to a checkpoint",
     ):
         assert figures in text, (figures, text)
     assert "/iter_0000008 " in text
@@ -94,7 +94,7 @@ def test_a_log_gets_lines_and_no_panel(tmp_path: Path) -> None:
     lines = shown(tmp_path, 80).splitlines()
     assert len(lines) == 11 and "\x1b" not in "".join(lines)
     assert lines[9] == (
-        "[distill] 10/20  loss 2.4457 (kl 0.4432, ce 3.5679, hidden 0.0234 x 0.25)  lr 1.25e-04  "
+        "[distill] 10/20  loss 2.4457 (logits 0.4432, ce 3.5679, hidden 0.0234 x 0.25)  lr 1.25e-04  "
         "grad norm 0.46  1,024 tokens/s (34.6% MFU)  ETA 0:00:20"
     )
 
@@ -106,7 +106,7 @@ def test_a_resumed_run_shows_the_checkpoint_that_it_goes_on_from(tmp_path: Path)
     panel = Panel("distill", 20, 40960, tmp_path, 7, now=lambda: made + 65, values={"train/skipped": 2})
     Console(file=stream, width=200).print(panel)
     assert "7/20 updates" in stream.getvalue() and "after update 7, 0:01:05 ago" in stream.getvalue()
-    assert "2 updates did not happen" in stream.getvalue()
+    assert "2 updates; 0 returns to a checkpoint" in stream.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_on_a_terminal_the_last_frame_has_the_figures_of_the_metrics(
     last = {tag: value for record in records for tag, value in record.items()}
     for figures in (
         "6/6 updates in 0:00:",
-        f"loss {last['train/loss']:.4f} KL {last['train/logits']:.4f} CE {last['train/ce']:.4f}",
+        f"loss {last['train/loss']:.4f} logits {last['train/logits']:.4f} CE {last['train/ce']:.4f}",
         f"hidden {last['train/hidden']:.4f} × {last['train/alpha']:.3g}",
         f"learning rate {last['train/lr']:.2e} gradient norm {last['train/grad_norm']:.2f}",
         f"{last['speed/tokens_per_second']:,.0f} tokens/s",

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minitron_nemo.checkpoint.fingerprint import fingerprint
+from minitron_nemo.report.read import read_run
 from tests.e2e.chain import Command, write_recipe
 from tests.report.browser import WIDTHS, chromium, faults, opened
 from tests.report.reading import charts, html
@@ -123,7 +124,9 @@ def test_the_report_shows_this_run(finished: Path) -> None:
     [metrics] = run.glob("training/distilled-*/metrics.jsonl")
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     losses = [record["train/loss"] for record in records if "train/loss" in record]
-    totals = [words for words in charts(page, "training")["What is minimised"] if words.startswith("total")]
+    totals = [
+        words for words in charts(page, "training", "Distillation")["What is minimised"] if words.startswith("total")
+    ]
     assert [words.rpartition(" ")[2] for words in totals] == [f"{loss:.6g}" for loss in losses]
     for name in ("teacher", "pruned", "distilled"):
         assert len(evaluation[name]["samples"]) == 3
@@ -133,6 +136,16 @@ def test_the_report_shows_this_run(finished: Path) -> None:
         for width in WIDTHS:
             with opened(browser, run / "report.html", width) as (window, complaints):
                 assert faults(window) == [] and complaints == []
+
+
+def test_a_model_that_is_made_anew_outdates_the_evaluation(finished: Path, tmp_path: Path) -> None:
+    assert read_run(finished / "run").outdated == {}
+    shutil.copy(finished / "run" / "evaluation.json", tmp_path)
+    for step, model in (("convert", "source"), ("correct", "teacher"), ("prune", "pruned"), ("distill", "distilled")):
+        manifest = json.loads((finished / "run" / "manifest.json").read_text())
+        manifest["steps"][step]["output"] = "0" * 64
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        assert read_run(tmp_path).outdated == {model: step}
 
 
 def test_a_rerun_does_nothing(finished: Path) -> None:

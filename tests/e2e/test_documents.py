@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 # The tiny model's sizes in place of those shown.
 VALUES = {
     "train.steps=20": "train.steps=4",
+    "train.steps=600": "train.steps=4",
     "train.lr=5e-5": "train.lr=5e-4",
     "data.sequence_length=512": "data.sequence_length=32",
     "prune.num_layers=20": "prune.num_layers=3",
@@ -32,12 +34,25 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_recipe(directory, parallel={"pipeline_model_parallel_size": 1}, cluster={"launcher": "none"})
     done = typed(directory, ["run", str(directory / "tiny.yaml")])
     assert done.returncode == 0, done.stderr
+    made = python(directory, ["-c", random_weights().replace("runs/quickstart", "run")])
+    assert made.returncode == 0, made.stderr
     return directory
 
 
+def random_weights() -> str:
+    """What docs/report.md says makes the baseline's source."""
+    text = (ROOT / "docs" / "report.md").read_text()
+    [block] = [block for block in text.split("\n\n") if block.startswith("    from transformers")]
+    return textwrap.dedent(block)
+
+
 def typed(directory: Path, words: list[str]) -> subprocess.CompletedProcess[str]:
+    return python(directory, ["-m", "minitron_nemo.cli", *words])
+
+
+def python(directory: Path, words: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "minitron_nemo.cli", *words],
+        [sys.executable, *words],
         check=False,
         cwd=directory,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.e2e.chain import Command, write_recipe
 from tests.families import write_tiny
+from tests.report.reading import charts, html, rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -39,4 +40,10 @@ def test_a_mixture_goes_all_the_way(tmp_path: Path) -> None:
     sizes = model.config
     assert (sizes.num_hidden_layers, sizes.num_experts, sizes.moe_intermediate_size) == (3, 4, 64)
     assert sizes.shared_expert_intermediate_size == 40
+    page = html(run / "report.html")
+    assert rows(page, "shape")["experts of a layer"][:2] == ["5", "4"]
+    drawn = charts(page, "importance", "Width")
+    assert len(drawn["Experts by layer"]) == 4 * 5
+    assert {"Neurons of experts by layer", "Neurons of the shared expert by layer"} <= set(drawn)
+    assert "Measured before" not in page
     assert sum(parameter.numel() for parameter in model.parameters()) == evaluation["distilled"]["parameters"]

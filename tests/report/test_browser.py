@@ -13,7 +13,7 @@ from playwright.sync_api import Browser
 
 from minitron_nemo.report.page import write_report
 from tests.report.browser import WIDTHS, chromium, faults, opened
-from tests.report.runs import write_run, write_status
+from tests.report.runs import write_baseline, write_run, write_status
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +37,8 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_report(write_run(tmp_path_factory.mktemp("browser") / "run"))
+    place = tmp_path_factory.mktemp("browser")
+    return write_report(write_run(place / "run"), write_baseline(place / "baseline"))
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -47,7 +48,7 @@ def test_nothing_overlaps_or_is_cut_off_and_the_console_is_silent(
 ) -> None:
     with opened(browser, report, width, color_scheme=scheme) as (page, said):
         assert faults(page) == []
-        # Result 1, behaviour 3, distillation 6, from scratch 1, correction 4, depth 4, width 5, candidates 2.
+        # Result 1, behaviour 3, distillation 6, baseline 1, correction 4, depth 4, width 5, candidates 2.
         assert page.locator("figure svg").count() == 26
         assert said == []
         assert page.title() == "synthetic: minitron report"  # and not what a model wrote
