@@ -317,6 +317,13 @@ def barrier() -> None:
     distributed.barrier(group=_waiting_group)
 
 
+def gather(value: T) -> list[T]:
+    """The values of all ranks of the world, by rank, on every rank, however long one of them works on files."""
+    values: list[Any] = [None] * world_size()
+    distributed.all_gather_object(values, value, group=_waiting_group)
+    return values
+
+
 def from_rank_0(function: Callable[[], T]) -> T:
     """Call `function` on rank 0 and return its result on every rank; a UserError of it ends the call on every rank."""
     outcome: list[Any] = [None, None]

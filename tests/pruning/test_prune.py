@@ -57,7 +57,7 @@ def logits_of(directory: Path, tokens: torch.Tensor) -> np.ndarray:
 
 
 def prune_together(teacher: Path, plan: Plan, student: Path) -> None:
-    prune(teacher, plan, student, launch.rank(), launch.world_size(), launch.barrier)
+    prune(teacher, plan, student, launch.rank(), launch.world_size(), launch.gather)
 
 
 def scores_of(hugging_face: Path, teacher: Path) -> Scores:
