@@ -139,12 +139,11 @@ PLACES["groups"] = (  # a head, its key and its value, of 8 rows each
 )
 PLACES["experts"] = (
     ("model.layers.1.mlp.experts.3.up_proj.weight", 5, EXPERT.format(1, 3) + "linear_fc1.weight", 64 + 5, 100, 2),
-    ("model.layers.2.mlp.experts.0.down_proj.weight", 47, EXPERT.format(2, 0) + "linear_fc2.weight", 47, 255, 7),
     ("model.layers.0.mlp.gate.weight", 2, "decoder.layers.0.mlp.router.weight", 2, 8, 0),
     ("model.layers.0.mlp.shared_expert.gate_proj.weight", 39, SHARED.format(0), 39, 4, 3),
 )
 PLACES["rotated"] = (
-    *OF_LLAMA,
+    OF_LLAMA[1],
     ("model.layers.0.self_attn.o_proj.weight", 12, PROJECTION.format(0), 12, 127, 0),
     ("lm_head.weight", 0, "output_layer.weight", 0, 191, 7),
 )
