@@ -8,10 +8,16 @@ from typing import Any
 
 from minitron_nemo.arch import Plan
 from minitron_nemo.checkpoint.transform import convert
+from minitron_nemo.errors import alone
 
 
 def prune(
-    teacher: Path, plan: Plan, student: Path, rank: int, world_size: int, gather: Callable[[Any], list[Any]]
+    teacher: Path,
+    plan: Plan,
+    student: Path,
+    rank: int = 0,
+    world_size: int = 1,
+    gather: Callable[[Any], list[Any]] = alone,
 ) -> None:
     """Write the student that `plan` makes of checkpoint `teacher` to the Megatron directory `student`.
 

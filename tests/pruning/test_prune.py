@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from minitron_nemo.arch import Architecture, Axis, Plan
 from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.config import PruneConfig, RepairConfig
-from minitron_nemo.errors import UserError, alone
+from minitron_nemo.errors import UserError
 from minitron_nemo.importance.scores import Scores
 from minitron_nemo.models.build import build_model
 from minitron_nemo.models.checkpoint import load_model
@@ -156,5 +156,5 @@ def test_a_plan_for_another_model_is_refused_and_leaves_nothing_behind(tmp_path:
     convert(write_tiny_llama(tmp_path / "hf"), tmp_path / "teacher", "megatron", progress=False)
     other = Architecture.load(tmp_path / "teacher").resized({Axis.FFN: 80})
     with pytest.raises(UserError, match="the plan is for another model: ffn_hidden_size is 96, planned 80"):
-        prune(tmp_path / "teacher", Plan.identity(other), tmp_path / "student", 0, 1, alone)
+        prune(tmp_path / "teacher", Plan.identity(other), tmp_path / "student")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "teacher"]
