@@ -72,7 +72,7 @@ class Cuts(Bench):
         if fits(plan.source, plan.target, config.repair):
             repair_plan(model, batches, plan, config.repair, self.place / "plan")
             plan = Plan.load(self.place / "plan" / FILE_NAME)
-        prune(self.teacher, plan, destination, 0, 1, lambda: None)
+        prune(self.teacher, plan, destination)
 
     def ranking(self, cell: Cell) -> Scores:
         if cell.arm == "random":

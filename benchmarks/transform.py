@@ -18,6 +18,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import pickle
 import resource
 import shutil
 import tempfile
@@ -130,7 +131,21 @@ def weight_bytes(directory: Path) -> int:
     return sum(file.stat().st_size for file in weight_files(directory))
 
 
-def transform(rank: int, world_size: int, barrier: Callable[[], None], work: Path, label: str, plan: Path) -> None:
+class Gather:
+    """What `launch.gather` is to a job, for processes that share a barrier and a directory."""
+
+    def __init__(self, barrier: Any, directory: str, rank: int, world_size: int) -> None:
+        self.barrier, self.directory, self.rank, self.world_size = barrier, Path(directory), rank, world_size
+
+    def __call__(self, value: Any) -> list[Any]:
+        (self.directory / str(self.rank)).write_bytes(pickle.dumps(value))
+        self.barrier.wait()
+        values = [pickle.loads((self.directory / str(rank)).read_bytes()) for rank in range(self.world_size)]
+        self.barrier.wait()
+        return values
+
+
+def transform(rank: int, world_size: int, gather: Gather, work: Path, label: str, plan: Path) -> None:
     from minitron_nemo.checkpoint.transform import convert
 
     source, destination, to, prunes = PASSES[label]
@@ -141,12 +156,12 @@ def transform(rank: int, world_size: int, barrier: Callable[[], None], work: Pat
         plan=Plan.load(plan) if prunes else None,
         rank=rank,
         world_size=world_size,
-        barrier=barrier,
+        gather=gather,
         progress=False,
     )
 
 
-def verify(rank: int, world_size: int, barrier: Callable[[], None], work: Path, label: str) -> None:
+def verify(rank: int, world_size: int, gather: Gather, work: Path, label: str) -> None:
     from minitron_nemo.checkpoint.verify import verify
 
     source, destination, *_ = PASSES[label]
@@ -154,7 +169,7 @@ def verify(rank: int, world_size: int, barrier: Callable[[], None], work: Path, 
     assert found is None, found
 
 
-def copy(rank: int, world_size: int, barrier: Callable[[], None], source: Path, written: int, scratch: Path) -> None:
+def copy(rank: int, world_size: int, gather: Gather, source: Path, written: int, scratch: Path) -> None:
     """Read this process's share of the source's bytes and write its share of `written` on the way."""
     share, buffer = written / weight_bytes(source), bytearray(COPY_BYTES)
     with open(scratch / f"copy-{rank}", "wb", buffering=0) as out:
@@ -171,23 +186,23 @@ def copy(rank: int, world_size: int, barrier: Callable[[], None], source: Path, 
         os.fsync(out.fileno())
 
 
-def child(connection: Connection, rank: int, world_size: int, barrier: Any, function: Callable, args: tuple) -> None:
+def child(connection: Connection, gather: Gather, function: Callable, args: tuple) -> None:
     from minitron_nemo.checkpoint import transform as _  # noqa: F401 - what is imported is not what is measured
 
     torch.ones(8).bfloat16().float()  # torch loaded and warm, which is what the promise counts from
     baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     import_module("torch.distributed.checkpoint")  # ends a Megatron directory: its memory counts, its second does not
-    barrier.wait()
+    gather.barrier.wait()
     started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
-    function(rank, world_size, barrier.wait, *args)
-    barrier.wait()
+    function(gather.rank, gather.world_size, gather, *args)
+    gather.barrier.wait()
     after = resource.getrusage(resource.RUSAGE_SELF)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     connection.send(Cost(time.perf_counter() - started, cpu, (after.ru_maxrss - baseline) / 1024))
 
 
 def measured(processes: int, reads: list[Path], warm: bool, function: Callable, *args: Any) -> Cost:
-    """What `function(rank, world size, barrier, *args)` takes in that many processes that are new."""
+    """What `function(rank, world size, gather, *args)` takes in that many processes that are new."""
     if not warm:
         for directory in reads:
             for file in weight_files(directory):
@@ -197,15 +212,19 @@ def measured(processes: int, reads: list[Path], warm: bool, function: Callable, 
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(processes)
     pipes = [context.Pipe(duplex=False) for _ in range(processes)]
-    started = [
-        context.Process(target=child, args=(pipes[rank][1], rank, processes, barrier, function, args))
-        for rank in range(processes)
-    ]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join()
-        assert process.exitcode == 0
+    with tempfile.TemporaryDirectory() as directory:
+        started = [
+            context.Process(
+                target=child,
+                args=(pipes[rank][1], Gather(barrier, directory, rank, processes), function, args),
+            )
+            for rank in range(processes)
+        ]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join()
+            assert process.exitcode == 0
     costs = [receiving.recv() for receiving, _ in pipes]
     return Cost(max(c.seconds for c in costs), sum(c.cpu for c in costs), max(c.mib for c in costs))
 

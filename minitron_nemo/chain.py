@@ -257,7 +257,7 @@ class Chain:
             dtype=None if dtype is None else getattr(torch, dtype),
             rank=launch.rank(),
             world_size=launch.world_size(),
-            barrier=launch.barrier,
+            gather=launch.gather,
         )
 
     def source_path(self) -> Path:
@@ -325,7 +325,7 @@ class Chain:
         return Plan.load(self.repaired / PLAN_FILE) if self._repairs else self._make_plan()
 
     def _prune(self, key: str) -> None:
-        prune(self.source, self.planned(), self.pruned, launch.rank(), launch.world_size(), launch.barrier)
+        prune(self.source, self.planned(), self.pruned, launch.rank(), launch.world_size(), launch.gather)
 
     def _cache_teacher(self, key: str) -> None:
         cache_teacher(self.recipe, teacher_dir=self.teacher, prepared=self.prepared, summary=self.cached)

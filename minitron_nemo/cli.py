@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
-from minitron_nemo.command_line import parse
+from minitron_nemo.command_line import WITHOUT_MODEL, parse
 from minitron_nemo.config import Recipe, load_recipe, recipe_of
 from minitron_nemo.errors import Failed, SaidByRankZero, UserError
 from minitron_nemo.processes import die_with_parent, launch_locally, launched
@@ -175,7 +175,7 @@ def _in_job(recipe: Recipe, options: argparse.Namespace, work: Callable[[], None
         return launch_locally(recipe.cluster.processes_per_node, options.arguments, EXIT_STOPPED)
     from minitron_nemo.parallel import launch
 
-    launch.join_job()
+    launch.join_job(gpu=recipe.cluster.gpu)
     work()
     launch.shutdown()
     return 0
@@ -231,14 +231,16 @@ def _steps(options: argparse.Namespace) -> int:
         launch.silence_known_warnings()
         from minitron_nemo.stages import check_choice, plans
 
-        check_choice(recipe, None if options.verb == "run" else options.verb, options.until, options.stage)
+        check_choice(recipe, None if options.verb in ("run", "search") else options.verb, options.until, options.stage)
         plans(recipe)  # wrong input is said here, once, before any process starts
         return launch_locally(recipe.cluster.processes_per_node, options.arguments, EXIT_STOPPED)
     _stop_outside_steps(Path(recipe.run_dir) if in_job else Path(recipe.run_dir) / "search" / "driver")
     from minitron_nemo.parallel import launch
 
     launch.outlive_a_full_disk()
-    launch.join_job()  # before what imports Megatron-core, whose warnings it silences
+    computes = in_job and options.verb not in WITHOUT_MODEL
+    # Before what imports Megatron-core, whose warnings it silences.
+    launch.join_job(gpu=recipe.cluster.gpu if computes else None)
     from minitron_nemo.run import run_chain
     from minitron_nemo.steps import Stopped
     from minitron_nemo.verification import verify_run

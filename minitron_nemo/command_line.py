@@ -20,6 +20,8 @@ STEPS = {
     "export": "write the distilled student in the formats of export.formats",
     "search": "cut and briefly distil the shapes within a budget, and rank them",
 }
+# Those that build no model: they run on any machine, whatever cluster.gpu says.
+WITHOUT_MODEL = ("convert", "prepare", "prune", "export", "verify")
 EXAMPLE = """examples:
   minitron plan recipes/quickstart.yaml                 check a recipe, see what it costs
   minitron run recipes/quickstart.yaml train.steps=20   the whole chain, one key changed
@@ -94,8 +96,9 @@ def command_line() -> argparse.ArgumentParser:
     forms.add_argument("--layouts", action="store_true", help="add a table of other layouts, the fastest first")
     for name, description in STEPS.items():
         step = _recipe_verb(verbs, name, description)
-        step.add_argument("--stage", metavar="NAME", help="of a recipe with stages: only what belongs to this one")
-        step.set_defaults(until=None)
+        step.set_defaults(until=None, stage=None)
+        if name != "search":
+            step.add_argument("--stage", metavar="NAME", help="of a recipe with stages: only what belongs to this one")
     verbs.choices["run"].add_argument("--until", choices=("prune",), help="end after this step")
     on_tasks = verbs.add_parser(
         "tasks",

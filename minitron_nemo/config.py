@@ -376,7 +376,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         loaded = OmegaConf.load(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such recipe") from None
-    except (YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+    except (YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     return _merged(loaded, overrides, str(path))
 

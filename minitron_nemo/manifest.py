@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minitron_nemo.checkpoint.files import write_atomic
+from minitron_nemo.checkpoint.files import read_json, write_atomic
 from minitron_nemo.errors import UserError
 
 FILE_NAME = "manifest.json"
@@ -44,12 +44,8 @@ class Manifest:
         self.path = run_dir / FILE_NAME
         self.steps: dict[str, dict[str, Any]] = {}
         if self.path.exists():
-            try:
-                data = json.loads(self.path.read_text())
-                version = data["schema_version"]
-                self.steps = data["steps"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise UserError(f"{self.path}: not a manifest ({error}); move the run directory away") from None
+            data = read_json(self.path, "move the run directory away")
+            version, self.steps = data.get("schema_version"), data.get("steps", {})
             if version != SCHEMA_VERSION:
                 raise UserError(f"{self.path}: schema_version {version} is not {SCHEMA_VERSION}; use another run_dir")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minitron_nemo.config import Recipe
-from minitron_nemo.errors import UserError
+from minitron_nemo.errors import UserError, on_every_rank
 from minitron_nemo.evaluation import compare, tasks
 from minitron_nemo.evaluation.checkpoints import buildable
 from minitron_nemo.parallel import launch
@@ -23,6 +23,7 @@ def measure_tasks(checkpoints: Sequence[Path], recipe: Recipe, out: Path) -> Non
     """
     if not recipe.evaluate.tasks:
         raise UserError("tasks: no task is given; name files by --tasks FILE")
+    on_every_rank(lambda: _check_out(out), launch.rank(), launch.gather)
     with buildable(checkpoints, out.resolve().parent) as models:
         content = tasks.measure_tasks(
             models,
@@ -34,6 +35,12 @@ def measure_tasks(checkpoints: Sequence[Path], recipe: Recipe, out: Path) -> Non
         )
     if launch.rank() == 0:
         print(tasks.table(content), flush=True)
+
+
+def _check_out(out: Path) -> None:
+    """Raise UserError, before anything is measured, for a file that could not be written."""
+    if not out.resolve().parent.is_dir() or out.is_dir():
+        raise UserError(f"--out {out}: {'a directory' if out.is_dir() else 'no such directory'}; give another file")
 
 
 def compare_recorded(paths: Sequence[Path], against: str | None, as_json: bool) -> str:

@@ -5,7 +5,7 @@ Everything here is arithmetic on the families' tables; nothing is measured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,7 +40,7 @@ from minitron_nemo.planning.job import Job
 from minitron_nemo.pruning import depth
 from minitron_nemo.pruning.repair import fits, repair_warnings
 from minitron_nemo.pruning.target import target_architecture
-from minitron_nemo.recipe_checks import check_values
+from minitron_nemo.recipe_checks import absent, check_values
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,8 @@ def preflight(
     worlds, teacher_layout = None, layout
     if recipe.train.steps:
         worlds, teacher_layout = _check_distillation(recipe, teacher, student, layout, world_size, distils)
-    warnings = hf_warnings(student) if "hf" in recipe.export.formats else []
+    warnings = [said for said in _absent(recipe) if all(said not in plan.warnings for plan in earlier)]
+    warnings += hf_warnings(student) if "hf" in recipe.export.formats else []
     warnings += repair_warnings(source, student, recipe.prune.repair, recipe.data.sequence_length)
     return Preflight(
         recipe, source, teacher, student, layout, teacher_layout, world_size, tuple(warnings), worlds, stage
@@ -256,6 +257,12 @@ def _check_distillation(
         teacher.max_position_embeddings,
     )
     return worlds, teacher_layout
+
+
+def _absent(recipe: Recipe) -> Iterator[str]:
+    for key, path in absent(recipe).items():
+        instead = "; sizes are those of model.architecture" if key == "model.source" else ""
+        yield f"{key}: {path} is not here{instead}"
 
 
 def teacher_architecture(recipe: Recipe) -> Architecture:

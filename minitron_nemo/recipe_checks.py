@@ -1,11 +1,13 @@
-"""What can be said of a recipe's values without its model: choices, signs, what excludes what."""
+"""What can be said of a recipe without its model: choices, signs, what excludes what, what is not there."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from minitron_nemo.checkpoint.sink import FORMATS
 from minitron_nemo.config import ClusterConfig, Recipe, TrainConfig
+from minitron_nemo.data.documents import is_here
 from minitron_nemo.distillation.balance import DYNAMIC, check_weight
 from minitron_nemo.distillation.cache import DTYPES
 from minitron_nemo.errors import UserError
@@ -96,6 +98,18 @@ def check_values(recipe: Recipe) -> None:
     check_tasks(recipe.evaluate.tasks)
     _check_training(recipe.train)
     _check_cluster(recipe.cluster)
+
+
+def absent(recipe: Recipe) -> dict[str, str]:
+    """What a run reads first and is not on this machine: paths of model and text, by their keys."""
+    texts = {
+        f"data.{section}[{number}].path": text
+        for section, sources in (("train", recipe.data.train), ("heldout", recipe.data.heldout))
+        for number, text in enumerate(sources)
+    }
+    missing = {key: text.path for key, text in texts.items() if not is_here(text)}
+    source = recipe.model.source
+    return missing if source.startswith("pypi:") or Path(source).exists() else {"model.source": source, **missing}
 
 
 def _check_training(train: TrainConfig) -> None:

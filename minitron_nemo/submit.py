@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +20,10 @@ from pathlib import Path
 from minitron_nemo.config import Recipe
 from minitron_nemo.errors import UserError
 from minitron_nemo.preflight import preflight
-from minitron_nemo.stages import plans
+from minitron_nemo.recipe_checks import absent
+from minitron_nemo.stages import plans, stage_recipes
 
-MOUNTS = "MINITRON_CONTAINER_MOUNTS"  # read by launch/common.sh
+CONTAINER, MOUNTS = "MINITRON_CONTAINER", "MINITRON_CONTAINER_MOUNTS"  # read by launch/common.sh
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,11 @@ def submit(recipe: Recipe, path: Path, overrides: Sequence[str], dry_run: bool) 
     """Submit the recipe at `path` with `overrides`; with `dry_run`, only say how.
 
     Returns what to tell the user: the commands, or the jobs and how to watch them. Raises UserError before anything is
-    submitted when the recipe is wrong, and for whatever sbatch refuses.
+    submitted when the recipe is wrong or what it reads is not here, and for whatever sbatch refuses.
     """
     home = repository()
     planned = jobs(recipe)
+    _check_inputs(recipe, dry_run)
     arguments = [str(path), *overrides]
     if dry_run:
         commands = [job.command(home, "JOB" if number else None, arguments) for number, job in enumerate(planned)]
@@ -79,6 +82,21 @@ def submit(recipe: Recipe, path: Path, overrides: Sequence[str], dry_run: bool) 
         f"stop:   scancel --signal=USR1 {after}   (saves and requeues; `scancel {after}` ends it)",
     ]
     return "\n".join(lines)
+
+
+def _check_inputs(recipe: Recipe, dry_run: bool) -> None:
+    """Raise UserError for a model or a text that the job would look for in vain; warn where it may yet find it."""
+    container = os.environ.get(CONTAINER) or recipe.cluster.container
+    missing: dict[str, str] = {}
+    for own in stage_recipes(recipe).values() or [recipe]:
+        missing |= absent(own)
+    for key, path in missing.items():
+        if container not in (None, "null"):
+            print(f"minitron: warning: {key}: {path} is not here; a mount has to bring it", file=sys.stderr)
+        elif dry_run:
+            print(f"minitron: warning: {key}: {path} is not here; without --dry-run that is refused", file=sys.stderr)
+        else:
+            raise UserError(f"{key}: {path} is not here; put it there first (relative paths count from {Path.cwd()})")
 
 
 def submit_script(script: str, recipe: Recipe, arguments: Sequence[str]) -> str:

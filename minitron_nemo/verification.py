@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from torch import distributed
+from typing import NamedTuple
 
 from minitron_nemo.arch import Plan
 from minitron_nemo.chain import Chain, chains
-from minitron_nemo.checkpoint.verify import Difference, verify
+from minitron_nemo.checkpoint.verify import verify
 from minitron_nemo.config import Recipe
-from minitron_nemo.errors import UserError
+from minitron_nemo.errors import UserError, on_every_rank
 from minitron_nemo.parallel import launch
 from minitron_nemo.stages import plans
 
@@ -50,11 +48,10 @@ def _claims(chain: Chain) -> Iterator[Claim]:
 
 
 def _holds(claim: Claim) -> bool:
-    mine = verify(claim.source, claim.written, claim.plan, rank=launch.rank(), world_size=launch.world_size())
-    everyones: list[Any] = [None] * launch.world_size()
-    distributed.all_gather_object(everyones, mine)
-    found: list[Difference] = [difference for difference in everyones if difference is not None]
-    if launch.rank() == 0:
+    rank, world_size = launch.rank(), launch.world_size()
+    mine = on_every_rank(lambda: verify(*claim, rank=rank, world_size=world_size), rank, launch.gather)
+    found = [difference for difference in launch.gather(mine) if difference is not None]
+    if rank == 0:
         says = f"DIFFERS: {min(found).text}" if found else f"every bit is what is made of {claim.source}"
         print(f"[verify] {claim.written}: {says}", flush=True)
     launch.barrier()  # nobody ends before it is said

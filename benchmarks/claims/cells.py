@@ -52,7 +52,7 @@ class Claims(Bench):
             return directory
         scores = ranked(self.scores, *drawn(self.scores.architecture, seed)) if arm.cut == RANDOM else self.scores
         plan = make_plan(scores, scores.architecture, self.cut(arm).prune)
-        prune(self.teacher, plan, directory, 0, 1, lambda: None)
+        prune(self.teacher, plan, directory)
         return directory
 
     def target(self, arm: Arm) -> Architecture:

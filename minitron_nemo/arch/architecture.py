@@ -146,10 +146,16 @@ class Architecture:
 
     @staticmethod
     def load(directory: Path) -> Architecture:
+        """Inverse of `save`. Raises UserError for what is not there, or damaged."""
         path = directory / FILE_NAME
         try:
-            return Architecture.from_dict(json.loads(path.read_text()), str(path))
+            data = json.loads(path.read_text())
         except FileNotFoundError:
             raise UserError(f"{path}: not found; is {directory} a checkpoint?") from None
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: not valid JSON: {error}") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}; copy it again") from None
+        except ValueError as error:  # of JSON, or of UTF-8
+            raise UserError(f"{path}: not valid JSON: {error}; copy it again") from None
+        if not isinstance(data, dict):
+            raise UserError(f"{path}: expected a JSON object; copy it again")
+        return Architecture.from_dict(data, str(path))

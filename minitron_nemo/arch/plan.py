@@ -198,6 +198,8 @@ class Plan:
             raise UserError(f"{path}: no such plan") from None
         except UserError as error:
             raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}; give a plan.json") from None
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise UserError(f"{path}: not a plan: {error!r}") from None
 

@@ -1,14 +1,18 @@
-"""Files and directories that are never half-written under their final name."""
+"""Files and directories that are never half-written under their final name; what is wrong with one, in one line."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from minitron_nemo.errors import UserError
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
@@ -29,6 +33,36 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     fsync(path.parent)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise UserError for what the file system has against the body's writing of `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}; give another path") from None
+
+
+@contextmanager
+def reading(path: Path, mend: str = "copy it again") -> Iterator[None]:
+    """Raise UserError, with how to `mend` it, for what the file system has against the body's reading of `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}; {mend}") from None
+
+
+def read_json(path: Path, mend: str = "copy it again") -> dict[str, Any]:
+    """A JSON object from a file. Raises UserError, naming the file and how to `mend` it, for anything else."""
+    try:
+        with reading(path, mend):
+            data = json.loads(path.read_text())
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise UserError(f"{path}: not valid JSON: {error}; {mend}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a JSON object; {mend}")
+    return data
+
+
 def fsync(path: Path) -> None:
     """Bring a file or a directory's entries to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -36,6 +70,14 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def fsync_below(root: Path) -> None:
+    """Bring a directory to the disk, with all that is in it."""
+    for directory, _, names in os.walk(root):
+        for name in names:
+            fsync(Path(directory) / name)
+        fsync(Path(directory))
 
 
 def partial_path(path: Path) -> Path:
@@ -48,8 +90,7 @@ def disk_bytes(directory: Path) -> int:
     total = 0
     for parent, _, names in os.walk(directory):
         for name in names:
-            with suppress(FileNotFoundError):  # another process of the job may be removing them
-                total += os.stat(os.path.join(parent, name)).st_blocks * 512
+            total += os.stat(os.path.join(parent, name)).st_blocks * 512
     return total
 
 
@@ -68,10 +109,7 @@ def commit_partial(path: Path) -> None:
     renames; its content is removed afterwards.
     """
     partial = partial_path(path)
-    for directory, _, names in os.walk(partial):
-        for name in names:
-            fsync(Path(directory) / name)
-        fsync(Path(directory))
+    fsync_below(partial)
     if not path.exists():
         os.rename(partial, path)
         fsync(path.parent)

@@ -23,10 +23,9 @@ from minitron_nemo.arch import Architecture
 from minitron_nemo.arch.architecture import FILE_NAME as ARCHITECTURE_FILE
 from minitron_nemo.arch.tensors import NamedTensor, tensors
 from minitron_nemo.checkpoint.blocks import chunks
-from minitron_nemo.checkpoint.files import write_atomic
+from minitron_nemo.checkpoint.files import read_json, write_atomic
 from minitron_nemo.checkpoint.source import Source, file_state, open_source
 from minitron_nemo.checkpoint.tensor_io import as_bytes
-from minitron_nemo.checkpoint.tokenizer import read_json
 from minitron_nemo.errors import UserError
 
 CACHE_FILE = "fingerprints.json"
@@ -43,8 +42,8 @@ def fingerprint(path: Path) -> str:
     source = open_source(Path(path))
     state = file_state(source.path, source.weight_files())
     if source.path.is_dir() and (source.path / CACHE_FILE).is_file():
-        cached = json.loads((source.path / CACHE_FILE).read_text())
-        if cached.get("schema_version") == SCHEMA_VERSION and cached["files"] == state:
+        cached = read_json(source.path / CACHE_FILE, "remove it, and the weights are read again")
+        if cached.get("schema_version") == SCHEMA_VERSION and cached.get("files") == state and "model" in cached:
             return str(cached["model"])
     hashes = {tensor.name: tensor_fingerprint(source, tensor) for tensor in tensors(source.architecture)}
     # Somebody else's directory, or a read-only one, is left as it is.
@@ -79,7 +78,7 @@ def recorded_fingerprints(directory: Path) -> dict[str, str]:
     path = directory / CACHE_FILE
     if not path.is_file():
         raise UserError(f"{path}: not there, so nothing says what was written; give the source as well")
-    recorded = read_json(path)
+    recorded = read_json(path, "give the source as well")
     if recorded.get("schema_version") != SCHEMA_VERSION or not isinstance(recorded.get("tensors"), dict):
         raise UserError(f"{path}: not the fingerprints of this version; give the source as well")
     return dict(recorded["tensors"])

@@ -16,7 +16,7 @@ from minitron_nemo.arch.huggingface import architecture_from_hf, hf_config
 from minitron_nemo.arch.tensors import tensors
 from minitron_nemo.checkpoint import tokenizer
 from minitron_nemo.checkpoint.blocks import Chunk
-from minitron_nemo.checkpoint.files import partial_path
+from minitron_nemo.checkpoint.files import partial_path, read_json
 from minitron_nemo.checkpoint.safetensors_files import StoredTensor, lay_out, read_header
 from minitron_nemo.checkpoint.sink import main_dtype
 from minitron_nemo.checkpoint.source import Source, check_tensors
@@ -36,7 +36,7 @@ class HuggingFaceSource:
     def __init__(self, path: Path) -> None:
         self.path = path
         config_path = path / "config.json"
-        config = tokenizer.read_json(config_path)
+        config = read_json(config_path)
         if "quantization_config" in config:
             raise UserError(f"{config_path}: quantization_config: the weights are quantised; give the original model")
         self.architecture = architecture_from_hf(config, str(config_path))
@@ -90,7 +90,7 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
             raise UserError(f"{path}: neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors weights are read")
         return read_header(path / SINGLE_FILE)
     index_path = path / INDEX_FILE
-    files = tokenizer.read_json(index_path).get("weight_map")
+    files = read_json(index_path).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise UserError(f"{index_path}: weight_map: expected a mapping of tensor names to file names")
     headers = {}

@@ -13,6 +13,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import minitron_nemo
@@ -33,19 +34,31 @@ class Finished(NamedTuple):
     places: list[Any]
     digests: list[str]
 
+    def to_json(self) -> str:
+        return json.dumps(self._asdict())
+
+    @staticmethod
+    def from_json(text: str) -> Finished:
+        return Finished(**json.loads(text))
+
 
 class Journal:
-    """The records in a partial directory. One process calls `begin` and `end`, each its own `record`."""
+    """The records in a partial directory. One process calls `begin`, `end` and `clean`, each its own `record`."""
 
     def __init__(self, source: Source, plan: Plan, sink: Sink) -> None:
-        self.path = sink.path
+        self.path, self.source, self.plan, self.sink = sink.path, source, plan, sink
         self.directory = partial_path(sink.path) / DIRECTORY
-        self.identity = {"schema_version": SCHEMA_VERSION, "transform": _identity(source, plan, sink)}
+        self.state = self.directory / "transform.json"
+
+    @cached_property
+    def identity(self) -> bytes:
+        """What is being made of what, as its file has it."""
+        content = {"schema_version": SCHEMA_VERSION, "transform": _identity(self.source, self.plan, self.sink)}
+        return json.dumps(content).encode()
 
     def begin(self) -> bool:
         """Whether what lies there is to be gone on with; else there is an empty partial directory now."""
-        identity = self.directory / "transform.json"
-        if identity.is_file() and json.loads(identity.read_text()) == self.identity:
+        if self.state.is_file() and self.state.read_bytes() == self.identity:
             return True
         make_partial(self.path)
         self.directory.mkdir()
@@ -53,24 +66,30 @@ class Journal:
 
     def commit_layout(self) -> None:
         """From here on the directory can be gone on with: its files are laid out."""
-        write_atomic(self.directory / "transform.json", json.dumps(self.identity))
+        write_atomic(self.state, self.identity)
 
-    def finished(self, part: int) -> Finished | None:
+    def finished(self, part: int) -> str | None:
+        """The record of a part as its file has it, if there is one."""
         file = self.directory / f"{part}.json"
-        return Finished(**json.loads(file.read_text())) if file.is_file() else None
+        return file.read_text() if file.is_file() else None
 
-    def record(self, part: int, finished: Finished) -> None:
+    def record(self, part: int, record: str) -> None:
         """Bring a part's files to the disk, then say that they are."""
-        for name in finished.files:
+        for name in Finished.from_json(record).files:
             file = partial_path(self.path) / name
             fsync(file)
             fsync(file.parent)
-        write_atomic(self.directory / f"{part}.json", json.dumps(finished._asdict()))
+        write_atomic(self.directory / f"{part}.json", record)
 
     def end(self) -> None:
         """Remove the records, first the one without which the others say nothing."""
-        (self.directory / "transform.json").unlink()
+        self.state.unlink()
         shutil.rmtree(self.directory)
+
+    def clean(self) -> None:
+        """Remove the partial directory where nothing in it can be gone on with; no process may be writing any more."""
+        if not (self.state.is_file() and any(self.directory.glob("[0-9]*.json"))):
+            shutil.rmtree(self.directory.parent, ignore_errors=True)
 
 
 def _identity(source: Source, plan: Plan, sink: Sink) -> str:

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from minitron_nemo.checkpoint.tokenizer import GENERATION_FILE, read_json
+from minitron_nemo.checkpoint.files import read_json
+from minitron_nemo.checkpoint.tokenizer import GENERATION_FILE
 from minitron_nemo.errors import UserError
 
 FILE_NAME = "io.json"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from minitron_nemo.checkpoint.files import reading
 from minitron_nemo.errors import UserError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -30,9 +31,9 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a safetensors file. Raises UserError for a truncated or malformed one."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
+    """Every tensor of a safetensors file. Raises UserError for a truncated or malformed one, or what cannot be read."""
+    with reading(path), open(path, "rb") as file:
+        size = path.stat().st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise UserError(f"{path}: truncated: the header is cut off; copy it again")

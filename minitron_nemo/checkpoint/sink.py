@@ -50,8 +50,7 @@ class Sink(Protocol):
 def open_sink(path: Path, to: str, architecture: Architecture, dtypes: Mapping[str, torch.dtype]) -> Sink:
     """A Sink for format `to` (one of FORMATS) that will take the place of directory `path`.
 
-    Raises UserError for another format, when `path` holds something that is not a checkpoint, and when the disk
-    has no room for the result beside what is there.
+    Nothing is looked for on the disk. Raises UserError for another format.
     """
     from minitron_nemo.checkpoint.bridge import BridgeSink
     from minitron_nemo.checkpoint.huggingface import HuggingFaceSink
@@ -60,12 +59,24 @@ def open_sink(path: Path, to: str, architecture: Architecture, dtypes: Mapping[s
 
     if to not in FORMATS:
         raise UserError(f"format {to!r} is not known; choose one of {', '.join(FORMATS)}")
-    path = Path(path).absolute()
+    sinks: tuple[Callable[..., Sink], ...] = (HuggingFaceSink, MegatronSink, NemoSink, BridgeSink)
+    return dict(zip(FORMATS, sinks, strict=True))[to](Path(path).absolute(), architecture, dtypes)
+
+
+def check_destination(sink: Sink, source: Path) -> None:
+    """Raise UserError where a checkpoint must not be written, or cannot.
+
+    That is when its path is the source's or holds something that is not a checkpoint, and when the disk has no room for
+    it beside what is there.
+    """
+    path = sink.path
+    if path.exists() and path.samefile(source):
+        raise UserError(f"{path}: is the source itself; give another destination")
     if path.exists() and not _is_checkpoint_or_empty(path):
         raise UserError(f"{path}: exists and is not a checkpoint; it would be replaced: give another destination")
-    _check_room(path, sum(tensor_bytes(tensor, architecture, dtypes) for tensor in tensors(architecture)))
-    sinks: tuple[Callable[..., Sink], ...] = (HuggingFaceSink, MegatronSink, NemoSink, BridgeSink)
-    return dict(zip(FORMATS, sinks, strict=True))[to](path, architecture, dtypes)
+    _check_room(
+        path, sum(tensor_bytes(tensor, sink.architecture, sink.dtypes) for tensor in tensors(sink.architecture))
+    )
 
 
 def tensor_bytes(tensor: NamedTensor, architecture: Architecture, dtypes: Mapping[str, torch.dtype]) -> int:

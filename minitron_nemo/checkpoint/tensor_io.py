@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from minitron_nemo.checkpoint.files import reading
 from minitron_nemo.errors import UserError
 
 # ext4 takes up to seven times the CPU for larger writes at the end of a file (measured on Linux 6 with 1 to 8 MiB).
@@ -31,9 +32,9 @@ class AppendingFile:
 
 
 def read_tensor(path: Path, offset: int, tensor: torch.Tensor) -> None:
-    """Fill a contiguous CPU tensor with the file's bytes from `offset`. Raises UserError at its end."""
+    """Fill a contiguous CPU tensor with the file's bytes from `offset`. Raises UserError where it cannot be read."""
     rest = as_bytes(tensor)
-    with open(path, "rb", buffering=0) as file:
+    with reading(path), open(path, "rb", buffering=0) as file:
         while rest:
             count = os.preadv(file.fileno(), [rest], offset)
             if count == 0:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from minitron_nemo.checkpoint.files import read_json
 from minitron_nemo.errors import UserError
 
 DIRECTORY = "tokenizer"  # inside a Megatron checkpoint
@@ -77,14 +78,3 @@ def tokenizer_size(directory: Path) -> int | None:
         return 1 + max(ids) if ids else None
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path}: not a tokenizer: {error}") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises UserError, naming the file, when it is anything else."""
-    try:
-        data = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return data

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from minitron_nemo.checkpoint.files import reading
 from minitron_nemo.config import TextSource
 from minitron_nemo.data import parquet, pypi
 from minitron_nemo.data.prose import markdown_to_prose, rst_to_prose
@@ -43,6 +44,12 @@ class Document:
 def source_name(source: TextSource) -> str:
     """How reports call a source: the requirement of a package, else the path as the recipe gives it."""
     return pypi.parse(source.path).requirement if source.path.startswith("pypi:") else source.path
+
+
+def is_here(source: TextSource) -> bool:
+    """Whether something is at its path; a package may be fetched."""
+    path = source.path
+    return path.startswith("pypi:") or Path(path).exists() or any(glob.iglob(path, recursive=True))
 
 
 def stamp(source: TextSource) -> str:
@@ -106,13 +113,14 @@ def _file_documents(file: Path, text_key: str) -> Iterator[Document]:
         for text in parquet.read_texts(file, text_key):
             yield from _document(text, len(text.encode()))
         return
-    content = file.read_bytes()
+    with reading(file):
+        content = file.read_bytes()
     text = _decode(content, str(file))
     yield from _document(_reduce(text, file.suffix if file.suffix != ".txt" else ""), len(content))
 
 
 def _json_documents(file: Path, text_key: str) -> Iterator[Document]:
-    with file.open("rb") as lines:
+    with reading(file), file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue

@@ -19,7 +19,7 @@ from types import TracebackType
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-from minitron_nemo.checkpoint.files import replacing_directory, write_atomic
+from minitron_nemo.checkpoint.files import read_json, replacing_directory, write_atomic
 from minitron_nemo.config import DataConfig, TextSource
 from minitron_nemo.data.documents import Document, read_documents, source_name, stamp
 from minitron_nemo.data.prepared import SCHEMA_VERSION, Prepared, PreparedSource, Split
@@ -102,8 +102,12 @@ def _finished(directory: Path, key: str) -> PreparedSource | None:
     record = directory / "source.json"
     if not record.exists():
         return None
-    data = json.loads(record.read_text())
-    return PreparedSource.from_dict(data["source"]) if data["key"] == key else None
+    again = f"remove {directory}, and it is prepared again"
+    data = read_json(record, again)
+    try:
+        return PreparedSource.from_dict(data["source"]) if data["key"] == key else None
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{record}: not what `minitron prepare` writes ({error}); {again}") from None
 
 
 def _prepare_source(

@@ -10,12 +10,12 @@ A split without documents has no files.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minitron_nemo.checkpoint.files import read_json
 from minitron_nemo.errors import UserError
 
 SCHEMA_VERSION = 1
@@ -57,17 +57,15 @@ class Prepared:
 
 
 def load_prepared(directory: Path) -> Prepared:
-    """Read prepared.json. Raises UserError if it is missing or of another schema."""
+    """Read prepared.json. Raises UserError if it is missing, damaged or of another schema."""
     path = directory / "prepared.json"
-    try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: not there; run `minitron prepare` first") from None
-    except json.JSONDecodeError:
-        raise UserError(f"{path}: not readable as JSON; delete it and run `minitron prepare` again") from None
+    again = "delete it and run `minitron prepare` again"
+    if not path.exists():
+        raise UserError(f"{path}: not there; run `minitron prepare` first")
+    data = read_json(path, again)
     if data.get("schema_version") != SCHEMA_VERSION:
-        raise UserError(
-            f"{path}: schema_version {data.get('schema_version')}, expected {SCHEMA_VERSION}; "
-            "delete it and run `minitron prepare` again"
-        )
-    return Prepared(**{**data, "sources": tuple(map(PreparedSource.from_dict, data["sources"]))})
+        raise UserError(f"{path}: schema_version {data.get('schema_version')}, expected {SCHEMA_VERSION}; {again}")
+    try:
+        return Prepared(**{**data, "sources": tuple(map(PreparedSource.from_dict, data["sources"]))})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: not what `minitron prepare` writes ({error}); {again}") from None

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from minitron_nemo.checkpoint.files import write_atomic
+from minitron_nemo.checkpoint.files import write_atomic, writing
 from minitron_nemo.data.dataset import id_words
 from minitron_nemo.data.prepared import load_prepared
 from minitron_nemo.data.shuffle import permutation
@@ -53,9 +53,10 @@ def make_task(prepared: Path, tokenizer_dir: Path, output: Path, *, questions: i
                 f"{prepared}: too little held-out text for {part}.jsonl, which takes {CHOICES} documents of "
                 f"{CONTEXT_WORDS + CHOICE_WORDS} words; give data.heldout sources or a larger heldout_fraction"
             )
-    output.mkdir(parents=True, exist_ok=True)
-    for part, records in made.items():
-        write_atomic(output / f"{part}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        for part, records in made.items():
+            write_atomic(output / f"{part}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     return {part: len(records) for part, records in made.items()}
 
 

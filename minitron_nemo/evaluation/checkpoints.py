@@ -40,7 +40,7 @@ def buildable(checkpoints: Sequence[Path], workspace: Path) -> Iterator[dict[str
                 "megatron",
                 rank=launch.rank(),
                 world_size=launch.world_size(),
-                barrier=launch.barrier,
+                gather=launch.gather,
             )
         yield {str(path): found[str(path)] for path in checkpoints}  # in the order that was asked for
         launch.barrier()

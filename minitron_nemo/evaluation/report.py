@@ -10,7 +10,6 @@ on, token by token.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from math import exp, sqrt
@@ -21,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minitron_nemo.arch.counts import non_embedding_parameters, parameters
+from minitron_nemo.checkpoint.files import read_json
 from minitron_nemo.checkpoint.tokenizer import directory_of
 from minitron_nemo.config import Recipe
 from minitron_nemo.data.dataset import open_heldout
@@ -106,11 +106,8 @@ def summarise(measured: Mapping[str, Measured]) -> Evaluation:
 
 def read_evaluation(path: Path) -> Evaluation:
     """An evaluation.json. Raises UserError for a damaged one."""
-    try:
-        content: Evaluation = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable ({error}); run `minitron evaluate` again") from None
-    if not isinstance(content, dict) or not all("losses_per_document" in record for record in content.values()):
+    content: Evaluation = read_json(path, "run `minitron evaluate` again")
+    if not all(isinstance(record, dict) and "losses_per_document" in record for record in content.values()):
         raise UserError(f"{path}: not what `minitron evaluate` writes; give a run directory")
     return content
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minitron_nemo.checkpoint.files import write_atomic
+from minitron_nemo.checkpoint.files import read_json, write_atomic
 from minitron_nemo.checkpoint.fingerprint import fingerprint
 from minitron_nemo.checkpoint.tokenizer import directory_of
 from minitron_nemo.data.choices import Choices, choice_samples, read_questions
@@ -153,14 +153,12 @@ def _measured(
 
 def read_tasks(path: Path) -> Content:
     """What a tasks.json holds, by model; nothing where there is none. Raises UserError for a damaged one."""
-    try:
-        content = json.loads(path.read_text())
-        models: Content = content["models"]
-        version = content["schema_version"]
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a file of measured tasks ({error}); remove it") from None
+    content = read_json(path, "remove it")
+    models, version = content.get("models"), content.get("schema_version")
+    if not isinstance(models, dict):
+        raise UserError(f"{path}: not a file of measured tasks; remove it")
     if version != SCHEMA_VERSION:
         raise UserError(f"{path}: schema_version {version} is not {SCHEMA_VERSION}; remove it")
     return models

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from minitron_nemo.arch import Architecture, Axis
 from minitron_nemo.arch.family import family
-from minitron_nemo.checkpoint.files import write_atomic
+from minitron_nemo.checkpoint.files import write_atomic, writing
 from minitron_nemo.errors import UserError
 
 AGGREGATIONS = ("mean", "l2", "var")
@@ -203,7 +203,7 @@ class Scores:
                 raise UserError(f"{name}: {key} is {found}, that of {first_name} {wanted}; merge passes of one kind")
 
     def save(self, path: Path) -> None:
-        """Write one .npz file, atomically: the arrays, and `metadata`, which is JSON."""
+        """Write one .npz file, atomically: the arrays, and `metadata`, which is JSON. Raises UserError if it cannot."""
         metadata = {
             "schema_version": SCHEMA_VERSION,
             "architecture": self.architecture.to_dict(),
@@ -216,7 +216,8 @@ class Scores:
         }
         file = io.BytesIO()
         np.savez(file, metadata=np.array(json.dumps(metadata)), **{name: getattr(self, name) for name in ARRAYS})
-        write_atomic(path, file.getvalue())
+        with writing(path):
+            write_atomic(path, file.getvalue())
 
     @staticmethod
     def load(path: Path) -> Scores:

@@ -150,6 +150,15 @@ class Stopwatch:
         return sum(start.elapsed_time(end) for start, end in spans) / 1000  # milliseconds
 
 
+def check_gpu(wanted: str) -> None:
+    """Raise UserError where this process sees no GPU, and would compute on the CPU what is meant for a `wanted` one."""
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"cluster.gpu: {wanted}, but this process sees no GPU; ask Slurm for GPUs by cluster.gpus_per_node, or set "
+            "cluster.gpu=null to compute on the CPU"
+        )
+
+
 def choose(local_rank: int) -> None:
     """Make this process use the GPU of its place on the machine; nothing to choose without CUDA."""
     if torch.cuda.is_available():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import queue
 import subprocess
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import distributed
 
-from minitron_nemo.errors import SaidByRankZero, UserError
+from minitron_nemo.errors import SaidByRankZero, UserError, on_every_rank
 from minitron_nemo.parallel import device, optimizer_fixes
 from minitron_nemo.parallel.layout import Layout
 
@@ -170,11 +171,12 @@ def outlive_a_full_disk() -> None:
         setattr(sys, name, io.TextIOWrapper(log, old.encoding, old.errors, write_through=True, line_buffering=True))
 
 
-def join_job(rendezvous: Rendezvous | None = None) -> None:
+def join_job(rendezvous: Rendezvous | None = None, gpu: str | None = None) -> None:
     """Join the process group of this job and prepare torch and Megatron-core for this device. Idempotent.
 
     The job is `rendezvous`, or what the environment says. With several processes on one machine and no
-    OMP_NUM_THREADS, each computes with one thread.
+    OMP_NUM_THREADS, each computes with one thread. `gpu` is what the recipe's cluster.gpu names: then every process
+    needs one, and a UserError ends the job on every rank where one has none.
     """
     silence_known_warnings()
     job = job_from_environment(os.environ)
@@ -188,6 +190,8 @@ def join_job(rendezvous: Rendezvous | None = None) -> None:
     global _joined, _worlds
     if _joined is None:
         _joined, _worlds = rendezvous or _meet(job), 0
+        if gpu is not None:
+            on_every_rank(lambda: device.check_gpu(gpu), job_rank(), _gather_by_store)
         enter_world("job", _joined.rank, _joined.world_size)
 
 
@@ -315,6 +319,24 @@ def _rendezvous() -> Rendezvous:
 def barrier() -> None:
     """Wait for all ranks of the world, however long one of them works on files."""
     distributed.barrier(group=_waiting_group)
+
+
+def gather(value: T) -> list[T]:
+    """The values of all ranks of the world, by rank, on every rank, however long one of them works on files."""
+    values: list[Any] = [None] * world_size()
+    distributed.all_gather_object(values, value, group=_waiting_group)
+    return values
+
+
+def _gather_by_store(value: Any) -> list[Any]:
+    """The same before there are groups, which ranks with a GPU and ranks without one could not form. Once a job."""
+    store, ranks = job_store("gather"), range(job_size())
+    store.set(f"{job_rank()}", json.dumps(value))
+    values = [json.loads(content) for content in store.multi_get([f"{rank}" for rank in ranks])]
+    store.set(f"{job_rank()} has read", "")
+    if job_rank() == 0:  # whose process keeps the store, and may end now
+        store.wait([f"{rank} has read" for rank in ranks])
+    return values
 
 
 def from_rank_0(function: Callable[[], T]) -> T:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from minitron_nemo.arch import Plan
 from minitron_nemo.arch.plan import FILE_NAME as PLAN_FILE
+from minitron_nemo.checkpoint.files import read_json
 from minitron_nemo.config import RECIPE_FILE, Recipe, load_recipe
 from minitron_nemo.distillation.records import read_metrics
 from minitron_nemo.distillation.status import FILE_NAME as STATUS_FILE
@@ -104,7 +104,7 @@ def read_run(directory: Path, baseline: Path | None = None) -> Run:
     home, stage = (directory.parents[1], directory.name) if directory.parent.name == STAGES else (directory, None)
     if not any((home / name).is_file() for name in (STATUS_FILE, MANIFEST_FILE, RECIPE_FILE)):
         raise UserError(f"{directory}: not a run directory; give the run_dir of a recipe that has been started")
-    status = _json(home / STATUS_FILE) or {}
+    status = _json(home / STATUS_FILE)
     steps = Manifest(home).steps
     recipe = load_recipe(home / RECIPE_FILE) if (home / RECIPE_FILE).is_file() else None
     if stage is not None:  # what is its own, under the names of a run without stages
@@ -113,7 +113,7 @@ def read_run(directory: Path, baseline: Path | None = None) -> Run:
         steps = {name.removeprefix(own): step for name, step in steps.items() if name.startswith(own)}
         recipe = stage_recipes(recipe).get(stage) if recipe else None
     scores = directory / "scores.npz"
-    evaluation = _json(directory / "evaluation.json") or {}
+    evaluation = _json(directory / "evaluation.json")
     on_tasks = tasks.read_tasks(directory / tasks.FILE_NAME)
     measured = {name: steps.get("evaluate", {"inputs": {}})["inputs"].get(name) for name in evaluation}
     plans = [directory / name / PLAN_FILE for name in ("pruned", "plan")]
@@ -179,21 +179,16 @@ def _outdated(
     return found
 
 
-def _json(path: Path) -> Any:
-    """The content of a JSON file, None where there is none."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); run the step that writes it again") from None
+def _json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file, nothing where there is none."""
+    return read_json(path, "run the step that writes it again") if path.exists() else {}
 
 
 def _candidates(path: Path) -> list[Candidate]:
     """What `minitron search` has ranked so far; of its columns those that are shown."""
     known = Candidate.__dataclass_fields__
     try:
-        rows = (_json(path) or {"candidates": []})["candidates"]
+        rows = _json(path)["candidates"] if path.exists() else []
         return [Candidate(**{key: value for key, value in row.items() if key in known}) for row in rows]
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: not a table of candidates ({error}); search again") from None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,8 +15,11 @@ from megatron.core.dist_checkpointing import ShardedTensor
 
 from minitron_nemo.checkpoint import blocks
 from minitron_nemo.checkpoint.fingerprint import fingerprint
+from minitron_nemo.checkpoint.megatron_sink import MegatronSink
 from minitron_nemo.checkpoint.source import open_source
 from minitron_nemo.checkpoint.transform import convert
+from minitron_nemo.checkpoint.verify import verify
+from minitron_nemo.errors import UserError
 from minitron_nemo.models.build import Model, build_model
 from minitron_nemo.models.checkpoint import load_model
 from minitron_nemo.parallel import launch
@@ -228,10 +233,29 @@ def _convert_in_job(source: Path, destination: Path, to: str, plan: Any) -> None
             plan=plan,
             rank=launch.rank(),
             world_size=launch.world_size(),
-            barrier=launch.barrier,
+            gather=launch.gather,
         )
     finally:
         blocks.BLOCK_BYTES, blocks.PART_BYTES = before
+
+
+def _cannot_write_in_job(source: Path, destination: Path, failing: int) -> tuple[str, str]:
+    """What `convert` raises on this rank when one cannot write: its type and its text."""
+    broken = patch.object(MegatronSink, "write", side_effect=OSError(5, "Input/output error"))
+    with broken if launch.rank() == failing else nullcontext(), pytest.raises(UserError) as caught:
+        _convert_in_job(source, destination, "megatron", None)
+    return type(caught.value).__name__, str(caught.value)
+
+
+def test_what_one_process_cannot_write_is_said_by_rank_0_and_known_to_all(tmp_path: Path) -> None:
+    original = write_tiny_llama(tmp_path / "hf")
+    said = run_distributed(3, _cannot_write_in_job, original, tmp_path / "out", 2)
+    assert [name for name, _ in said] == ["UserError", "SaidByRankZero", "SaidByRankZero"]
+    assert {text.partition(";")[0] for _, text in said} == {
+        f"rank 2: {tmp_path / 'out'}: not written: Input/output error"
+    }
+    run_distributed(2, _convert_in_job, original, tmp_path / "out", "megatron", None)
+    assert verify(original, tmp_path / "out", progress=False) is None
 
 
 def test_any_number_of_processes_writes_the_same_weights(tmp_path: Path) -> None:

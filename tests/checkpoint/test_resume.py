@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,13 @@ import torch
 
 from minitron_nemo.checkpoint import blocks
 from minitron_nemo.checkpoint.huggingface import HuggingFaceSink
+from minitron_nemo.checkpoint.journal import Journal
 from minitron_nemo.checkpoint.megatron_sink import MegatronSink
 from minitron_nemo.checkpoint.sink import FORMATS
 from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.checkpoint.verify import verify
+from minitron_nemo.errors import SaidByRankZero, UserError
+from tests.checkpoint.threads import in_threads
 from tests.checkpoint.weights import architecture_of, random_plan
 from tests.tiny import write_tiny_llama
 
@@ -30,25 +32,26 @@ class Killed(BaseException):
 
 
 class Writes:
-    """Counts the parts that are written; raises Killed in the midst of the first with number `stop` or more."""
+    """Counts the parts that are written; raises `failure` in the midst of those with number `stop` or more."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.parts: list[int] = []
         self.stop: int | None = None
+        self.failure: BaseException = Killed()
         for sink in (HuggingFaceSink, MegatronSink):
             monkeypatch.setattr(sink, "write", self._watched(sink.write))
 
     def _watched(self, write: Any) -> Any:
         def watched(sink: Any, computed: Any, part: int) -> Any:
             self.parts.append(part)
-            return write(sink, self._until_killed(computed, part), part)
+            return write(sink, self._until_stopped(computed, part), part)
 
         return watched
 
-    def _until_killed(self, computed: Any, part: int) -> Iterator[Any]:
+    def _until_stopped(self, computed: Any, part: int) -> Iterator[Any]:
         for number, block in enumerate(computed):
             if number and self.stop is not None and part >= self.stop:
-                raise Killed
+                raise self.failure
             yield block
 
 
@@ -60,24 +63,20 @@ def writes(monkeypatch: pytest.MonkeyPatch) -> Writes:
 
 
 def together(world_size: int, *arguments: Any, **options: Any) -> None:
-    """`convert` in as many threads, each of which is a process to it; raises what the first of them raises."""
-    barrier = threading.Barrier(world_size)
-    errors: list[BaseException] = []
+    """`convert` in as many threads, each of which is a process to it; raises Killed if one of them does."""
+    raised = [error for error in outcomes(world_size, *arguments, **options) if error is not None]
+    if raised:
+        raise next((error for error in raised if isinstance(error, Killed)), raised[0])
 
-    def work(rank: int) -> None:
-        try:
-            convert(*arguments, rank=rank, world_size=world_size, barrier=barrier.wait, progress=False, **options)
-        except BaseException as error:
-            errors.append(error)
-            barrier.abort()  # as a process group does when one of its processes is gone
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
+def outcomes(world_size: int, *arguments: Any, **options: Any) -> list[BaseException | None]:
+    """What `convert` raises in each of as many threads."""
+    options |= {"world_size": world_size, "progress": False}
+    return in_threads(world_size, lambda rank, gather: convert(*arguments, rank=rank, gather=gather, **options))
+
+
+def finished_parts(partial: Path) -> set[int]:
+    return {int(file.stem) for file in (partial / ".parts").glob("[0-9]*.json")}
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -102,7 +101,7 @@ def test_what_was_finished_is_not_done_again_by_any_number_of_processes(
     with pytest.raises(Killed):
         together(before, source, tmp_path / "student", to, plan=plan)
     assert not (tmp_path / "student").exists()
-    finished = {int(file.stem) for file in (tmp_path / "student.partial" / ".parts").glob("[0-9]*.json")}
+    finished = finished_parts(tmp_path / "student.partial")
     assert {0, 1} <= finished <= set(range(4))
     writes.parts.clear()
     writes.stop = None
@@ -111,6 +110,79 @@ def test_what_was_finished_is_not_done_again_by_any_number_of_processes(
     assert content(tmp_path / "student") == content(tmp_path / "undisturbed")
     assert verify(source, tmp_path / "student", progress=False) is None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "student", "undisturbed"]
+
+
+@pytest.mark.parametrize("to", ["hf", "megatron"])
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (OSError(5, "Input/output error"), "{}: not written: Input/output error; what was there is untouched; "),
+        (UserError("source: truncated: 7 bytes are missing"), "source: truncated: 7 bytes are missing"),
+    ],
+)
+def test_what_one_process_cannot_do_ends_the_job_in_one_line_and_costs_no_finished_part(
+    tmp_path: Path, writes: Writes, to: str, failure: Exception, said: str
+) -> None:
+    source, student = write_tiny_llama(tmp_path / "source"), tmp_path / "student"
+    convert(source, tmp_path / "undisturbed", to, progress=False)
+    parts = set(writes.parts)
+    convert(source, student, to, plan=random_plan(architecture_of(source)), progress=False)
+    before = content(student)
+    writes.stop, writes.failure = max(parts), failure
+    of_last = max(parts) % 3
+    for attempt in range(2):
+        writes.parts.clear()
+        raised = outcomes(3, source, student, to)
+        assert [type(error) for error in raised] == [UserError, SaidByRankZero, SaidByRankZero]
+        (text,) = {str(error) for error in raised}
+        assert text.startswith((f"rank {of_last}: " if of_last else "") + said.format(student))
+        assert set(writes.parts) == ({max(parts)} if attempt else parts)
+        assert finished_parts(tmp_path / "student.partial") == parts - {max(parts)}
+        assert content(student) == before
+    writes.parts.clear()
+    writes.stop = None
+    together(2, source, student, to)
+    assert writes.parts == [max(parts)]
+    assert content(student) == content(tmp_path / "undisturbed")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "student", "undisturbed"]
+
+
+def test_where_no_part_was_finished_nothing_stays(tmp_path: Path, writes: Writes) -> None:
+    source = write_tiny_llama(tmp_path / "source")
+    writes.stop, writes.failure = 0, OSError(28, "No space left on device")
+    raised = outcomes(2, source, tmp_path / "student", "megatron")
+    assert str(raised[1]).startswith(f"{tmp_path}/student: not written: No space left on device; ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize("step", ["record_fingerprints", "fsync_below"])
+def test_a_failure_at_the_very_end_costs_no_part(
+    tmp_path: Path, writes: Writes, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    source = write_tiny_llama(tmp_path / "source")
+
+    def refuse(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"minitron_nemo.checkpoint.transform.{step}", refuse)
+        raised = outcomes(3, source, tmp_path / "student", "megatron")
+    assert [type(error) for error in raised] == [UserError, SaidByRankZero, SaidByRankZero]
+    assert finished_parts(tmp_path / "student.partial") == set(writes.parts)
+    writes.parts.clear()
+    together(3, source, tmp_path / "student", "megatron")
+    assert not writes.parts
+    assert verify(source, tmp_path / "student", progress=False) is None
+
+
+def test_a_record_that_another_node_has_written_need_not_be_seen(
+    tmp_path: Path, writes: Writes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network file system may answer for half a minute what it answered before the file was there."""
+    source = write_tiny_llama(tmp_path / "source")
+    monkeypatch.setattr(Journal, "finished", lambda self, part: None)
+    together(3, source, tmp_path / "student", "megatron")
+    assert verify(source, tmp_path / "student", progress=False) is None
 
 
 @pytest.mark.parametrize("change", ["source", "plan", "dtype", "format"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -104,46 +103,6 @@ def test_pruned_export_has_the_logits_of_an_independent_construction(tmp_path: P
         expected = theirs.eval()(tokens).logits
         assert expected.std() > 0.1
         assert torch.equal(ours.eval()(tokens).logits, expected)
-
-
-def test_a_process_that_fails_leaves_nothing_under_the_final_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = write_tiny_llama(tmp_path / "hf")
-    write = huggingface.HuggingFaceSink.write
-    barrier = threading.Barrier(3)
-
-    def wait() -> None:
-        barrier.wait()
-
-    errors: list[BaseException] = []
-
-    def fails_on_rank_1(self: Any, computed: Any, part: int) -> Any:
-        if part % 3 == 1:
-            raise OSError(5, "Input/output error")
-        return write(self, computed, part)
-
-    def work(rank: int) -> None:
-        try:
-            convert(original, tmp_path / "out", "hf", rank=rank, world_size=3, barrier=wait, progress=False)
-        except Exception as error:
-            barrier.abort()  # as a process group does when one of its processes is gone
-            errors.append(error)
-
-    monkeypatch.setattr(blocks, "PART_BYTES", 100_000)
-    monkeypatch.setattr(huggingface.HuggingFaceSink, "write", fails_on_rank_1)
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(errors) == 3
-    assert any(isinstance(error, UserError) and "Input/output error" in str(error) for error in errors)
-    assert not (tmp_path / "out").exists()
-    monkeypatch.undo()
-    convert(original, tmp_path / "out", "hf", progress=False)
-    assert same_weights(original, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
 
 
 def test_what_a_killed_run_left_behind_does_no_harm(tmp_path: Path) -> None:

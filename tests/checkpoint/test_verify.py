@@ -23,11 +23,16 @@ from minitron_nemo.checkpoint.verify import Difference, verify, verify_record
 from minitron_nemo.cli import main
 from minitron_nemo.errors import UserError
 from tests.checkpoint.weights import architecture_of, random_plan, weights
+from tests.families import write_tiny
 from tests.tiny import write_tiny_llama
 
+EMBEDDING = "embedding.word_embeddings.weight"
 QKV = "decoder.layers.{}.self_attention.linear_qkv."
 FC1 = "decoder.layers.{}.mlp.linear_fc1."
 FC2 = "decoder.layers.{}.mlp.linear_fc2.weight"
+PROJECTION = "decoder.layers.{}.self_attention.linear_proj.weight"
+EXPERT = "decoder.layers.{}.mlp.experts.experts.{}."
+SHARED = "decoder.layers.{}.mlp.shared_experts.linear_fc1.weight"
 
 
 @pytest.fixture(autouse=True)
@@ -43,43 +48,65 @@ def source(tmp_path: Path) -> Path:
     return write_tiny_llama(tmp_path / "source")
 
 
+KINDS = ("select", "groups", "experts", "merged", "dense", "rotated")
+
+
+def formats(kind: str) -> tuple[str, ...]:
+    """NeMo's and Megatron-Bridge's are written as Megatron's are, and NeMo knows no mixture."""
+    return ("hf", "megatron") if kind in ("groups", "experts", "rotated") else FORMATS
+
+
+def source_of(kind: str, directory: Path) -> Path:
+    return write_tiny("qwen2_moe", directory) if kind == "experts" else write_tiny_llama(directory)
+
+
 def plan_of(kind: str, source: Path, directory: Path) -> Plan:
-    """Cuts of all axes; "merged": with merges of heads and factors on norms; "dense": with matrices as well."""
+    """Cuts of all axes. "groups": of query groups too; "experts": of a mixture's; "merged": with merges of heads and
+    factors on norms; "dense": with matrices as well; "rotated": with channels that are combinations of the source's.
+    """
     model = architecture_of(source)
     if kind == "identity":
         return Plan.identity(model)
-    plan = random_plan(model)
+    plan = random_plan(model, groups=2 if kind == "groups" else None)
     layers = range(plan.target.num_layers)
-    if kind == "select":
+    if kind in ("select", "groups", "experts"):
         return plan
-    heads = tuple(tuple((head, head ^ 1) for head in kept) for kept in plan.kept_heads or ())  # a group has two
-    norms = tuple(name.format(layer) + "layer_norm_weight" for layer in layers for name in (QKV, FC1))
-    plan = replace(plan, merged_heads=heads, norm_scales={name: 0.7 + place for place, name in enumerate(norms)})
-    if kind == "merged":
-        return plan
+    norms = [name.format(layer) + "layer_norm_weight" for layer in layers for name in (QKV, FC1)]
+    readers = [name.format(layer) + "weight" for layer in layers for name in (QKV, FC1)]
     before, after = plan.source, plan.target
+    width = (before.hidden_size, after.hidden_size)
     shapes = {FC2.format(layer): (ADD, (before.ffn_hidden_size - after.ffn_hidden_size, 64)) for layer in layers}
-    for name, layer in itertools.product((QKV, FC1), layers):
-        shapes[name.format(layer) + "weight"] = REPLACE, (before.hidden_size, after.hidden_size)
+    if kind == "rotated":
+        shapes |= dict.fromkeys([*readers, EMBEDDING, "output_layer.weight"], (REPLACE, width))
+        shapes |= dict.fromkeys([*norms, "decoder.final_layernorm.weight"], (GAIN, (1, after.hidden_size)))
+        return with_matrices(replace(plan, kept_hidden=None, rotated=True), shapes, directory)
+    heads = tuple(tuple((head, head ^ 1) for head in kept) for kept in plan.kept_heads or ())  # a group has two
+    plan = replace(plan, merged_heads=heads)
+    if kind == "merged":
+        return replace(plan, norm_scales={name: 0.7 + place for place, name in enumerate(norms)})
+    shapes |= dict.fromkeys(readers, (REPLACE, width)) | dict.fromkeys(norms, (GAIN, (1, after.hidden_size)))
+    return with_matrices(plan, shapes, directory)
+
+
+def with_matrices(plan: Plan, shapes: dict[str, tuple[str, tuple[int, int]]], directory: Path) -> Plan:
+    """The Plan with random matrices of these kinds and shapes, written to `directory`."""
     directory.mkdir()
-    shapes |= dict.fromkeys(norms, (GAIN, (1, after.hidden_size)))
     file = MatrixFile(directory, {name: shape for name, (_, shape) in shapes.items()})
     file.prepare()
     generator = torch.Generator().manual_seed(1)
     matrices = {
         name: file.write(name, how, torch.randn(shape, generator=generator)) for name, (how, shape) in shapes.items()
     }
-    replace(plan, matrices=matrices, norm_scales={}).save(directory / FILE_NAME)
+    replace(plan, matrices=matrices).save(directory / FILE_NAME)
     return Plan.load(directory / FILE_NAME)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["identity", "select", "merged", "dense"])
-def test_what_the_transform_writes_is_what_the_plan_says(
-    source: Path, tmp_path: Path, kind: str, dtype: torch.dtype | None
-) -> None:
+@pytest.mark.parametrize("kind", ["identity", *KINDS])
+def test_what_the_transform_writes_is_what_the_plan_says(tmp_path: Path, kind: str, dtype: torch.dtype | None) -> None:
+    source = source_of(kind, tmp_path / "source")
     plan = plan_of(kind, source, tmp_path / "plan")
-    for to in FORMATS:
+    for to in formats(kind):
         convert(source, tmp_path / to, to, plan=plan, dtype=dtype, progress=False)
         for world_size in (1, 3):
             for rank in range(world_size):
@@ -97,20 +124,41 @@ def flip_bit(student: Path, row: bytes, byte: int, bit: int) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("to", FORMATS)
-@pytest.mark.parametrize("kind", ["select", "merged", "dense"])
-def test_a_flipped_bit_is_found_wherever_it_is(source: Path, tmp_path: Path, kind: str, to: str) -> None:
+# Hugging Face's name and row of a student's tensor, ours of both; a byte of the row, a bit of that.
+OF_LLAMA = (
+    ("model.embed_tokens.weight", 258, EMBEDDING, 258, 3, 7),
+    ("model.layers.2.mlp.down_proj.weight", 17, FC2.format(2), 17, 255, 0),
+    ("model.layers.1.mlp.gate_proj.weight", 40, FC1.format(1) + "weight", 40, 96, 4),
+)
+PLACES: dict[str, tuple[tuple[str, int, str, int, int, int], ...]]
+PLACES = dict.fromkeys(("select", "merged", "dense"), OF_LLAMA)
+PLACES["groups"] = (  # a head, its key and its value, of 8 rows each
+    ("model.layers.0.self_attn.k_proj.weight", 11, QKV.format(0) + "weight", 24 + 8 + 3, 7, 0),
+    ("model.layers.2.self_attn.v_proj.weight", 4, QKV.format(2) + "weight", 16 + 4, 190, 6),
+    ("model.layers.1.self_attn.o_proj.weight", 30, PROJECTION.format(1), 30, 0, 1),
+)
+PLACES["experts"] = (
+    ("model.layers.1.mlp.experts.3.up_proj.weight", 5, EXPERT.format(1, 3) + "linear_fc1.weight", 64 + 5, 100, 2),
+    ("model.layers.0.mlp.gate.weight", 2, "decoder.layers.0.mlp.router.weight", 2, 8, 0),
+    ("model.layers.0.mlp.shared_expert.gate_proj.weight", 39, SHARED.format(0), 39, 4, 3),
+)
+PLACES["rotated"] = (
+    OF_LLAMA[1],
+    ("model.layers.0.self_attn.o_proj.weight", 12, PROJECTION.format(0), 12, 127, 0),
+    ("lm_head.weight", 0, "output_layer.weight", 0, 191, 7),
+)
+
+
+@pytest.mark.parametrize(("kind", "to"), [(kind, to) for kind in KINDS for to in formats(kind)])
+def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path, kind: str, to: str) -> None:
+    source = source_of(kind, tmp_path / "source")
     plan = plan_of(kind, source, tmp_path / "plan")
     convert(source, tmp_path / "hf", "hf", plan=plan, progress=False)
     rows = weights(tmp_path / "hf")  # read by safetensors
     student = tmp_path / "student"
-    for name, ours, row, byte, bit in (
-        ("model.embed_tokens.weight", "embedding.word_embeddings.weight", 258, 3, 7),
-        ("model.layers.2.mlp.down_proj.weight", FC2.format(2), 17, 255, 0),
-        ("model.layers.1.mlp.gate_proj.weight", FC1.format(1) + "weight", 40, 96, 4),
-    ):
+    for name, place, ours, row, byte, bit in PLACES[kind]:
         convert(source, student, to, plan=plan, progress=False)
-        flip_bit(student, rows[name][row].numpy().tobytes(), byte, bit)
+        flip_bit(student, rows[name][place].numpy().tobytes(), byte, bit)
         found = verify(source, student, plan, progress=False)
         assert found is not None and found.text.startswith(f"{ours}: row {row}, column {byte // 4} holds "), found
         # One process of a job finds it.
@@ -195,6 +243,26 @@ def test_another_plan_or_another_source_is_found(source: Path, tmp_path: Path, k
         scales = {**plan.norm_scales, FC1.format(2) + "layer_norm_weight": 0.71}
         assert differs(replace(plan, norm_scales=scales)).startswith(FC1.format(2) + "layer_norm_weight: row 0 ")
         assert differs(replace(plan, merged_heads=None)).startswith(QKV.format(0) + "weight: row 0")
+
+
+@pytest.mark.parametrize(("kind", "named"), [("groups", QKV.format(1)), ("experts", "decoder.layers.1.mlp.")])
+def test_other_groups_and_other_experts_of_a_layer_are_found(tmp_path: Path, kind: str, named: str) -> None:
+    source = source_of(kind, tmp_path / "source")
+    plan = plan_of(kind, source, tmp_path / "plan")
+    convert(source, tmp_path / "student", "megatron", plan=plan, progress=False)
+    if kind == "groups":
+        assert plan.kept_groups is not None and plan.kept_heads is not None
+        others = tuple(sorted(set(range(4)) - set(plan.kept_groups[1])))
+        groups = (plan.kept_groups[0], others, plan.kept_groups[2])
+        heads = (plan.kept_heads[0], tuple(2 * group for group in others), plan.kept_heads[2])
+        plan = replace(plan, kept_groups=groups, kept_heads=heads)
+    else:
+        assert plan.kept_experts is not None
+        (out,) = set(range(5)) - set(plan.kept_experts[1])
+        swapped = sorted({*plan.kept_experts[1], out} - {max(plan.kept_experts[1])})
+        plan = replace(plan, kept_experts=(plan.kept_experts[0], tuple(swapped), plan.kept_experts[2]))
+    found = verify(source, tmp_path / "student", plan, progress=False)
+    assert found is not None and found.text.startswith(named)
 
 
 def test_a_student_of_another_shape_is_a_difference_and_a_plan_for_another_model_an_error(

@@ -99,6 +99,21 @@ def test_plan_checks_the_search(refused: Callable[..., str], recipe: Path, overr
     assert words in refused("plan", str(recipe), *sizes, *override.split())
 
 
+def test_a_search_has_no_stage(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["search", str(recipe), "--stage", "larger"])
+    assert "unrecognized arguments: --stage larger" in capsys.readouterr().err
+
+
+def test_a_recipe_for_gpus_computes_on_them_and_converts_anywhere(tmp_path: Path, recipe: Path) -> None:
+    overrides = ("cluster.gpu=h100-80gb", f"run_dir={tmp_path / 'run'}")
+    said = refused_by_process("calibrate", str(recipe), *overrides)
+    assert said.endswith("cluster.gpus_per_node, or set cluster.gpu=null to compute on the CPU")
+    command = [sys.executable, "-m", "minitron_nemo.cli", "convert", str(recipe), *overrides]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    assert (tmp_path / "run" / "teacher" / "architecture.json").is_file()
+
+
 def test_plan_shows_what_a_search_will_do(capsys: pytest.CaptureFixture[str], recipe: Path) -> None:
     overrides = ("prune.num_layers=null", "search.num_layers=[2,3]", "search.hidden_size=[32,48]", "search.keep=0.3")
     assert main(["plan", str(recipe), *overrides, "search.rungs=[5,10]"]) == 0

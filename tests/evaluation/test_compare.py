@@ -105,7 +105,7 @@ def test_what_cannot_be_paired_is_refused_in_one_line(runs: list[Path], tmp_path
     with pytest.raises(UserError, match=r"no evaluation\.json in it; to measure checkpoints, .*--data"):
         compare_recorded([tmp_path], None, False)
     (runs[1] / "evaluation.json").write_text("{")
-    with pytest.raises(UserError, match=r"evaluation\.json: not readable"):
+    with pytest.raises(UserError, match=r"evaluation\.json: not valid JSON.*; run `minitron evaluate` again"):
         compare_recorded([runs[1]], None, False)
 
 

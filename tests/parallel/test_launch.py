@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+import torch
+from torch.distributed import PrefixStore
 
 from minitron_nemo.errors import UserError
-from minitron_nemo.parallel.launch import Job, job_from_environment, outlive_a_full_disk
+from minitron_nemo.parallel import launch
+from minitron_nemo.parallel.launch import Job, Rendezvous, job_from_environment, outlive_a_full_disk
+from tests.pool import run_distributed
 
 TORCHRUN = {
     "RANK": "3",
@@ -142,3 +148,33 @@ def test_what_is_printed_to_a_full_disk_is_lost(monkeypatch: pytest.MonkeyPatch)
         print("x" * 100_000, flush=True)
         print("x", file=sys.stderr, flush=True)
         monkeypatch.undo()
+
+
+def _joined_anew(gpu: str, seeing: set[int]) -> tuple[str, str] | None:
+    """What joining a job for `gpu` raises on this rank, where the ranks `seeing` have one; None where they join."""
+    rank, world_size, store = launch.job_rank(), launch.job_size(), launch._rendezvous().store
+    sees = patch.object(torch.cuda, "is_available", return_value=True)
+    launch.shutdown()
+    try:
+        with patch.object(launch, "enter_world"), sees if rank in seeing else nullcontext():
+            launch.join_job(Rendezvous(PrefixStore("anew", store), rank, world_size), gpu)
+        return None
+    except UserError as error:
+        return type(error).__name__, str(error)
+    finally:
+        launch.shutdown()
+        launch.join_job(Rendezvous(PrefixStore("afterwards", store), rank, world_size))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seeing", "said"), [(set(), ""), ({0, 2}, "rank 1: ")])
+def test_a_job_for_gpus_ends_where_a_process_sees_none_and_rank_0_says_it(seeing: set[int], said: str) -> None:
+    found = run_distributed(3, _joined_anew, "h100-80gb", seeing)
+    assert [name for name, _ in found] == ["UserError", "SaidByRankZero", "SaidByRankZero"]
+    (text,) = {text for _, text in found}
+    assert text.startswith(f"{said}cluster.gpu: h100-80gb, but this process sees no GPU; ")
+
+
+@pytest.mark.slow
+def test_a_job_for_gpus_joins_where_every_process_sees_one() -> None:
+    assert run_distributed(3, _joined_anew, "h100-80gb", {0, 1, 2}) == [None, None, None]

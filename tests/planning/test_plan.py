@@ -19,6 +19,7 @@ from minitron_nemo.planning.disk import disk, training_checkpoint_bytes
 from minitron_nemo.planning.memory import trained
 from minitron_nemo.planning.time import distillation
 from minitron_nemo.preflight import Preflight, preflight
+from minitron_nemo.stages import plans
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 WIDTH = "llama31_8b_to_4b_width"
@@ -119,6 +120,25 @@ def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", recipe, "cluster.gpu=null"]) == 0
     out = capsys.readouterr().out
     assert "set cluster.gpu or cluster.gpu_memory_bytes" in out and "not known: set cluster.gpu" in out
+
+
+def test_model_and_text_that_are_not_here_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "data.train[0].path: data/pretraining/*.jsonl is not here"
+    model = "model.source: checkpoints/Llama-3.1-8B is not here; sizes are those of model.architecture"
+    assert main(["plan", str(RECIPES / f"{WIDTH}.yaml")]) == 0
+    said = [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert said[:2] == [model, text]
+    (tmp_path / "data" / "pretraining").mkdir(parents=True)
+    assert plan(WIDTH).warnings[:2] == (model, text)
+    (tmp_path / "data" / "pretraining" / "1.jsonl").touch()
+    assert plan(WIDTH).warnings[0] == model and text not in plan(WIDTH).warnings
+    held_out = plan(WIDTH, "data.heldout=[{path: data},{path: nowhere}]").warnings
+    assert held_out[1] == "data.heldout[1].path: nowhere is not here"
+    stages = plans(load_recipe(RECIPES / "nemotron4_15b_to_8b_to_4b.yaml"))
+    assert [sum("is not here" in said for said in stage.warnings) for stage in stages] == [1, 0]
 
 
 def test_json_has_memory_of_every_rank_and_the_layouts(capsys: pytest.CaptureFixture[str]) -> None:

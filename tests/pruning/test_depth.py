@@ -123,7 +123,7 @@ def test_leaving_out_a_layer_measures_what_the_pruned_checkpoint_does(model: Tin
     for layer in range(LAYERS):
         kept = tuple(other for other in range(LAYERS) if other != layer)
         plan = Plan(source=source, target=source.resized({Axis.LAYERS: LAYERS - 1}), kept_layers=kept)
-        prune(model.megatron, plan, tmp_path / str(layer), 0, 1, lambda: None)
+        prune(model.megatron, plan, tmp_path / str(layer))
         students[str(layer)] = tmp_path / str(layer)
     [measured] = run_distributed(1, evaluate_fp32, students, samples)
     for branch, (name, losses) in zip(branches, measured.items(), strict=True):

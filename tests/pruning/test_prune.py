@@ -57,7 +57,7 @@ def logits_of(directory: Path, tokens: torch.Tensor) -> np.ndarray:
 
 
 def prune_together(teacher: Path, plan: Plan, student: Path) -> None:
-    prune(teacher, plan, student, launch.rank(), launch.world_size(), launch.barrier)
+    prune(teacher, plan, student, launch.rank(), launch.world_size(), launch.gather)
 
 
 def scores_of(hugging_face: Path, teacher: Path) -> Scores:
@@ -156,5 +156,5 @@ def test_a_plan_for_another_model_is_refused_and_leaves_nothing_behind(tmp_path:
     convert(write_tiny_llama(tmp_path / "hf"), tmp_path / "teacher", "megatron", progress=False)
     other = Architecture.load(tmp_path / "teacher").resized({Axis.FFN: 80})
     with pytest.raises(UserError, match="the plan is for another model: ffn_hidden_size is 96, planned 80"):
-        prune(tmp_path / "teacher", Plan.identity(other), tmp_path / "student", 0, 1, lambda: None)
+        prune(tmp_path / "teacher", Plan.identity(other), tmp_path / "student")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "teacher"]

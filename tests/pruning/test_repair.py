@@ -313,13 +313,13 @@ def test_a_plan_with_matrices_gives_the_same_bits_from_any_number_of_processes_a
     run_distributed(2, prune_together, untied.teacher, untied.plan, students[1])
     torch.set_num_threads(2)
     try:
-        prune(untied.teacher, untied.plan, students[2], 0, 1, lambda: None)
+        prune(untied.teacher, untied.plan, students[2])
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
     assert len({fingerprint(student) for student in students}) == 1
     monkeypatch.setattr(dense, "BLOCK_BYTES", 1000)  # sums in parts: nearly the same, not the same
-    prune(untied.teacher, untied.plan, tmp_path / "parts", 0, 1, lambda: None)
+    prune(untied.teacher, untied.plan, tmp_path / "parts")
     tokens, _ = batch()
     whole, parts = (run_distributed(1, logits_of, tmp_path / name, tokens)[0] for name in ("one", "parts"))
     np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
@@ -408,7 +408,7 @@ def test_a_damaged_plan_is_refused_in_one_line_and_leaves_nothing_behind(
     change, message = DAMAGE[damage]
     change(directory)
     with pytest.raises(UserError, match=message) as error:
-        prune(untied.teacher, Plan.load(directory / "plan.json"), tmp_path / "student", 0, 1, lambda: None)
+        prune(untied.teacher, Plan.load(directory / "plan.json"), tmp_path / "student")
     assert "\n" not in str(error.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan"]
 

@@ -234,12 +234,12 @@ def test_one_plan_gives_the_same_bits_from_any_number_of_processes_threads_and_w
         run_distributed(processes, prune_together, case.teacher, case.plan, tmp_path / str(processes))
     torch.set_num_threads(2)
     try:
-        prune(case.teacher, case.plan, tmp_path / "threads", 0, 1, lambda: None)
+        prune(case.teacher, case.plan, tmp_path / "threads")
     finally:
         torch.set_num_threads(1)
     assert len({fingerprint(tmp_path / name) for name in ("1", "2", "4", "threads")}) == 1
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 2000)  # rows in many blocks, sums in parts: nearly the same
-    prune(case.teacher, case.plan, tmp_path / "parts", 0, 1, lambda: None)
+    prune(case.teacher, case.plan, tmp_path / "parts")
     tokens, _ = batch()
     whole, parts = (run_distributed(1, logits_of, tmp_path / name, tokens)[0] for name in ("1", "parts"))
     assert_near(parts, whole)
@@ -250,7 +250,7 @@ def test_an_output_is_untied_without_a_change_of_logits(tmp_path: Path) -> None:
     convert(hugging_face, tmp_path / "teacher", "megatron", progress=False)
     scores = run_distributed(1, measured, tmp_path / "teacher", Layout(), *batch())[0]
     plan = make_plan(scores, scores.architecture, PruneConfig(untie=True))
-    prune(tmp_path / "teacher", plan, tmp_path / "student", 0, 1, lambda: None)
+    prune(tmp_path / "teacher", plan, tmp_path / "student")
     student = Architecture.load(tmp_path / "student")
     assert parameters(student) == parameters(scores.architecture) + 259 * 64
     tokens, _ = batch()
@@ -329,5 +329,5 @@ def test_a_plan_that_rotates_only_in_part_is_refused(change: str, case: Rotated)
 def test_a_rotated_plan_is_not_carried_out_before_it_has_its_matrices(case: Rotated, tmp_path: Path) -> None:
     plan = unrepaired(case.plan.source, 40, cut_more=True)
     with pytest.raises(UserError, match="is to rotate hidden channels and has no matrices yet; repair first"):
-        prune(case.teacher, plan, tmp_path / "student", 0, 1, lambda: None)
+        prune(case.teacher, plan, tmp_path / "student")
     assert list(tmp_path.iterdir()) == []

@@ -84,6 +84,33 @@ def test_what_is_wrong_is_said_before_anything_is_submitted(
     assert said.out == ""
 
 
+def test_what_is_not_here_is_not_submitted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f"#!/bin/sh\ntouch {tmp_path}/submitted\necho 7\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    large, tiny = str(HOME / "recipes" / "llama31_8b_to_4b_width.yaml"), str(write_recipe(tmp_path))
+    model = "model.source: checkpoints/Llama-3.1-8B is not here; "
+    text = "data.train[0].path: nowhere/*.txt is not here; "
+    for arguments, missing in (([large], model), ([tiny, "data.train=[{path: nowhere/*.txt}]"], text)):
+        assert cli.main(["submit", *arguments]) == 2
+        said = capsys.readouterr()
+        assert said.err == f"minitron: error: {missing}put it there first (relative paths count from {tmp_path})\n"
+        assert said.out == "" and not (tmp_path / "submitted").exists()
+    # Only said where nothing is submitted, and where a container may have it.
+    assert cli.main(["submit", large, "--dry-run"]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("sbatch ") and said.err.startswith(f"minitron: warning: {model}without --dry-run")
+    assert cli.main(["submit", large, "cluster.container=image.sqsh"]) == 0
+    assert capsys.readouterr().err.startswith(f"minitron: warning: {model}a mount has to bring it\n")
+    assert (tmp_path / "submitted").exists()
+    monkeypatch.setenv("MINITRON_CONTAINER", "null")
+    assert cli.main(["submit", large, "cluster.container=image.sqsh"]) == 2
+
+
 def test_what_sbatch_refuses_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
