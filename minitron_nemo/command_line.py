@@ -22,7 +22,7 @@ STEPS = {
     "export": "write the distilled student in the formats of export.formats",
     "search": "cut and briefly distil the shapes within a budget, and rank them",
 }
-# RUN is `run_dir`; where the teacher is corrected, RUN/corrected is read in the place of RUN/teacher.
+# What each reads and writes. RUN is `run_dir`; the teacher is RUN/corrected where it is corrected, else RUN/teacher.
 FILES = {
     "run": "Reads the recipe, writes all of RUN. Walks the steps convert to export, then tasks and the report.",
     "prepare": "Reads data.train and RUN/teacher/tokenizer, writes RUN/data; comes after convert.",
@@ -34,8 +34,8 @@ FILES = {
     "repair": "Reads the teacher, RUN/data and RUN/scores.npz, writes RUN/plan; comes after calibrate, or score-depth, "
     "where prune.repair fits.",
     "prune": "Reads the teacher and RUN/scores.npz, or RUN/plan, writes RUN/pruned; comes after calibrate, or repair.",
-    "cache-teacher": "Reads the teacher and RUN/data, writes RUN/teacher_cache, or teacher.cache.path; comes after "
-    "prepare, or correct, with teacher.placement=cached.",
+    "cache-teacher": "Reads the teacher and RUN/data, writes teacher.cache.path and RUN/teacher_cache.json; comes "
+    "after prepare, or correct, with teacher.placement=cached.",
     "distill": "Reads RUN/pruned, the teacher or its cache, and RUN/data, writes RUN/distilled, with checkpoints in "
     "RUN/training; comes after prune, or cache-teacher.",
     "evaluate": "Reads RUN/teacher, corrected, pruned, distilled and data, writes RUN/evaluation.json; comes after "

@@ -21,8 +21,8 @@ DOCUMENTS = (
     *(path for path in sorted((ROOT / "docs").rglob("*.md")) if path.name != "tutorial.md"),
 )
 # What a command within a sentence begins with. In a block any word may.
-PROGRAMS = ("docker", "enroot", "make", "minitron", "nemo", "pip", "pytest", "python", "sbatch", "scancel", "sudo")
-PROGRAMS += ("tensorboard", "torchrun")
+PROGRAMS = {"docker", "enroot", "make", "minitron", "nemo", "pip", "pytest", "python", "sbatch", "scancel", "sudo"}
+PROGRAMS |= {"tensorboard", "torchrun"}
 INDENT = "    "
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -142,7 +143,7 @@ def test_a_piece_of_a_recipe_has_keys_and_types_of_one(block: Block) -> None:
 
 def test_the_table_of_a_family_that_is_shown_is_one() -> None:
     line, table = (block for block in blocks(ROOT / "docs" / "family.md") if block.language == "python")
-    names = {"TensorSpec": TensorSpec, "AxisDim": AxisDim, "Axis": Axis, "pieces": None}
+    names: dict[str, Any] = {"TensorSpec": TensorSpec, "AxisDim": AxisDim, "Axis": Axis, "pieces": None}
     there = table_blocks.mlp_output()
     spec = eval("\n".join(line.lines), names)
     assert (spec.name, spec.dims, spec.tp_dim, spec.part) == (there.name, there.dims, there.tp_dim, there.part)
