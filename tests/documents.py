@@ -83,9 +83,9 @@ def shown() -> list[Shown]:
     return found
 
 
-def commands(program: str) -> list[Shown]:
-    """Those that begin with `program`."""
-    return [each for each in shown() if each.words[0] == program]
+def commands(*programs: str) -> list[Shown]:
+    """Those that begin with one of `programs`."""
+    return [each for each in shown() if each.words[0] in programs]
 
 
 def _typed(name: str, block: Block, all_blocks: list[Block]) -> Iterator[Shown]:

@@ -49,7 +49,7 @@ RUN_OF_IMAGE = re.search(r"RUN python -m (pip .*?) \\\n", (ROOT / "docker" / "Do
 def test_every_program_that_is_shown_has_a_test() -> None:
     assert {each.words[0] for each in shown()} == RUN_BY.keys() | NOT_RUN
     for program, test in RUN_BY.items():
-        assert re.search(rf'(commands|unlike)\("{re.escape(program)}"\)', (ROOT / test).read_text()), program
+        assert re.search(rf'(commands|unlike)\([^)]*"{re.escape(program)}"', (ROOT / test).read_text()), program
 
 
 @pytest.mark.parametrize("shown", commands("minitron"), ids=str)
@@ -118,7 +118,7 @@ def test_pip_is_told_what_makefile_and_dockerfile_tell_it(shown: Shown) -> None:
             assert f" {word}\n" in MAKEFILE or f"--constraint {word} '.[nemo]'" in MAKEFILE
 
 
-@pytest.mark.parametrize("shown", [*commands("docker"), *commands("enroot")], ids=str)
+@pytest.mark.parametrize("shown", commands("docker", "enroot"), ids=str)
 def test_images_are_made_of_files_that_say_the_same(shown: Shown) -> None:
     if shown.words[0] == "docker":
         file = ROOT / shown.words[shown.words.index("-f") + 1]
