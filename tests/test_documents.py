@@ -21,7 +21,7 @@ from minitron_nemo.arch.families import qwen2
 from minitron_nemo.arch.tensors import TensorSpec
 from minitron_nemo.command_line import command_line
 from minitron_nemo.config import Recipe, load_recipe
-from tests.documents import DOCUMENTS, ROOT, Block, Shown, blocks, commands, shown
+from tests.documents import DOCUMENTS, PROGRAMS, ROOT, Block, Shown, blocks, commands, shown
 
 # The test that runs a program's commands, whole or as far as it says.
 RUN_BY = {
@@ -50,6 +50,14 @@ def test_every_program_that_is_shown_has_a_test() -> None:
     assert {each.words[0] for each in shown()} == RUN_BY.keys() | NOT_RUN
     for program, test in RUN_BY.items():
         assert re.search(rf'(commands|unlike)\([^)]*"{re.escape(program)}"', (ROOT / test).read_text()), program
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_fences_hide_no_command(document: Path) -> None:
+    for block in blocks(document):
+        assert block.language in ("shell", "yaml", "python", "json", "text"), block
+        if block.language != "shell":
+            assert [line for line in block.lines if line.split(" ")[0] in PROGRAMS] == [], block
 
 
 @pytest.mark.parametrize("shown", commands("minitron"), ids=str)
