@@ -197,7 +197,7 @@ def command_line() -> argparse.ArgumentParser:
 def _recipe_verb(
     verbs: argparse._SubParsersAction, name: str, description: str, files: str = ""
 ) -> argparse.ArgumentParser:
-    said = f"{description[0].upper()}{description[1:]}. {files}"
+    said = f"{description[0].upper()}{description[1:]}. {files}".strip()
     parser: argparse.ArgumentParser = verbs.add_parser(name, help=description, description=said)
     parser.add_argument("recipe", type=Path, help="recipe file (YAML); docs/recipe.md explains every key")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, e.g. train.lr=1e-4")

@@ -45,7 +45,7 @@ def test_the_help_of_a_step_says_what_it_writes(steps: list[Step]) -> None:
 
 def test_every_verb_is_in_a_group() -> None:
     grouped = re.findall(r"[a-z-]+", "".join(re.findall(r"^  (?!minitron)(.*)$", EPILOG, re.MULTILINE)))
-    assert sorted(grouped) == sorted(verbs())
+    assert set(grouped) == verbs().keys()
 
 
 def test_version_and_names_stand_as_they_are_written(capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,7 +76,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         directory,
         parallel={"pipeline_model_parallel_size": 1},
         cluster={"launcher": "none"},
-        search={"ffn_hidden_size": [48, 64], "rungs": [1]},
+        data={"heldout_fraction": 0.4},  # enough for questions
+        search={"ffn_hidden_size": [48, 64], "rungs": [2]},
     )
     recipes = directory / "recipes"
     recipes.mkdir()

@@ -87,11 +87,11 @@ def test_a_factory_is_overridden_on_the_command_line(tmp_path: Path) -> None:
 
 DRY_RUNS = """
 import json, sys
-from nemo_run.__main__ import app
+from nemo_run.cli.api import create_cli
 for words in json.loads(sys.argv[1]):
     print(">", *words, flush=True)
-    sys.argv = ["nemo", *words]
-    app(words, standalone_mode=False)
+    sys.argv = ["nemo", *words]  # decides which commands the application has
+    create_cli()(words, standalone_mode=False)
 """
 
 
@@ -107,7 +107,7 @@ def test_what_the_documents_show_is_understood(recipe: Path, tmp_path: Path) -> 
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.count("Dry run for ") == len(shown), done.stdout
+    assert done.stdout.count("Dry run for task ") == len(shown), done.stdout[-4000:] + done.stderr[-4000:]
 
 
 def test_python_of_the_documents_makes_a_task_for_each_executor(monkeypatch: pytest.MonkeyPatch) -> None:
