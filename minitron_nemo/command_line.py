@@ -130,7 +130,7 @@ def command_line() -> argparse.ArgumentParser:
     forms.add_argument("--shell", action="store_true", help=argparse.SUPPRESS)  # variables for launch/common.sh
     forms.add_argument("--layouts", action="store_true", help="add a table of other layouts, the fastest first")
     for name, description in STEPS.items():
-        step = _recipe_verb(verbs, name, description, FILES[name])
+        step = _recipe_verb(verbs, name, description, f"{FILES[name]} RUN is the recipe's run_dir.")
         step.add_argument("--stage", metavar="NAME", help=STAGE)
         step.set_defaults(until=None)
     verbs.choices["run"].add_argument("--until", choices=("prune",), help="stop after pruning, before the distillation")
