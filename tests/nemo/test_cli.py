@@ -87,7 +87,9 @@ def test_a_factory_is_overridden_on_the_command_line(tmp_path: Path) -> None:
 
 DRY_RUNS = """
 import json, sys
+import torch
 from nemo_run.cli.api import create_cli
+torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 8  # whom the executor's factory asks first
 for words in json.loads(sys.argv[1]):
     print(">", *words, flush=True)
     sys.argv = ["nemo", *words]  # decides which commands the application has
