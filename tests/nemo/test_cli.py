@@ -87,9 +87,11 @@ def test_a_factory_is_overridden_on_the_command_line(tmp_path: Path) -> None:
 
 DRY_RUNS = """
 import json, sys
-import torch
+from types import SimpleNamespace
+from nemo.collections.llm.recipes.run import executor
 from nemo_run.cli.api import create_cli
-torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 8  # whom the executor's factory asks first
+# Its factory asks for GPUs before it reads how many there are to be.
+executor.torch = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True, device_count=lambda: 8))
 for words in json.loads(sys.argv[1]):
     print(">", *words, flush=True)
     sys.argv = ["nemo", *words]  # decides which commands the application has
