@@ -1,4 +1,5 @@
-# Every target sets itself up on a fresh machine with Python (with venv), make and, for `test`, Debian's apt as root.
+# Every target sets itself up on a fresh machine with Python 3.11 (Debian: python3-venv), make and, for `test`, Debian's
+# apt as root.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,8 +18,9 @@ export TOKENIZERS_PARALLELISM := false
 install: $(VENV)/.installed
 
 # torch first and by itself: whichever build the machine's index offers (CPU or CUDA) is the one all else is fitted to.
+# Without Debian's python3-venv, venv fails and leaves an environment without pip behind, which the next try replaces.
 $(VENV)/.installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
@@ -27,7 +29,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 install-nemo: $(NEMO_VENV)/.installed
 
 $(NEMO_VENV)/.installed: pyproject.toml constraints-nemo.txt
-	test -x $(NEMO_BIN)/python || $(PYTHON) -m venv $(NEMO_VENV)
+	$(NEMO_BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(NEMO_VENV)
 	$(NEMO_BIN)/python -m pip install --quiet "$(TORCH)"
 	$(NEMO_BIN)/python -m pip install --quiet --constraint constraints-nemo.txt '.[nemo]' 'pytest>=8.3' 'pytest-timeout>=2.3'
 	touch $@

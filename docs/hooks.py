@@ -1,4 +1,4 @@
-"""What the documentation takes from the code when it is built: every command's `--help`."""
+"""What the documentation takes from the code when it is built: `minitron --help` and every command's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def on_page_markdown(markdown: str, page: Any, **unused: Any) -> str:
     if page.file.src_uri != CLI_PAGE:
         return markdown
     os.environ["COLUMNS"] = "110"  # argparse folds its lines there
-    return "\n".join([markdown, *(_section(name, verb) for name, verb in _verbs().items())])
+    whole = f"\n```text\n{command_line().format_help()}```\n"
+    return "\n".join([markdown, whole, *(_section(name, verb) for name, verb in _verbs().items())])
 
 
 def _verbs() -> dict[str, argparse.ArgumentParser]:

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from minitron_nemo import __version__
+
 STEPS = {
     "run": "the whole chain; unchanged steps are not run again, interrupted ones resume",
     "prepare": "tokenise the text and split off held-out documents",
@@ -22,7 +24,38 @@ STEPS = {
 }
 # Those that build no model: they run on any machine, whatever cluster.gpu says.
 WITHOUT_MODEL = ("convert", "prepare", "prune", "export", "verify")
-EXAMPLE = """examples:
+# What each reads and writes. RUN is `run_dir`; the teacher is RUN/corrected where it is corrected, else RUN/teacher.
+FILES = {
+    "run": "Reads the recipe, writes all of RUN. Walks the steps convert to export, then tasks and the report.",
+    "prepare": "Reads data.train and RUN/teacher/tokenizer, writes RUN/data; comes after convert.",
+    "correct": "Reads RUN/teacher and RUN/data, writes RUN/corrected; comes after prepare, with "
+    "teacher.correction.steps.",
+    "calibrate": "Reads the teacher and RUN/data, writes RUN/scores.npz; comes after prepare, or correct.",
+    "score-depth": "Reads the teacher and RUN/data, writes RUN/depth.npz; comes after calibrate, where "
+    "prune.depth_method measures.",
+    "repair": "Reads the teacher, RUN/data and RUN/scores.npz, writes RUN/plan; comes after calibrate, or score-depth, "
+    "where prune.repair fits.",
+    "prune": "Reads the teacher and RUN/scores.npz, or RUN/plan, writes RUN/pruned; comes after calibrate, or repair.",
+    "cache-teacher": "Reads the teacher and RUN/data, writes teacher.cache.path and RUN/teacher_cache.json; comes "
+    "after prepare, or correct, with teacher.placement=cached.",
+    "distill": "Reads RUN/pruned, the teacher or its cache, and RUN/data, writes RUN/distilled, with checkpoints in "
+    "RUN/training; comes after prune, or cache-teacher.",
+    "evaluate": "Reads RUN/teacher, corrected, pruned, distilled and data, writes RUN/evaluation.json; comes after "
+    "distill.",
+    "export": "Reads RUN/distilled, writes RUN/export; comes after distill.",
+    "search": "Reads the teacher, RUN/data and RUN/scores.npz, which it makes where they are missing, writes "
+    "RUN/search. Alone, or before the run of the shape that it ranks first.",
+}
+EPILOG = """start:
+  plan, run, report, submit
+steps of `run`, in their order:
+  convert, prepare, correct, calibrate, score-depth, repair, prune, cache-teacher, distill, evaluate, export, tasks
+checkpoints:
+  inspect, convert, verify
+compare and choose:
+  compare, search, merge-scores, make-task
+
+examples:
   minitron plan recipes/quickstart.yaml                 check a recipe, see what it costs
   minitron run recipes/quickstart.yaml train.steps=20   the whole chain, one key changed
   minitron report runs/quickstart                       what came out, or came out so far, as one HTML page
@@ -30,16 +63,19 @@ EXAMPLE = """examples:
   minitron convert SRC DST --to hf                      any checkpoint, other format
 """
 
+STAGE = "run this stage alone (recipes with `stages:`)"
+MODELS = "a recipe, or checkpoint directories; key=value changes a recipe key"
+
 CONVERT = """Convert SRC DST --to FORMAT: one read and one write, slice by slice, in bounded memory. Reads Hugging Face
 safetensors, Megatron torch_dist, NeMo 2, Megatron-Bridge, legacy Megatron-LM and GGUF; writes Hugging Face (hf),
 Megatron torch_dist (megatron), NeMo 2 (nemo) and Megatron-Bridge (bridge)."""
 
 TASKS = """Measure models on tasks. RECIPE: its teacher, pruned and distilled student on evaluate.tasks, into
-RUN/tasks.json. DIR ...: checkpoints of any format, on the tasks given here, into --out; what is no Megatron
-checkpoint is converted for the time being. What was measured already is not measured again.
+RUN/tasks.json. DIR ...: checkpoints of any format, on the tasks given here, into --out; other formats are
+converted to a temporary Megatron checkpoint. What was measured already is not measured again.
 
 A task is a .jsonl file with context, choices and answer on each line, a .yaml task file of lm-evaluation-harness, or
-the name of one of its own tasks; these two need pip install 'minitron_nemo[eval]'.
+the name of one of its own tasks; these two need pip install '.[eval]' in the clone.
 
   minitron tasks recipes/quickstart.yaml --tasks recipes/tasks/opposites.yaml
   minitron tasks runs/quickstart/distilled train.precision=fp32 --tasks recipes/tasks/opposites.jsonl
@@ -85,31 +121,32 @@ def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="minitron",
         description="Prune a large language model by structure and distil the original into what is left.",
-        epilog=EXAMPLE,
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     plan = _recipe_verb(verbs, "plan", "check every key of a recipe and print what it takes: memory, time, disk")
     forms = plan.add_mutually_exclusive_group()
     forms.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    forms.add_argument("--shell", action="store_true", help="print the variables that launch/common.sh needs")
+    forms.add_argument("--shell", action="store_true", help=argparse.SUPPRESS)  # variables for launch/common.sh
     forms.add_argument("--layouts", action="store_true", help="add a table of other layouts, the fastest first")
     for name, description in STEPS.items():
-        step = _recipe_verb(verbs, name, description)
+        step = _recipe_verb(verbs, name, description, f"{FILES[name]} RUN is the recipe's run_dir.")
         step.set_defaults(until=None, stage=None)
         if name != "search":
-            step.add_argument("--stage", metavar="NAME", help="of a recipe with stages: only what belongs to this one")
-    verbs.choices["run"].add_argument("--until", choices=("prune",), help="end after this step")
+            step.add_argument("--stage", metavar="NAME", help=STAGE)
+    verbs.choices["run"].add_argument("--until", choices=("prune",), help="stop after pruning, before the distillation")
     on_tasks = verbs.add_parser(
         "tasks",
         help="measure models on benchmark tasks",
         description=TASKS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    on_tasks.add_argument("models", nargs="+", metavar="RECIPE | DIR | key=value", help="what to measure; keys' values")
+    on_tasks.add_argument("models", nargs="+", metavar="RECIPE | DIR | key=value", help=MODELS)
     on_tasks.add_argument("--tasks", action="append", metavar="FILE", help="a task; may be repeated")
     on_tasks.add_argument("--out", type=Path, default=Path("tasks.json"), help="of DIRs: file to write [tasks.json]")
-    on_tasks.add_argument("--stage", metavar="NAME", help="of a recipe with stages: only what belongs to this one")
+    on_tasks.add_argument("--stage", metavar="NAME", help=STAGE)
     on_tasks.set_defaults(until=None)
     compare = verbs.add_parser(
         "compare",
@@ -117,7 +154,7 @@ def command_line() -> argparse.ArgumentParser:
         description=COMPARE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    compare.add_argument("models", nargs="+", metavar="RUN | DIR | key=value", help="what to compare; keys' values")
+    compare.add_argument("models", nargs="+", metavar="RUN | DIR | key=value", help=MODELS)
     compare.add_argument("--data", type=Path, metavar="RECIPE | DIR", help="documents to measure on")
     compare.add_argument("--against", metavar="MODEL", help="what others are compared with; default: the first")
     compare.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -145,7 +182,9 @@ def command_line() -> argparse.ArgumentParser:
     task.add_argument("run", type=Path, help="run directory, whose data is prepared and teacher converted")
     task.add_argument("--out", type=Path, help="directory to write; default: task in the run directory")
     task.add_argument("--questions", type=int, default=400, help="of each part, at most; default: %(default)s")
-    task.add_argument("--seed", type=int, default=1234, help="of what is taken and of the answers' places")
+    task.add_argument(
+        "--seed", type=int, default=1234, help="decides which passages are taken and where the right answer stands"
+    )
     report = verbs.add_parser("report", help="one HTML page about a run, at any time", description=REPORT)
     report.add_argument("run", type=Path, help="run directory, or the recipe of one")
     report.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, e.g. run_dir=DIR")
@@ -158,10 +197,11 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
-def _recipe_verb(verbs: argparse._SubParsersAction, name: str, description: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(
-        name, help=description, description=description.capitalize() + "."
-    )
+def _recipe_verb(
+    verbs: argparse._SubParsersAction, name: str, description: str, files: str = ""
+) -> argparse.ArgumentParser:
+    said = f"{description[0].upper()}{description[1:]}. {files}".strip()
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=description, description=said)
     parser.add_argument("recipe", type=Path, help="recipe file (YAML); docs/recipe.md explains every key")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, e.g. train.lr=1e-4")
     return parser

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Indices = NDArray[np.int64]
 
 
-class Axis(str, Enum):
+class Axis(StrEnum):
     """The dimensions of a model, spelled as Megatron-core spells their sizes."""
 
     HIDDEN = "hidden_size"
@@ -35,9 +35,6 @@ class Axis(str, Enum):
     GROUPS = "num_query_groups"
     LAYERS = "num_layers"
     VOCAB = "vocab_size"
-
-    def __str__(self) -> str:
-        return self.value
 
     @property
     def per_layer(self) -> bool:

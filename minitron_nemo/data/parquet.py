@@ -34,7 +34,7 @@ def _open(file: Path, text_key: str) -> tuple[Any, int]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise UserError(f"{file}: parquet is read with pyarrow; pip install 'minitron_nemo[parquet]'") from None
+        raise UserError(f"{file}: parquet is read with pyarrow; pip install '.[parquet]' in the clone") from None
     try:
         opened = parquet.ParquetFile(file)
     except pyarrow.ArrowException as error:

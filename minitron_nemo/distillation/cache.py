@@ -285,5 +285,7 @@ def import_zarr() -> Any:
         import zarr
         import zarr.codecs
     except ImportError as error:
-        raise UserError(f"teacher.placement: cached needs Zarr 3 ({error}); install minitron_nemo[cache]") from None
+        raise UserError(
+            f"teacher.placement: cached needs Zarr 3 ({error}); pip install '.[cache]' in the clone"
+        ) from None
     return zarr

@@ -131,7 +131,8 @@ def draws(seed: int, sample_id: str, tokens: int, count: int) -> NDArray[np.floa
     """
     key = hashlib.sha256(f"{seed} {sample_id}".encode()).digest()[:16]
     raw = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(tokens * count)
-    return ((raw >> np.uint64(11)) * 2.0**-53).reshape(tokens, count)
+    uniform: NDArray[np.float64] = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53  # 53 bits: exact
+    return uniform.reshape(tokens, count)
 
 
 def _joined(parts: Sequence[SparseEntries], samples: int, tokens: int) -> SparseEntries:

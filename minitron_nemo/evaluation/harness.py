@@ -177,11 +177,11 @@ def open_harness_tasks(spec: str) -> list[HarnessTask]:
 
     Raises UserError for what it does not take.
     """
-    path = Path(spec)
+    path = Path(spec).resolve()  # it is read from another directory
     manager = TaskManager(include_defaults=not path.is_file())
     try:
-        with _in_directory(path.resolve().parent if path.is_file() else Path.cwd()):
-            tasks = manager.load([str(path.resolve()) if path.is_file() else spec])["tasks"]
+        with _in_directory(path.parent if path.is_file() else Path.cwd()):
+            tasks = manager.load([str(path) if path.is_file() else spec])["tasks"]
     except WRONG as error:
         raise UserError(f"evaluate.tasks: {spec}: {' '.join(str(error).split())[:300]}") from None
     for task in tasks.values():

@@ -81,7 +81,7 @@ def check_tasks(specs: Sequence[str]) -> None:
         if not spec.endswith(".jsonl") and find_spec("lm_eval") is None:
             raise UserError(
                 f"evaluate.tasks: {spec} is a task of lm-evaluation-harness, which is not installed; "
-                "pip install 'minitron_nemo[eval]', or give a .jsonl file"
+                "pip install '.[eval]' in the clone, or give a .jsonl file"
             )
 
 

@@ -39,7 +39,7 @@ def backend(device: torch.device) -> Backend:
         from minitron_nemo.kernels import triton_rows
     except ImportError as error:
         raise ImportError(
-            f"the loss kernels for {device.type} need Triton ({error}): install minitron_nemo[triton], "
+            f"the loss kernels for {device.type} need Triton ({error}): pip install '.[triton]' in the clone, "
             f"or set {OVERRIDE}=torch"
         ) from error
     return Backend(triton_rows, products(device), any_dtype=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import yaml
 
 from minitron_nemo.arch import Architecture
 from minitron_nemo.checkpoint.transform import convert
+from tests.documents import DOCUMENTS, blocks, commands
 from tests.importance.synthetic import random_values, scores_from
 from tests.tiny import write_tiny_llama
 
@@ -81,3 +83,49 @@ def test_a_factory_is_overridden_on_the_command_line(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "hidden 2048, ffn 9216" in done.stdout
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["train"]["lr"] == 5e-5
+
+
+DRY_RUNS = """
+import json, sys
+from types import SimpleNamespace
+from nemo.collections.llm.recipes.run import executor
+from nemo_run.cli.api import create_cli
+# Its factory asks for GPUs before it reads how many there are to be.
+executor.torch = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True, device_count=lambda: 8))
+for words in json.loads(sys.argv[1]):
+    print(">", *words, flush=True)
+    sys.argv = ["nemo", *words]  # decides which commands the application has
+    create_cli()(words, standalone_mode=False)
+"""
+
+
+def test_what_the_documents_show_is_understood(recipe: Path, tmp_path: Path) -> None:
+    """NeMo-Run reads every option and makes the task, and stops where it would start it. All in one process: NeMo's
+    imports take half a minute."""
+    (tmp_path / "4b.yaml").write_text(recipe.read_text())
+    shown = [[word.replace("/data", str(tmp_path)) for word in each.words[1:]] for each in commands("nemo")]
+    lines = json.dumps([[*words, "--dryrun"] for words in shown])
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", DRY_RUNS, lines]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.stdout.count("Dry run for task ") == len(shown), done.stdout[-4000:] + done.stderr[-4000:]
+
+
+def test_python_of_the_documents_makes_a_task_for_each_executor(monkeypatch: pytest.MonkeyPatch) -> None:
+    import nemo_run
+
+    import minitron_nemo.nemo
+
+    runs = []
+    monkeypatch.setattr(nemo_run, "run", lambda task, executor: runs.append((task, executor)))
+    (page,) = (path for path in DOCUMENTS if path.name == "nemo.md")
+    first, *others = ("\n".join(block.lines) for block in blocks(page) if block.language == "python")
+    exec(first, {})
+    assert [type(executor).__name__ for _, executor in runs] == ["LocalExecutor", "SlurmExecutor"]
+    assert {task.recipe.run_dir for task, _ in runs} == {"/data/4b"}
+    for text in others:  # what they do is tested in test_training.py and test_importance.py
+        used = set(compile(text, str(page), "exec").co_names) & set(dir(minitron_nemo.nemo))
+        assert used

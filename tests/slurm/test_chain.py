@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.documents import commands
 from tests.e2e.chain import write_recipe
 from tests.slurm.cluster import PATH, Cluster
 
@@ -45,8 +47,12 @@ def wait_for_distillation(slurm: Cluster, job: int, run: Path, updates: int = 2)
 
 
 def test_the_chain_completes_on_two_nodes(slurm: Cluster, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path)
-    prepare = minitron(slurm, tmp_path, "submit", recipe.name, *TWO_NODES, "train.steps=3", "cluster.prune_nodes=2")
+    """Submitted as docs/cluster.md begins, with a tiny model under the name of its recipe."""
+    shown = next(each for each in commands("minitron") if each.document == "docs/cluster.md").words[1:]
+    assert shown[:2] == ("submit", "recipes/llama31_8b_to_4b_width.yaml")
+    (tmp_path / "recipes").mkdir()
+    shutil.move(write_recipe(tmp_path), tmp_path / shown[1])
+    prepare = minitron(slurm, tmp_path, *shown, *TWO_NODES, "train.steps=3", "cluster.prune_nodes=2")
     pruning, job = (int(line.split()[1].rstrip(":")) for line in prepare.splitlines() if line.startswith("job "))
     assert slurm.wait(job, 300)["JobState"] == "COMPLETED", slurm.output(pruning) + slurm.output(job)
     assert "[prune] done" in slurm.output(pruning)

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
+from tests.documents import Shown, commands
 from tests.slurm.cluster import PATH, Cluster
 
 LAUNCH = Path(__file__).parents[2] / "launch"
@@ -106,6 +108,22 @@ def test_recipe_and_overrides_arrive_whole(slurm: Cluster, home: Path, work: Pat
     assert slurm.wait(job, 30)["JobState"] == "COMPLETED", slurm.output(job)
     expected = [str(work), "run", "mine.yaml", "name=two words", "data.train=[{path: a*b}]", "cluster.launcher=none"]
     assert lines(work, job, "argument") == [f"argument {word}" for word in expected]
+
+
+@pytest.mark.parametrize("shown", commands("sbatch"), ids=str)
+def test_what_the_documents_tell_sbatch_runs(slurm: Cluster, home: Path, work: Path, shown: Shown) -> None:
+    """As it stands there but for the nodes, of which there are two."""
+    words = ["recipes/small.yaml" if word == "RECIPE" else word for word in shown.words[1:]]
+    recipe = next(word for word in words if word.startswith("recipes/"))
+    shutil.copytree(home / "recipes", work / "recipes")
+    (work / recipe).write_text("name: shown\n")
+    at = words.index(recipe)
+    options, script, rest = words[: at - 1], words[at - 1], words[at:]
+    options = [re.sub(r"^--nodes=\d+$", "--nodes=2", option) for option in options]
+    job = submit(slurm, home, work, *rest, sbatch=options, script=script.removeprefix("launch/"))
+    assert slurm.wait(job, 30)["JobState"] == "COMPLETED", slurm.output(job)
+    verb = {"launch/distill.sh": "run", "launch/search.sh": "search"}[script]
+    assert lines(work, job, "argument")[: len(rest) + 2] == [f"argument {word}" for word in (str(work), verb, *rest)]
 
 
 def test_every_rank_has_a_log_and_rank_0_is_on_the_console(slurm: Cluster, home: Path, work: Path) -> None:
@@ -251,7 +269,8 @@ def test_requeues_are_bounded_and_a_cancelled_job_stays_cancelled(slurm: Cluster
     executable(home / ".venv" / "bin" / "minitron", program)
     job = submit(slurm, home, work, "recipes/small.yaml")
     slurm.wait_for_output(job, "begun", 30)
-    slurm.run("scancel", "--signal=USR1", str(job))
+    (shown,) = {each.words for each in commands("scancel")}
+    slurm.run(*(str(job) if word == "JOB" else word for word in shown))
     ended = slurm.wait(job, 60)
     assert (ended["ExitCode"], ended["Restarts"]) == ("75:0", "0"), slurm.output(job)
     assert "not requeued, cluster.max_requeues is 0; submit again to go on" in slurm.output(job)
