@@ -42,7 +42,7 @@ ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
 def run_arm(base: Path, directory: Path, overrides: tuple[str, ...]) -> None:
     if not directory.exists():
         shutil.copytree(base, directory, copy_function=os.link, ignore=shutil.ignore_patterns(".lock"))
-    for step in ("calibrate", "prune", "distill"):
+    for step in ("calibrate", "repair", "prune", "distill"):
         command = [sys.executable, "-m", "minitron_nemo.cli", step, str(RECIPE), f"run_dir={directory}", *overrides]
         subprocess.run(command, check=True)
 
