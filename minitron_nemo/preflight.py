@@ -39,6 +39,7 @@ from minitron_nemo.planning.estimate import Estimate
 from minitron_nemo.planning.job import Job
 from minitron_nemo.pruning import depth
 from minitron_nemo.pruning.repair import fits, repair_warnings
+from minitron_nemo.pruning.repair import planned as planned_repair
 from minitron_nemo.pruning.target import target_architecture
 from minitron_nemo.recipe_checks import absent, check_values
 
@@ -99,7 +100,8 @@ class Preflight:
     def flops(self) -> dict[str, int]:
         """Forward = 1, backward = 2: correction 3 sources, calibration 1, distillation 1 teacher + 3 students.
 
-        Of depth on text; how long the sequences of a task are is not known before they are tokenised.
+        Of depth on text; how long the sequences of a task are is not known before they are tokenised. Of repair at
+        most, and without the systems that are solved.
         """
         source = forward_flops_per_token(self.source, self.recipe.data.sequence_length)
         search = 0
@@ -112,6 +114,10 @@ class Preflight:
                 int(found["layer_evaluations"]),
             )
         tokens = self.tokens
+        repair = 0
+        if tokens["repair"]:
+            length = self.recipe.data.sequence_length
+            repair = planned_repair(self.source, self.student, self.recipe.prune, self.layout, length)[1]
         distillation = 0
         for segment in self.segments:
             both = (forward_flops_per_token(model, segment.sequence_length) for model in (self.teacher, self.student))
@@ -121,6 +127,7 @@ class Preflight:
             "correction": 3 * source * tokens["correction"],
             "calibration": source * tokens["calibration"],
             "depth": search * tokens["depth"],
+            "repair": repair * tokens["repair"],
             "distillation": distillation,
         }
 

@@ -34,9 +34,9 @@ class Device:
 
     @staticmethod
     def of_recipe(recipe: Recipe) -> Device:
-        """That of `cluster.gpu`, where TransformerEngine is taken for granted, with the recipe's own figures on top.
+        """That of `cluster.gpu`, with the recipe's own figures on top.
 
-        Without `cluster.gpu`, layers are those of the machine that plans.
+        Layers are those of the machine that plans; where that has no GPU and `cluster.gpu` is one, TransformerEngine's.
         """
         cluster, train = recipe.cluster, recipe.train
         gpu = None if cluster.gpu is None else GPUS[cluster.gpu]
@@ -47,7 +47,7 @@ class Device:
             memory_bandwidth=gpu.memory_bandwidth if gpu else None,
             link=gpu.link if gpu else None,
             network=gpu.network if gpu else None,
-            transformer_engine=gpu is not None or has_transformer_engine(),
+            transformer_engine=has_transformer_engine() or (gpu is not None and current_device().type == "cpu"),
             cpu=gpu is None and current_device().type == "cpu",
             name=cluster.gpu or "device",
         )

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from minitron_nemo.parallel.device import has_transformer_engine
 from minitron_nemo.planning.devices import USABLE, Device
 from minitron_nemo.planning.disk import Kept, disk
 from minitron_nemo.planning.job import Job
 from minitron_nemo.planning.layouts import Candidate, candidates
-from minitron_nemo.planning.memory import RankMemory, memory
+from minitron_nemo.planning.memory import RankMemory, memory, worst
 from minitron_nemo.planning.time import UpdateTime, distillation, efficiency, whole
 
 
@@ -34,6 +35,14 @@ class Estimate:
         for each in self.memory:
             by_step[each.step] = max(by_step.get(each.step, each), each, key=lambda one: one.total)
         return sorted(by_step.values(), key=lambda each: -each.total)
+
+    @cached_property
+    def without_transformer_engine(self) -> int | None:
+        """Bytes of the fullest rank if the job's environment lacks what the plan takes for granted; else None."""
+        granted = self.device.transformer_engine and not has_transformer_engine()
+        if not granted or self.job.recipe.cluster.container is not None:
+            return None
+        return worst(memory(self.job, replace(self.device, transformer_engine=False))).total
 
     @cached_property
     def efficiency(self) -> float:
@@ -68,6 +77,7 @@ class Estimate:
         return {
             "device": {**asdict(device), "usable": USABLE},
             "memory": [{**asdict(each), "total": each.total} for each in self.memory],
+            "memory_without_transformer_engine": self.without_transformer_engine,
             "fits": device.fits(self.fullest[0].total),
             "update": None
             if update is None or device.peak_flops is None

@@ -54,17 +54,24 @@ def _candidate(each: Candidate, device: Device) -> str:
 
 def _memory(estimate: Estimate) -> list[Row]:
     device, found = estimate.device, estimate.fullest
-    fits = device.fits(found[0].total)
-    if device.memory_bytes is None:
-        verdict = "whether it fits is not known: set cluster.gpu or cluster.gpu_memory_bytes"
-    else:
-        room = f"{USABLE:.0%} of the {device.memory_bytes / 1e9:.4g} GB of {device.name}"
-        verdict = f"fits into {room}" if fits else f"DOES NOT FIT into {room}"
+    lacking = estimate.without_transformer_engine
     core = "TransformerEngine's layers" if device.transformer_engine else "layers without TransformerEngine"
+    without = "without it, as where no cluster.container brings it and the environment of the nodes has none"
     return [
-        ("memory", f"{found[0].total / 1e9:.3g} GB of a rank at most: {verdict}; {core} (arithmetic)"),
+        (
+            "memory",
+            f"{found[0].total / 1e9:.3g} GB of a rank at most: {_verdict(device, found[0].total)}; {core} (arithmetic)",
+        ),
+        *([("", f"{lacking / 1e9:.3g} GB {without}: {_verdict(device, lacking)}")] if lacking is not None else []),
         *((f"memory, {each.step}", _parts(each)) for each in found),
     ]
+
+
+def _verdict(device: Device, amount: int) -> str:
+    if device.memory_bytes is None:
+        return "whether it fits is not known: set cluster.gpu or cluster.gpu_memory_bytes"
+    room = f"{USABLE:.0%} of the {device.memory_bytes / 1e9:.4g} GB of {device.name}"
+    return f"fits into {room}" if device.fits(amount) else f"DOES NOT FIT into {room}"
 
 
 def _parts(each: RankMemory) -> str:

@@ -239,7 +239,8 @@ def whole(job: Job, device: Device, flops: Mapping[str, int]) -> dict[str, float
         return None
     share = efficiency(job, device)
     speed = job.world_size * _speed(device, share)
-    found = {"calibrate": flops["calibration"] / speed, "score-depth": flops["depth"] / speed}
+    steps_of = {"calibrate": "calibration", "score-depth": "depth", "repair": "repair"}
+    found = {step: flops[name] / speed for step, name in steps_of.items()}
     if (segment := job.correction) is not None:
         steps = job.recipe.teacher.correction.steps
         found = {"correct": steps * correction(job, segment, device, share).seconds, **found}

@@ -122,6 +122,31 @@ def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert "set cluster.gpu or cluster.gpu_memory_bytes" in out and "not known: set cluster.gpu" in out
 
 
+def test_what_a_job_needs_without_transformer_engine_is_said_unless_a_container_brings_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = plan(WIDTH).estimate
+    assert found.without_transformer_engine is not None
+    scores = 2 * 8 * 8192**2 * 32  # in bf16: of 8 of the teacher's heads on a rank, in its correction, of all layers
+    assert found.without_transformer_engine - found.fullest[0].total > 2 * scores
+    assert main(["plan", str(RECIPES / f"{WIDTH}.yaml")]) == 0
+    assert "has none: DOES NOT FIT into 90% of the 80 GB" in capsys.readouterr().out
+    assert plan(WIDTH, "cluster.container=image.sqsh").estimate.without_transformer_engine is None
+    assert plan(WIDTH, "cluster.gpu=null").estimate.without_transformer_engine is None
+
+
+def test_repairs_take_their_passes_and_sums() -> None:
+    found = plan(WIDTH)
+    a_pass = (
+        found.flops["calibration"] / found.tokens["calibration"] - 2 * 128256 * 4096
+    )  # which ends before the logits
+    sums = 2 * (
+        32 * 14336 * 9216 + 65 * (4096 + 3072) * 3072
+    )  # of the FFN and of the norms that channels are read from
+    assert found.flops["repair"] == found.tokens["repair"] * (5 * a_pass + sums)
+    assert plan(WIDTH, "prune.repair.ffn=false", "prune.repair.hidden=false").flops["repair"] == 0
+
+
 def test_model_and_text_that_are_not_here_are_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
