@@ -131,6 +131,10 @@ def test_tables_have_every_measured_comparison() -> None:
     found = [row for number, claim in enumerate(listed, 1) for row in rows(number, claim, "a model", measured, seeds=3)]
     assert len(details(found).splitlines()) == 2 + len(compared)
     assert len(summary(listed, found).splitlines()) == 2 + len(listed)
+    verdicts = [line.split(" | ")[-1] for line in summary(listed, found).splitlines()[2:]]
+    # Comparisons of untrained models alone have no seeds.
+    untrained = [not any(pair.own.seeded or pair.other.seeded for pair in claim.comparisons) for claim in listed]
+    assert ["(seeds:" not in verdict for verdict in verdicts] == untrained
     assert "not measured" in summary(listed, [row for row in found if row.number != 1])
 
 

@@ -79,7 +79,7 @@ def claims(setting: Setting) -> list[Claim]:
         ),
         Claim(
             "Right after the cut depth is ahead of width",
-            "blog of Llama-3.1-Minitron; P2 figure 7 and P1 table 1 have it the other way round",
+            "blog of Llama-3.1-Minitron alone; P2 figure 7 and P1 table 1 have it the other way round",
             tuple(Comparison(Arm(depth, PAPERS), Arm(width, PAPERS), LOWER) for width, depth in setting.equal),
         ),
         Claim(

@@ -97,7 +97,7 @@ def _for_seeds(losses: Losses, arm: Arm, others: Losses) -> Losses:
 
 
 def summary(listed: Sequence[Claim], found: Sequence[Row]) -> str:
-    """One row for each claim: what the papers say, and how many comparisons say the same on each model."""
+    """One row for each claim: what the papers say, how many comparisons of how many seeds say so on each model."""
     models = list(dict.fromkeys(row.model for row in found))
     lines = [f"| | the papers | where | {' | '.join(models)} |", "|---|---|---|" + "---|" * len(models)]
     for number, claim in enumerate(listed, start=1):
@@ -111,8 +111,11 @@ def _counted(found: Sequence[Row]) -> str:
     if not verdicts:
         return "not measured"
     if len(set(verdicts)) == 1:
-        return verdicts[0] if len(verdicts) == 1 else f"{verdicts[0]}, {len(verdicts)} of {len(verdicts)}"
-    return ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts))
+        text = verdicts[0] if len(verdicts) == 1 else f"{verdicts[0]}, {len(verdicts)} of {len(verdicts)}"
+    else:
+        text = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts))
+    seeds = [len(row.difference.seeds) for row in found if row.comparison.own.seeded or row.comparison.other.seeded]
+    return f"{text} (seeds: {min(seeds)})" if seeds else text
 
 
 def details(found: Sequence[Row]) -> str:
