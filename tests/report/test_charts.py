@@ -261,7 +261,7 @@ def test_a_rotated_stream_has_no_channels_that_stay(tmp_path: Path) -> None:
     words = f"Rotated: 72 combinations of 96 channels, which keep {KEEPS:.1%} of the squares behind the norms."
     assert words in sentences(page, "shape")[0]
     # Queries, keys and values, and gates, of 9 layers, and the output; the embedding's matrix is the rotation.
-    assert "weight matrices fitted by least squares 19." in sentences(page, "shape")[0]
+    assert "19 weight matrices fitted by least squares." in sentences(page, "shape")[0]
     assert words in page.partition("Hidden channels by rank</strong>")[2]
     marks = drawn(page, "importance", "Width")
     for title in ("Hidden channels by rank", "Hidden channels by layer"):

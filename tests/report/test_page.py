@@ -53,6 +53,7 @@ def test_the_shape_is_that_of_the_plan(page: str) -> None:
     assert found["hidden size"] == ["96", "72", "75.0%"]
     assert found["FFN size"] == ["256", "160", "62.5%"]
     assert found["attention heads"] == ["8", "4", "50.0%"]
+    assert "To make up for what goes: 19 norms rescaled." in page
 
 
 def test_a_baseline_is_compared_by_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
