@@ -46,6 +46,7 @@ VALUES = {
 # What stands for something of the reader's own.
 PLACEHOLDERS = {
     "RECIPE": "recipes/quickstart.yaml",
+    "checkpoints/Llama-3.1-8B": "runs/quickstart/export/hf",
     "R.yaml": "recipes/quickstart.yaml",
     "recipe.yaml": "recipes/quickstart.yaml",
     "DIR": "runs/quickstart/distilled",
