@@ -91,6 +91,7 @@ def test_a_crashed_node_that_slurm_has_not_missed_yet_is_noticed_by_the_job(tmp_
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)  # the real model: minutes on idle cores, much longer beside other work
 def test_the_quickstart_recipe_completes_on_two_nodes(slurm: Cluster, tmp_path: Path) -> None:
     job = submit(slurm, tmp_path, "recipes/quickstart.yaml", "train.steps=3")
     assert slurm.wait(job, 3000)["JobState"] == "COMPLETED", slurm.output(job)
