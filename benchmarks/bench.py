@@ -40,7 +40,7 @@ DISTILLATION = (
     "train.lr=2e-4",
     "train.min_lr=2e-5",
     "train.log_interval=10",
-    "train.save_interval=10",
+    "train.save_interval=20",
     "parallel.pipeline_model_parallel_size=1",
 )
 # hidden_size, ffn_hidden_size, num_layers; the shares are of the parameters without embeddings.

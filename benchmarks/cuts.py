@@ -41,6 +41,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     OURS: ("prune.ffn_score=output", "prune.hidden_score=activation", *REPAIRED),
     "ours, unrepaired": ("prune.ffn_score=output", "prune.hidden_score=activation", *UNREPAIRED),
     "ours, norm scale": ("prune.ffn_score=output", *UNREPAIRED, "prune.repair.norm_scale=true"),
+    "energy, unrepaired": ("prune.ffn_score=output", "prune.hidden_score=energy", *UNREPAIRED),
+    "energy": ("prune.ffn_score=output", "prune.hidden_score=energy", *REPAIRED),
     "ours, untied": ("prune.ffn_score=output", *REPAIRED, "prune.untie=true"),
     "rotation, untied": ("prune.ffn_score=output", *REPAIRED, "prune.untie=true", "prune.hidden_method=rotate"),
 }
