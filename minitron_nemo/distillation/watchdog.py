@@ -159,9 +159,12 @@ class Watchdog:
         return None
 
     def _watch(self) -> None:
-        tick = 0
+        tick, before = 0, time.monotonic()
         while not self._ended.wait(self._interval):
-            tick += 1
+            tick, now = tick + 1, time.monotonic()
+            if now - before > self.timeout / 2:  # this thread stood still as well: the whole process was suspended
+                self._since = now
+            before = now
             self._write(tick)
             if self._standing_still():
                 self._give_up(tick)

@@ -175,7 +175,9 @@ def preempt(run: Run) -> Generator[None, None, None]:
 
 
 def time_limit(run: Run) -> Generator[None, None, None]:
-    run.slurm.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=2")  # Slurm signals a minute before it
+    hours, minutes, _ = map(int, run.slurm.job(run.job)["RunTime"].split(":"))
+    # Slurm signals a minute before the limit: that is now, and not when the training is done.
+    run.slurm.run("scontrol", "update", f"JobId={run.job}", f"TimeLimit={60 * hours + minutes + 1}")
     run.wait_for(lambda: status(run.files)["state"] == "stopped")
     run.slurm.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=30")
     yield
