@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from minitron_nemo.distillation import watchdog
 from minitron_nemo.distillation.watchdog import Watchdog
 
 
@@ -32,7 +32,7 @@ def test_time_in_which_the_process_was_suspended_does_not_count(
         clock[0] += left.pop(0)
         return False
 
-    monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     dog = Watchdog(tmp_path, 100.0, print)
     dog.beat(0, 0)
     dog.beat(1, 0)  # a first update may take as long as it likes
