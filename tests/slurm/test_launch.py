@@ -293,7 +293,7 @@ def test_a_preempted_job_saves_and_goes_on_when_the_other_is_done(slurm: Cluster
     slurm.wait_for_output(job, "begun", 30)
     urgent = slurm.sbatch("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 2", cwd=work)
     assert slurm.wait(urgent, 120)["JobState"] == "COMPLETED"
-    state = slurm.wait(job, 300)  # Slurm lets a job that it has put back wait for about two minutes
+    state = slurm.wait(job, 300)
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), slurm.output(job)
     assert "stopped (SIGTERM), its state is saved; " in slurm.output(job)
 
