@@ -76,12 +76,13 @@ LAYOUTS = [
 
 def main() -> None:
     options = parse()
-    device = measured_device(options)
-    rates = ", ".join(f"{kind} {rate / 1e9:.2f}" for kind, rate in device.link.items())
+    here = run(2, speeds, options)[0]
+    rates = ", ".join(f"{kind} {rate / 1e9:.2f}" for kind, rate in here.messages.items())
     print(
-        f"1 thread: {device.peak_flops / 1e9:.0f} GFLOP/s bf16, {device.memory_bandwidth / 1e9:.1f} GB/s, messages in "
+        f"1 thread: {here.flops / 1e9:.0f} GFLOP/s bf16, {here.traffic / 1e9:.1f} GB/s, messages in "
         f"GB/s of CPU time: {rates}; load {load()}"
     )
+    device = device_of(here)
     print("| layout | recompute | GB | predicted | error | default | CPU s | predicted | error | wall s | predicted |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     share = None
@@ -172,15 +173,20 @@ def load() -> str:
     return f"{os.getloadavg()[0]:.0f}"
 
 
-def measured_device(options: argparse.Namespace) -> Device:
-    """One thread of this machine while another is as busy."""
-    flops, traffic, messages = run(2, speeds, options)[0]
+class Speeds(NamedTuple):
+    """Of one thread while another is as busy: FLOP/s, bytes/s of a copy, bytes/s of messages by kind, of CPU time."""
+
+    flops: float
+    traffic: float
+    messages: dict[str, float]
+
+
+def device_of(measured: Speeds) -> Device:
     here = Device.of_recipe(Recipe(name="plan", train=TrainConfig(steps=1, global_batch_size=1)))
-    return replace(here, peak_flops=flops, memory_bandwidth=traffic, link=messages)
+    return replace(here, peak_flops=measured.flops, memory_bandwidth=measured.traffic, link=measured.messages)
 
 
-def speeds(rank: int, options: argparse.Namespace) -> tuple[float, float, dict[str, float]]:
-    """FLOP/s, bytes/s of a copy, bytes/s of messages by kind, of CPU time."""
+def speeds(rank: int, options: argparse.Namespace) -> Speeds:
     size = 1024
     left, right = (torch.randn(size, size, dtype=torch.bfloat16) for _ in range(2))
     source = torch.randn(32 * 1024**2)
@@ -200,7 +206,7 @@ def speeds(rank: int, options: argparse.Namespace) -> tuple[float, float, dict[s
         "reduce_scatter": lambda: distributed.reduce_scatter_tensor(half, states),
         "send": exchange,
     }
-    return (
+    return Speeds(
         2 * size**3 / least(lambda: torch.mm(left, right), 1),
         2 * source.nbytes / least(lambda: target.copy_(source), 1),
         {kind: Transfer("", "", kind, 2, states.nbytes).wire_bytes / least(go, 50) for kind, go in messages.items()},

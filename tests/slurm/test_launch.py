@@ -291,7 +291,7 @@ def test_a_preempted_job_saves_and_goes_on_when_the_other_is_done(slurm: Cluster
     executable(home / ".venv" / "bin" / "minitron", PLAN + STATUS + again + "echo begun\n" + save)
     job = submit(slurm, home, work, "recipes/small.yaml")
     slurm.wait_for_output(job, "begun", 30)
-    urgent = slurm.sbatch("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 2", cwd=work)
+    urgent = slurm.sbatch("--partition=urgent", "--nodelist=n[1-2]", "--exclusive", "--wrap=sleep 2", cwd=work)
     assert slurm.wait(urgent, 120)["JobState"] == "COMPLETED"
     state = slurm.wait(job, 300)
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), slurm.output(job)
