@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from minitron_nemo.chain import ABSENT, chains
-from minitron_nemo.checkpoint.files import write_atomic
+from minitron_nemo.checkpoint.files import needing_room, write_atomic
 from minitron_nemo.claim import claimed
 from minitron_nemo.config import RECIPE_FILE, Recipe, recipe_yaml
 from minitron_nemo.distillation.status import write_failure, write_status
@@ -25,7 +25,7 @@ def run_chain(recipe: Recipe, only: str | None = None, until: str | None = None,
     """Run the whole chain, all of it up to and with the step `until`, or the step `only`, on every rank of the job.
 
     With `stage`, only what belongs to this stage. Raises UserError for wrong input, Stopped where a signal ended the
-    training with its state saved.
+    training with its state saved, Failed where the disk is full.
     """
 
     def planned() -> list[Preflight]:
@@ -40,7 +40,7 @@ def run_chain(recipe: Recipe, only: str | None = None, until: str | None = None,
         steps = steps[: [step.name for step in steps].index(until) + 1]
     if not steps:
         raise UserError(f"{only}: the recipe has no such step ({ABSENT[str(only)]})")
-    with claimed(run_dir, *(chain.directory for chain in walked)):
+    with needing_room(run_dir), claimed(run_dir, *(chain.directory for chain in walked)):
         launch.from_rank_0(lambda: _keep_recipe(recipe, run_dir / RECIPE_FILE))
         for step in steps:
             try:

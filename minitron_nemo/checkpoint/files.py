@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from minitron_nemo.errors import UserError
+from minitron_nemo.errors import Failed, UserError
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
@@ -40,6 +40,18 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}; give another path") from None
+
+
+@contextmanager
+def needing_room(directory: Path) -> Iterator[None]:
+    """Raise Failed where a full disk ends the body, which writes in `directory`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = error.filename or directory
+        raise Failed(f"{where}: {error.strerror}; make room and start again, and it goes on") from error
 
 
 @contextmanager

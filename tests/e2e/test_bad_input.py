@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -333,6 +334,32 @@ def test_a_second_job_on_the_same_run_directory_is_refused(tmp_path: Path, recip
     with (run / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "in use" in refused_by_process("run", str(recipe), f"run_dir={run}")
+
+
+@pytest.mark.e2e
+def test_a_full_disk_ends_a_step_with_one_line_and_the_next_start_goes_on(recipe: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], check=True)
+    try:
+        arguments = [str(recipe), f"run_dir={disk}/run"]
+        subprocess.run([sys.executable, "-m", "minitron_nemo.cli", "convert", *arguments], timeout=120, check=True)
+        prepare = [sys.executable, "-m", "minitron_nemo.cli", "prepare", *arguments]
+        filler = disk / "filler"
+        with filler.open("wb", buffering=0) as file, suppress(OSError):
+            while file.write(b"\0" * 4096):
+                pass
+        result = subprocess.run(prepare, capture_output=True, text=True, timeout=120, check=False)
+        assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+        said = [line for line in result.stderr.splitlines() if line.startswith("minitron: ")]
+        assert len(said) == 1 and said[0].startswith(f"minitron: failed: {disk}/run"), result.stderr
+        assert said[0].endswith(": No space left on device; make room and start again, and it goes on")
+        filler.unlink()
+        result = subprocess.run(prepare, capture_output=True, text=True, timeout=120, check=False)
+        assert result.returncode == 0, result.stderr
+        assert "[prepare] done" in result.stdout
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_plan_says_what_measuring_without_layers_costs(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
