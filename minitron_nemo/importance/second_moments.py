@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, distributed, nn
 
@@ -208,9 +209,7 @@ class Moments(Watch):
 
     def _add_ffn(self, place: Place, tokens: Tensor) -> None:
         for part in _spans(tokens):  # [t, f/tp]
-            shards = [torch.empty_like(part) for _ in range(self.tp_size)]
-            distributed.all_gather(shards, part.contiguous(), group=self.tp_group)
-            whole = torch.cat(shards, dim=1).float()  # [t, f]
+            whole = gather_from_tensor_model_parallel_region(part).float()  # [t, f]
             self.sums[place.name] += part.float().t() @ _shrunk(whole, place.cut)
 
     def _add_norm(self, place: Place, tokens: Tensor) -> None:

@@ -26,6 +26,7 @@ from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.planning.activations import FP32, Activations
 from minitron_nemo.planning.devices import Device
 from minitron_nemo.planning.job import Job, pair_states, state_bytes
+from minitron_nemo.planning.repairing import repair_moments
 from minitron_nemo.planning.schedule import most_in_flight
 
 # Of one parameter: fp32 gradient; AdamW's two moments in fp32, and the main parameter where the model's is not fp32.
@@ -36,7 +37,7 @@ GRADIENT_BYTES, MOMENTS_BYTES, MAIN_BYTES = 4, 8, 4
 class RankMemory:
     """Bytes by part on the ranks of one pipeline rank at the fullest moment of a step."""
 
-    step: str  # calibrate | correct | distill | distill (teacher), the ranks of a separate one
+    step: str  # calibrate | repair | correct | distill | distill (teacher), the ranks of a separate one
     pipeline_rank: int
     moment: str
     parts: Mapping[str, int]
@@ -249,7 +250,7 @@ def _serving(job: Job, device: Device) -> list[RankMemory]:
 
 
 def _calibrating(job: Job, device: Device) -> list[RankMemory]:
-    """One forward-only pass of the source; sums of scores are small beside it."""
+    """Forward-only passes of the source: for scores, whose sums are small beside it, and for repairs."""
     config, layout = job.recipe.prune.calibration, job.layout
     size = FP32 if config.precision == "fp32" else 2
     own = Activations(
@@ -260,8 +261,14 @@ def _calibrating(job: Job, device: Device) -> list[RankMemory]:
         size,
         device.transformer_engine,
     )
-    work = own.forward_work()
-    return [
-        RankMemory("calibrate", rank, "forward", {"weights": frozen(job.source, layout, rank, size), "work": work})
-        for rank in range(layout.pipeline_model_parallel_size)
-    ]
+    forward = {"forward": {"work": own.forward_work()}}
+    ranks = range(layout.pipeline_model_parallel_size)
+    steps = [("calibrate", rank, forward) for rank in ranks]
+    steps += [("repair", rank, repair_moments(job, own, rank)) for rank in ranks]
+    found = []
+    for step, rank, moments in steps:
+        if moments:
+            moment = max(moments, key=lambda name: sum(moments[name].values()))
+            weights = {"weights": frozen(job.source, layout, rank, size)}
+            found.append(RankMemory(step, rank, moment, weights | moments[moment]))
+    return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -67,25 +67,54 @@ def repair_warnings(
     ]
 
 
+class Sums(NamedTuple):
+    """The second moments of a place on one rank, [rows, columns]; of linear_fc2 its own rows alone."""
+
+    rows: int
+    columns: int
+    ffn: bool
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows * self.columns * torch.float64.itemsize
+
+
+def stage_passes(
+    source: Architecture, target: Architecture, config: RepairConfig, layout: Layout, rank: int
+) -> list[list[Sums]]:
+    """What the ranks of pipeline rank `rank` sum in each pass of a fit.
+
+    At most: as if the layers that stay were all on the stage that has most of them.
+    """
+    axes = _fitted(source, target, config)
+    norm = Sums(source.hidden_size + target.hidden_size, target.hidden_size, ffn=False)
+    neurons = source.ffn_hidden_size // layout.tensor_model_parallel_size
+    layer = [norm, norm] * (Axis.HIDDEN in axes) + [Sums(neurons, target.ffn_hidden_size, ffn=True)] * (
+        Axis.FFN in axes
+    )
+    here = sum(layout.layers_per_stage(source.num_layers)[rank :: layout.pipeline_model_parallel_size])
+    last = rank == layout.pipeline_model_parallel_size - 1
+    untied = Axis.HIDDEN in axes and not target.share_embeddings_and_output_weights
+    found = layer * min(target.num_layers, here) + [norm] * (last and untied)
+    return [found[run] for run in _runs([each.nbytes for each in found], config.statistics_bytes)]
+
+
 def planned(
     source: Architecture, target: Architecture, config: PruneConfig, layout: Layout, sequence_length: int
 ) -> tuple[int, int]:
     """Passes over `repair.samples` through the source's layers, and FLOPs of a token in all of them and in the sums.
 
-    At most: as if the layers that stay were all on the stage that has most of them. The systems that are solved with
-    the sums, once for a place, are left out.
+    At most, as `stage_passes`. The systems that are solved with the sums, once for a place, are left out.
     """
+    stages = [
+        stage_passes(source, target, config.repair, layout, rank) for rank in range(layout.pipeline_model_parallel_size)
+    ]
+    passes = max(map(len, stages))
     axes = _fitted(source, target, config.repair)
     hidden, columns, layers = source.hidden_size, target.hidden_size, target.num_layers
     norm = (hidden + columns) * columns if Axis.HIDDEN in axes else 0  # elements of the sums of a place
     ffn = source.ffn_hidden_size * target.ffn_hidden_size if Axis.FFN in axes else 0
-    output = 0 if target.share_embeddings_and_output_weights else norm
-    passes, pp = 0, layout.pipeline_model_parallel_size
-    for rank in range(pp):
-        here = min(layers, sum(layout.layers_per_stage(source.num_layers)[rank::pp]))
-        places = [norm, norm, ffn // layout.tensor_model_parallel_size] * here + [output] * (rank == pp - 1)
-        passes = max(passes, len(_runs([place for place in places if place], config.repair.statistics_bytes)))
-    multiplied = layers * (2 * norm + ffn) + output
+    multiplied = layers * (2 * norm + ffn) + norm * (not target.share_embeddings_and_output_weights)
     if rotates(target, source, config):
         passes, multiplied = passes + 1, multiplied + (2 * layers + 1) * hidden**2
     through = forward_flops_per_token(source, sequence_length) - 2 * source.vocab_size * hidden
@@ -214,13 +243,14 @@ def _passes(model: Model, wanted: Sequence[Place], budget: int) -> list[list[Pla
     source, tp_size = model.architecture, model.layout.tensor_model_parallel_size
     here = {layer for chunk in model.chunks for layer in owners(chunk, source)}
     mine = [place for place in wanted if place.layer in here]
-    return [mine[run] for run in _runs([place.rows(source, tp_size) * place.columns for place in mine], budget)]
+    sums = [Sums(place.rows(source, tp_size), place.columns, place.norm is None) for place in mine]
+    return [mine[run] for run in _runs([each.nbytes for each in sums], budget)]
 
 
 def _runs(sums: Sequence[int], budget: int) -> list[slice]:
-    """Sums of so many elements, in order, in runs that fit into `budget` bytes, one at least."""
+    """Sums of so many bytes, in order, in runs that fit into `budget` bytes, one at least."""
     runs, start, filled = [], 0, 0
-    for place, size in enumerate(elements * torch.float64.itemsize for elements in sums):
+    for place, size in enumerate(sums):
         if place > start and filled + size > budget:
             runs.append(slice(start, place))
             start, filled = place, 0

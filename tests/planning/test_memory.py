@@ -157,7 +157,14 @@ def test_the_loss_holds_chunks_of_logits_and_both_gradients() -> None:
 
 
 def most_allocated(work: Callable[[], Any]) -> int:
-    """The most bytes that torch allocates on this thread while `work` runs, less what it frees of them."""
+    """The most bytes that torch allocates on this thread while `work` runs, less what it frees of them.
+
+    The least of three runs: what gloo's threads free is not seen.
+    """
+    return min(_most_allocated(work) for _ in range(3))
+
+
+def _most_allocated(work: Callable[[], Any]) -> int:
     gc.collect()  # what an earlier profile saw allocated would count as freed in this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         work()
