@@ -4,10 +4,10 @@
     python -m benchmarks.claims [--models small smollm2] [--seeds 3] [--place runs/claims] [--base runs/quickstart]
 
 Cells (shape, cut, training, seed) are measured one after the other: all of a model's first seed, then of the second.
-What is there is not measured again, so a killed run goes on where it was. After each model, or at once with --tables-only,
-the page of tables and its pictures are written from the cells. A cell does not say by which rates it was trained: who
-changes `models.py` or `arms.py` takes another --place. The small model's teacher is trained first, if it is not
-there; SmolLM2's is the quickstart's source, not corrected.
+What is there is not measured again, so a killed run goes on where it was. After each model, or at once with
+--tables-only, the page of tables and its pictures are written from the cells. A cell does not say by which rates it was
+trained: who changes `models.py` or `arms.py` takes another --place. The small model's teacher is trained first, if it
+is not there; SmolLM2's is the quickstart's source, not corrected.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def measure(bench: Claims, seeds: int) -> None:
 def main() -> None:
     options = parse()
     if SMOLLM2.name in options.models and not (options.base / "teacher").exists() and not options.tables_only:
-        raise SystemExit(f"{options.base}/teacher: not there; convert and prepare recipes/quickstart.yaml, or name --base")
+        raise SystemExit(
+            f"{options.base}/teacher: not there; convert and prepare recipes/quickstart.yaml, or name --base"
+        )
     bases = {SMALL.name: options.place / "small" / "base", SMOLLM2.name: options.base}
     benches = {name: Claims(setting, bases[name], options.place / name) for name, setting in SETTINGS.items()}
     if not options.tables_only:
