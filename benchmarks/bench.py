@@ -57,7 +57,7 @@ SHAPES: dict[str, tuple[int, int, int]] = {
     "hidden 432": (432, 1536, 30),
 }
 UNREPAIRED = ("prune.repair.norm_scale=false", "prune.repair.ffn=false", "prune.repair.hidden=false")
-ACTIVATION = ("prune.ffn_score=activation", "prune.hidden_score=activation")
+ACTIVATION = ("prune.ffn_score=activation",)
 
 
 @dataclass(frozen=True)

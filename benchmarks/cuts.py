@@ -38,11 +38,9 @@ ARMS: dict[str, tuple[str, ...]] = {
     "random": (*ACTIVATION, *UNREPAIRED),
     "magnitude": (*ACTIVATION, *UNREPAIRED),
     PAPERS: (*ACTIVATION, *UNREPAIRED),
-    OURS: ("prune.ffn_score=output", "prune.hidden_score=activation", *REPAIRED),
-    "ours, unrepaired": ("prune.ffn_score=output", "prune.hidden_score=activation", *UNREPAIRED),
+    OURS: ("prune.ffn_score=output", *REPAIRED),
+    "ours, unrepaired": ("prune.ffn_score=output", *UNREPAIRED),
     "ours, norm scale": ("prune.ffn_score=output", *UNREPAIRED, "prune.repair.norm_scale=true"),
-    "energy, unrepaired": ("prune.ffn_score=output", "prune.hidden_score=energy", *UNREPAIRED),
-    "energy": ("prune.ffn_score=output", "prune.hidden_score=energy", *REPAIRED),
     "ours, untied": ("prune.ffn_score=output", *REPAIRED, "prune.untie=true"),
     "rotation, untied": ("prune.ffn_score=output", *REPAIRED, "prune.untie=true", "prune.hidden_method=rotate"),
 }

@@ -101,7 +101,6 @@ class PruneConfig:
     untie: bool = False  # a tied output gets a weight of its own, vocab_size x hidden_size parameters more
     # What ranks the entries: activation (as prune.calibration aggregates it), or
     ffn_score: str = "output"  # output: rms of the activation x norm of the column of linear_fc2 that reads it
-    hidden_score: str = "activation"  # energy: mean square after the norms, without their gains, over all norms
     depth: DepthConfig = field(default_factory=DepthConfig)
     repair: RepairConfig = field(default_factory=RepairConfig)
     scores: str | None = None  # Scores of this teacher, e.g. of another run or merged ones, instead of a pass

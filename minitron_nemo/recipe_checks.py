@@ -26,7 +26,6 @@ CHOICES = {
     "prune.calibration.batch_aggregation": ("mean", "l2", "var"),
     "prune.ffn_score": ("activation", "output"),
     "prune.hidden_method": ("select", "rotate"),
-    "prune.hidden_score": ("activation", "energy"),
     "prune.depth_method": DEPTH_METHODS,
     "prune.depth.metric": depth.METRICS,
     "teacher.model": ("source", "previous"),

@@ -137,10 +137,6 @@ class Scores:
         squares = moments[1, AGGREGATIONS.index("l2")] / self.tokens
         return np.sqrt(squares) * norms
 
-    def hidden_energy(self) -> Array:
-        """Mean square of each hidden channel after the RMSNorms of all layers, before their gains, summed: [n]."""
-        return self.norm_squares[:-1].sum(axis=0)
-
     def norm_scales(self, kept: Sequence[int]) -> Array:
         """For each RMSNorm, the factor on its gain when only the channels `kept` stay: [2 x num_layers + 1].
 

@@ -21,7 +21,7 @@ from minitron_nemo.errors import UserError
 from minitron_nemo.importance.scores import Array, Scores
 from minitron_nemo.pruning import depth
 from minitron_nemo.pruning.depth_scores import DepthScores
-from minitron_nemo.pruning.target import explicit_layers, repairs_of, rotates, target_architecture
+from minitron_nemo.pruning.target import NEURONS, explicit_layers, repairs_of, rotates, target_architecture
 
 
 def make_plan(
@@ -93,9 +93,7 @@ def _check_measured(what: str, measured: Architecture, source: Architecture) -> 
 
 def entry_scores(scores: Scores, axis: Axis, chosen: Mapping[str, Any]) -> Array:
     """What ranks the entries of an axis; `chosen` is a Plan's `provenance`. Shapes as of `Scores.get`."""
-    if axis == Axis.HIDDEN and chosen["hidden_score"] == "energy":
-        return scores.hidden_energy()
-    if axis in (Axis.FFN, Axis.MOE_FFN, Axis.SHARED_FFN) and chosen["ffn_score"] == "output":
+    if axis in NEURONS and chosen["ffn_score"] == "output":
         return scores.ffn_outputs(axis)
     return scores.get(axis, *aggregations(axis, chosen))
 
@@ -275,6 +273,5 @@ def _provenance(scores: Scores, depth_scores: DepthScores | None, config: PruneC
         },
         "ffn_score": config.ffn_score,
         "hidden_method": config.hidden_method,
-        "hidden_score": config.hidden_score,
         "depth_method": "drop_layers" if config.drop_layers is not None else config.depth_method,
     }

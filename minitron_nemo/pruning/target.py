@@ -13,13 +13,7 @@ from minitron_nemo.pruning import depth
 
 BY_INFLUENCE = ("block_influence", "contiguous")
 DEPTH_METHODS = (*BY_INFLUENCE, *depth.METHODS)
-# What may rank the entries of an axis by something else than activations.
-SCORES = {
-    Axis.HIDDEN: "hidden_score",
-    Axis.FFN: "ffn_score",
-    Axis.MOE_FFN: "ffn_score",
-    Axis.SHARED_FFN: "ffn_score",
-}
+NEURONS = (Axis.FFN, Axis.MOE_FFN, Axis.SHARED_FFN)  # what `ffn_score` ranks
 PAIR = "{sequence: mean, batch: l2}"  # an example of one
 
 
@@ -36,11 +30,6 @@ def target_architecture(source: Architecture, config: PruneConfig) -> Architectu
         raise UserError(
             f"prune.num_layers: 1 is too few, {config.depth_method} keeps the first and the last layer; "
             f"list what goes in prune.drop_layers"
-        )
-    normalization = family(source.family).normalization
-    if config.hidden_score == "energy" and normalization != "RMSNorm":
-        raise UserError(
-            f"prune.hidden_score: energy is of RMSNorm, {source.family} has {normalization}; use activation"
         )
     _check_aggregations(source, config)
     target = source.resized(sizes)
@@ -90,9 +79,10 @@ def _check_aggregations(source: Architecture, config: PruneConfig) -> None:
             raise UserError(f"{key}.{axis}: not one of the axes that have aggregations, {', '.join(AGGREGATED)}")
         if not source.has(Axis(axis)):
             raise UserError(f"{key}.{axis}: the layers of {source.family} have none; leave it out")
-        score = SCORES.get(Axis(axis))
-        if score is not None and (by := getattr(config, score)) != "activation":
-            raise UserError(f"{key}.{axis}: prune.{score} is {by}, which has no aggregations; set it to activation")
+        if axis in NEURONS and config.ffn_score != "activation":
+            raise UserError(
+                f"{key}.{axis}: prune.ffn_score is {config.ffn_score}, which has no aggregations; set it to activation"
+            )
         if not isinstance(own, dict) or not own.keys() <= {"sequence", "batch"}:
             raise UserError(f"{key}.{axis}: {own!r} is not {PAIR}, or one of the two")
         for part, value in own.items():

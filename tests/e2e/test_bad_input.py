@@ -447,7 +447,6 @@ def test_plan_of_a_mixture_says_what_a_token_meets(
     [
         "prune.repair.norm_scale=true",
         "prune.repair.hidden=true",
-        "prune.hidden_score=energy",
         "prune.hidden_method=rotate",
     ],
 )

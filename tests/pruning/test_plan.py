@@ -85,11 +85,10 @@ def test_query_groups_rank_by_the_pair_of_their_heads() -> None:
     assert made.kept_groups == tuple(best_subset(layer, 2) for layer in heads)
 
 
-def test_neurons_rank_by_what_they_add_and_channels_by_energy_where_asked_for() -> None:
+def test_neurons_rank_by_what_they_add_where_asked_for() -> None:
     shape = architecture()
     scores = scores_from(random_values(shape), shape)
-    made = plan(scores, hidden_size=4, ffn_hidden_size=5, ffn_score="output", hidden_score="energy")
-    assert made.kept_hidden == best_subset(scores.hidden_energy(), 4)
+    made = plan(scores, ffn_hidden_size=5, ffn_score="output")
     assert made.kept_ffn == tuple(best_subset(layer, 5) for layer in scores.ffn_outputs())
 
 
@@ -110,7 +109,6 @@ def test_every_norm_of_the_student_gets_the_factor_of_its_source() -> None:
 NO_RMS_NORM = [
     ({"repair": RepairConfig(norm_scale=True)}, "prune.repair.norm_scale: needs RMSNorm .* nemotron has not"),
     ({"repair": RepairConfig(hidden=True)}, "prune.repair.hidden: needs RMSNorm .* nemotron has not"),
-    ({"hidden_score": "energy"}, "prune.hidden_score: energy is of RMSNorm, nemotron has LayerNorm; use activation"),
 ]
 
 
@@ -309,7 +307,6 @@ def test_a_target_that_cannot_be_reached_is_refused_in_one_line_naming_the_key(
         ({"hidden_size": {"tokens": "l2"}}, {}, ".hidden_size: {'tokens': 'l2'} is not {sequence: mean, batch: l2}"),
         ({"hidden_size": {"batch": "max"}}, {}, ".hidden_size.batch: 'max' is not one of mean, l2, var"),
         ({"ffn_hidden_size": {}}, {"ffn_score": "output"}, ".ffn_hidden_size: prune.ffn_score is output, which has no"),
-        ({"hidden_size": {}}, {"hidden_score": "energy"}, ".hidden_size: prune.hidden_score is energy, which has no"),
     ],
 )
 def test_a_pair_that_no_axis_can_have_is_refused(given: Any, score: dict[str, str], message: str) -> None:
