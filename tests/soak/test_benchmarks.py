@@ -32,7 +32,7 @@ TOGETHER = {
     "calibration": ("ratio", "benchmarks/calibration.py --layers 2 --hidden-size 64 --pipeline 2 --repeat 1"),
     "checkpoint": ("save", "benchmarks/checkpoint.py --pipeline 2 --layers 2 --saves 1 --microbatches 1"),
     "communication": ("all-reduce", "benchmarks/communication.py"),
-    "overlap": ("waits", "benchmarks/overlap.py --updates 2 --sequence-length 16 --ffn 64"),
+    "overlap": ("waits", "benchmarks/overlap.py --updates 8 --sequence-length 16 --ffn 64"),
 }
 OF_A_RUN = {
     "cuts": (
