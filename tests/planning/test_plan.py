@@ -117,6 +117,25 @@ def test_layouts_are_ranked_fit_and_pass_every_check_of_a_recipe() -> None:
         assert each.own or each.fullest.total <= 0.9 * 80e9
 
 
+def test_the_recipes_own_layout_is_listed_with_recomputation_where_it_fits_only_so() -> None:
+    """It takes 23.4 GB of a rank, and 22.5 may be filled."""
+    found = plan(WIDTH, "cluster.gpu_memory_bytes=25e9").estimate.layouts
+    (own,) = [each for each in found if each.own]
+    assert not own.recompute and own.fullest.total > 0.9 * 25e9
+    (again,) = [each for each in found if each.layout == own.layout and each is not own]
+    assert again.recompute and again.fullest.total <= 0.9 * 25e9
+    found = plan(WIDTH).estimate.layouts
+    assert [each.own for each in found if each.layout == own.layout] == [True]
+
+
+def test_layouts_beside_a_separate_teacher_fit_the_whole_job_too() -> None:
+    """Of 160 processes 128 train the student. 64 for a copy of it divide these, but not the job's, which evaluate it."""
+    teacher = "teacher.placement=separate", "teacher.processes=32", "cluster.nodes=20"
+    of_teacher = (f"teacher.layout.{key}" for key in ("tensor_model_parallel_size=8", "sequence_parallel=true"))
+    found = plan("nemotron4_15b_to_minitron_8b", *teacher, *of_teacher).estimate.layouts
+    assert {each.layout.model_parallel_size for each in found} == {1, 2, 4, 8, 16, 32}
+
+
 def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(RECIPES / f"{WIDTH}.yaml")
     assert main(["plan", recipe, "cluster.gpu_memory_bytes=20e9"]) == 0
