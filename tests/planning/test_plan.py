@@ -13,6 +13,7 @@ from benchmarks.plan import job_of
 from minitron_nemo.cli import main
 from minitron_nemo.config import load_recipe
 from minitron_nemo.errors import UserError
+from minitron_nemo.parallel.gpus import peak_flops_of
 from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.planning.devices import Device
 from minitron_nemo.planning.disk import disk, training_checkpoint_bytes
@@ -156,6 +157,21 @@ def test_what_a_job_needs_without_transformer_engine_is_said_unless_a_container_
     assert "has none: DOES NOT FIT into 90% of the 80 GB" in capsys.readouterr().out
     assert plan(WIDTH, "cluster.container=image.sqsh").estimate.without_transformer_engine is None
     assert plan(WIDTH, "cluster.gpu=null").estimate.without_transformer_engine is None
+
+
+@pytest.mark.parametrize(
+    ("name", "peak_flops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA RTX A1000 6GB Laptop GPU", None),
+        ("NVIDIA GH200 480GB", None),
+    ],
+)
+def test_a_gpu_is_known_by_a_whole_word_of_its_name(name: str, peak_flops: float | None) -> None:
+    assert peak_flops_of(name) == peak_flops
 
 
 def test_repairs_take_their_passes_and_sums() -> None:
