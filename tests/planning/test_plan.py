@@ -244,6 +244,16 @@ def test_a_training_checkpoint_is_as_large_as_one_that_was_written() -> None:
     ].count == 4
 
 
+def test_the_disk_of_stages_has_the_converted_model_once_and_a_total(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 15.63B, 8.27B and 4.19B parameters: a student is pruned, distilled, exported and in three checkpoints."""
+    recipe = RECIPES / "nemotron4_15b_to_8b_to_4b.yaml"
+    kept = [[each.what for each in stage.estimate.disk] for stage in plans(load_recipe(recipe))]
+    assert kept[0] == ["teacher, converted", *kept[1]]
+    assert main(["plan", str(recipe)]) == 0
+    total = 15.629 * 2 + (8.272 + 4.191) * (3 * 2 + 3 * 14)
+    assert f"\n{'disk':<26}{total:.3g} GB (arithmetic)\n" in capsys.readouterr().out.partition("all stages")[2]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
