@@ -63,8 +63,19 @@ def _memory(estimate: Estimate) -> list[Row]:
             f"{found[0].total / 1e9:.3g} GB of a rank at most: {_verdict(device, found[0].total)}; {core} (arithmetic)",
         ),
         *([("", f"{lacking / 1e9:.3g} GB {without}: {_verdict(device, lacking)}")] if lacking is not None else []),
+        *_recomputed(estimate),
         *((f"memory, {each.step}", _parts(each)) for each in found),
     ]
+
+
+def _recomputed(estimate: Estimate) -> list[Row]:
+    """What the other `train.recompute` would make of it."""
+    device, other = estimate.device, estimate.other_recompute
+    if other is None:
+        return []
+    toggled = "without" if estimate.job.recipe.train.recompute else "with"
+    verdict = "" if device.memory_bytes is None else f": {_verdict(device, other.total)}"
+    return [("", f"{other.total / 1e9:.3g} GB {toggled} train.recompute, fullest in {other.step}{verdict}")]
 
 
 def _verdict(device: Device, amount: int) -> str:
