@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.plan import job_of
+from benchmarks.plan import LAYOUTS, job_of
 from minitron_nemo.cli import main
 from minitron_nemo.config import load_recipe
 from minitron_nemo.errors import UserError
@@ -63,6 +63,30 @@ def test_on_a_cpu_messages_cost_by_their_kind_and_nothing_hides_them() -> None:
     # Of four stages each rank has two: it sends three states of every microbatch, forward or back.
     assert found[0].parts["pipeline messages"] == pytest.approx(4 * 3 * 128 * 576 * 2 / 4e9)
     assert found[1].parts["pipeline messages"] == 0
+
+
+def test_errors_of_the_measured_layouts_are_those_that_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """The rows of docs/evidence/plan.md, predicted anew from the device's figures there, and the line below layouts."""
+    page = (RECIPES.parent / "docs" / "evidence" / "plan.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| tp=")]
+    sizes = Namespace(layers=12, vocab_size=8192, sequence_length=256, microbatches=4, chunk_bytes=2**24)
+    link = {"all_reduce": 0.91e9, "all_gather": 0.62e9, "reduce_scatter": 0.35e9, "send": 2.2e9}
+    device = Device(peak_flops=85e9, memory_bandwidth=12.4e9, link=link, cpu=True)
+    longer: dict[bool, list[float]] = {True: [], False: []}
+    for (processes, layout, recompute), row in list(zip(LAYOUTS, rows, strict=True))[:-1]:
+        measured, predicted = float(row[9]), float(row[10])
+        job = job_of(sizes, processes, layout, recompute)
+        assert distillation(job, job.segments[0], device, 0.738).seconds == pytest.approx(predicted, rel=0.005)
+        assert row[11] == f"{predicted / measured - 1:+.1%}"
+        longer[layout.tensor_model_parallel_size > 1].append(measured / predicted - 1)
+    said = f"took {min(longer[True]):.0%} to {max(longer[True]):.0%} longer than predicted"
+    rest = f"the rest {max(map(abs, longer[False])):.0%} at most"
+    recipe = str(RECIPES / f"{WIDTH}.yaml")
+    assert main(["plan", recipe, "--layouts", "cluster.nodes=1"]) == 0
+    out = capsys.readouterr().out
+    assert said in out and rest in out
+    assert main(["plan", recipe, "cluster.nodes=1"]) == 0
+    assert said not in capsys.readouterr().out
 
 
 def test_recomputation_costs_a_third_of_the_students_layers_and_saves_activations() -> None:
