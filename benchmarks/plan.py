@@ -83,8 +83,9 @@ def main() -> None:
         f"GB/s of CPU time: {rates}; load {load()}"
     )
     device = device_of(here)
-    print("| layout | recompute | GB | predicted | error | default | CPU s | predicted | error | wall s | predicted |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    print("| layout | recompute | GB | predicted | error | default | CPU s | predicted | error ", end="")
+    print("| wall s | predicted | error |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     share = None
     for processes, layout, recompute in LAYOUTS:
         job = job_of(options, processes, layout, recompute)
@@ -147,9 +148,9 @@ def row(job: Job, device: Device, share: float, ranks: list[Measured], peaks: li
         *(f"{cpu:.2f}", f"{work:.2f}", f"{work / cpu - 1:+.1%}"),
     ]
     if len(ranks) > (os.cpu_count() or 1):  # they wait for each other's cores
-        return f"| {' | '.join([*cells, '', ''])} |"
-    wall = distillation(job, job.segments[-1], device, share).seconds
-    return f"| {' | '.join([*cells, f'{max(each.wall for each in ranks):.2f}', f'{wall:.2f}'])} |"
+        return f"| {' | '.join([*cells, '', '', ''])} |"
+    slowest, wall = max(each.wall for each in ranks), distillation(job, job.segments[-1], device, share).seconds
+    return f"| {' | '.join([*cells, f'{slowest:.2f}', f'{wall:.2f}', f'{wall / slowest - 1:+.1%}'])} |"
 
 
 def computing(job: Job, device: Device, share: float) -> float:

@@ -60,6 +60,7 @@ class Preflight:
     warnings: tuple[str, ...]
     worlds: Worlds | None = None  # of the distillation, with a separate teacher
     stage: str | None = None
+    first: bool = True  # of the stages
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -150,6 +151,7 @@ class Preflight:
             self.teacher_layout,
             self.world_size,
             self.worlds,
+            self.first,
         )
 
     @cached_property
@@ -232,7 +234,17 @@ def preflight(
     warnings += hf_warnings(student) if "hf" in recipe.export.formats else []
     warnings += repair_warnings(source, student, recipe.prune.repair, recipe.data.sequence_length)
     return Preflight(
-        recipe, source, teacher, student, layout, teacher_layout, world_size, tuple(warnings), worlds, stage
+        recipe,
+        source,
+        teacher,
+        student,
+        layout,
+        teacher_layout,
+        world_size,
+        tuple(warnings),
+        worlds,
+        stage,
+        first=not earlier,
     )
 
 

@@ -6,6 +6,7 @@ driver's context and to NCCL.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 class Gpu:
     """One kind of GPU: bytes, dense bf16 FLOP/s, bytes/s."""
 
-    part: str  # of the device's name
+    part: str  # of the device's name, in whole words
     memory_bytes: float
     peak_flops: float
     memory_bandwidth: float
@@ -40,4 +41,4 @@ GPUS = {
 
 def peak_flops_of(name: str) -> float | None:
     """Dense bf16 FLOP/s of the device that CUDA calls `name`; None for one that is not known."""
-    return next((gpu.peak_flops for gpu in GPUS.values() if gpu.part in name), None)
+    return next((gpu.peak_flops for gpu in GPUS.values() if re.search(rf"\b{gpu.part}\b", name)), None)

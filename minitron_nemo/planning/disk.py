@@ -30,7 +30,7 @@ def disk(job: Job) -> list[Kept]:
     """By arithmetic; the tokenised text, logs and a cut's Plan are left out, and the cache is not compressed here."""
     recipe, trained = job.recipe, job.element_size
     stored = SIZES[recipe.model.dtype or "bfloat16"]
-    found = [Kept("teacher, converted", parameters(job.source) * stored)]
+    found = [Kept("teacher, converted", parameters(job.source) * stored)] if job.first else []
     if recipe.teacher.correction.steps:
         found.append(_training("teacher's correction, checkpoints", job.source, job))
         found.append(Kept("teacher, corrected", parameters(job.source) * trained))

@@ -45,6 +45,15 @@ class Estimate:
         return worst(memory(self.job, replace(self.device, transformer_engine=False))).total
 
     @cached_property
+    def other_recompute(self) -> RankMemory | None:
+        """The fullest rank of all steps with the other `train.recompute`; None without a training."""
+        recipe = self.job.recipe
+        if not self.job.segments and self.job.correction is None:
+            return None
+        other = replace(recipe, train=replace(recipe.train, recompute=not recipe.train.recompute))
+        return worst(memory(replace(self.job, recipe=other), self.device))
+
+    @cached_property
     def efficiency(self) -> float:
         return efficiency(self.job, self.device)
 
@@ -72,12 +81,13 @@ class Estimate:
         return candidates(self.job, self.device, self.efficiency)
 
     def to_dict(self) -> dict[str, Any]:
-        device, update, seconds = self.device, self.update, self.seconds
+        device, update, seconds, other = self.device, self.update, self.seconds, self.other_recompute
         hours = None if seconds is None else sum(seconds.values()) / 3600
         return {
             "device": {**asdict(device), "usable": USABLE},
             "memory": [{**asdict(each), "total": each.total} for each in self.memory],
             "memory_without_transformer_engine": self.without_transformer_engine,
+            "memory_other_recompute": None if other is None else {**asdict(other), "total": other.total},
             "fits": device.fits(self.fullest[0].total),
             "update": None
             if update is None or device.peak_flops is None

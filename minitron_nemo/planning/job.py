@@ -29,6 +29,7 @@ class Job:
     teacher_layout: Layout
     world_size: int
     worlds: Worlds | None = None  # with a separate teacher
+    first: bool = True  # of the stages: its source is converted, a later one's is the student of the one before
 
     @property
     def students(self) -> int:

@@ -50,19 +50,20 @@ def candidates(job: Job, device: Device, share: float) -> list[Candidate]:
     layout recomputes activations where it would not fit without.
     """
     assert job.segments and device.peak_flops is not None
-    found = [_candidate(job, device, share, own=True)]
+    own = _candidate(job, device, share, own=True)
+    found = [own]
     for layout in _layouts(job):
         for recompute in (False, True):
             other = _on(job, layout, recompute)
-            if (other.layout, other.teacher_layout, recompute) == (
+            is_own = (other.layout, other.teacher_layout, recompute) == (
                 job.layout,
                 job.teacher_layout,
                 job.recipe.train.recompute,
-            ):
-                break
-            candidate = _candidate(other, device, share, own=False)
+            )
+            candidate = own if is_own else _candidate(other, device, share, own=False)
             if device.fits(candidate.fullest.total) is not False:
-                found.append(candidate)
+                if candidate is not own:
+                    found.append(candidate)
                 break
     return sorted(found, key=lambda each: each.seconds)
 
@@ -99,10 +100,10 @@ def _layouts(job: Job) -> Iterator[Layout]:
 
 def _runs(job: Job, layout: Layout) -> bool:
     recipe, longest = job.recipe, job.teacher.max_position_embeddings
-    models = [job.source, job.student, *([job.teacher] if job.worlds is None else [])]
     try:
-        for model in models:
-            layout.check(model, job.students)
+        for model in (job.source, job.teacher, job.student):  # which run on it in all processes of the job
+            layout.check(model, job.world_size)
+        layout.check_processes(job.students)
         check_phases(recipe.train, recipe.data, layout, job.students, longest)
         if job.correction is not None:
             check_phases(correction_config(recipe), recipe.data, layout, job.world_size, longest)

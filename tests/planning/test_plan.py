@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.plan import job_of
+from benchmarks.plan import LAYOUTS, job_of
 from minitron_nemo.cli import main
 from minitron_nemo.config import load_recipe
 from minitron_nemo.errors import UserError
+from minitron_nemo.parallel.gpus import peak_flops_of
 from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.planning.devices import Device
 from minitron_nemo.planning.disk import disk, training_checkpoint_bytes
@@ -62,6 +63,30 @@ def test_on_a_cpu_messages_cost_by_their_kind_and_nothing_hides_them() -> None:
     # Of four stages each rank has two: it sends three states of every microbatch, forward or back.
     assert found[0].parts["pipeline messages"] == pytest.approx(4 * 3 * 128 * 576 * 2 / 4e9)
     assert found[1].parts["pipeline messages"] == 0
+
+
+def test_errors_of_the_measured_layouts_are_those_that_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """The rows of docs/evidence/plan.md, predicted anew from the device's figures there, and the line below layouts."""
+    page = (RECIPES.parent / "docs" / "evidence" / "plan.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| tp=")]
+    sizes = Namespace(layers=12, vocab_size=8192, sequence_length=256, microbatches=4, chunk_bytes=2**24)
+    link = {"all_reduce": 0.91e9, "all_gather": 0.62e9, "reduce_scatter": 0.35e9, "send": 2.2e9}
+    device = Device(peak_flops=85e9, memory_bandwidth=12.4e9, link=link, cpu=True)
+    longer: dict[bool, list[float]] = {True: [], False: []}
+    for (processes, layout, recompute), row in list(zip(LAYOUTS, rows, strict=True))[:-1]:
+        measured, predicted = float(row[9]), float(row[10])
+        job = job_of(sizes, processes, layout, recompute)
+        assert distillation(job, job.segments[0], device, 0.738).seconds == pytest.approx(predicted, rel=0.005)
+        assert row[11] == f"{predicted / measured - 1:+.1%}"
+        longer[layout.tensor_model_parallel_size > 1].append(measured / predicted - 1)
+    said = f"took {min(longer[True]):.0%} to {max(longer[True]):.0%} longer than predicted"
+    rest = f"the rest {max(map(abs, longer[False])):.0%} at most"
+    recipe = str(RECIPES / f"{WIDTH}.yaml")
+    assert main(["plan", recipe, "--layouts", "cluster.nodes=1"]) == 0
+    out = capsys.readouterr().out
+    assert said in out and rest in out
+    assert main(["plan", recipe, "cluster.nodes=1"]) == 0
+    assert said not in capsys.readouterr().out
 
 
 def test_recomputation_costs_a_third_of_the_students_layers_and_saves_activations() -> None:
@@ -117,6 +142,25 @@ def test_layouts_are_ranked_fit_and_pass_every_check_of_a_recipe() -> None:
         assert each.own or each.fullest.total <= 0.9 * 80e9
 
 
+def test_the_recipes_own_layout_is_listed_with_recomputation_where_it_fits_only_so() -> None:
+    """On 16 GPUs it takes 29.0 GB of a rank, and 28.8 may be filled."""
+    found = plan(WIDTH, "cluster.nodes=2", "cluster.gpu_memory_bytes=32e9").estimate.layouts
+    (own,) = [each for each in found if each.own]
+    assert not own.recompute and own.fullest.total > 0.9 * 32e9
+    (again,) = [each for each in found if each.layout == own.layout and each is not own]
+    assert again.recompute and again.fullest.total <= 0.9 * 32e9
+    found = plan(WIDTH, "cluster.nodes=2").estimate.layouts
+    assert [each.own for each in found if each.layout == own.layout] == [True]
+
+
+def test_layouts_beside_a_separate_teacher_fit_the_whole_job_too() -> None:
+    """Of 160 processes 128 train the student. 64 for a copy of it divide these, but not the 160 that evaluate it."""
+    teacher = "teacher.placement=separate", "teacher.processes=32", "cluster.nodes=20"
+    of_teacher = (f"teacher.layout.{key}" for key in ("tensor_model_parallel_size=8", "sequence_parallel=true"))
+    found = plan("nemotron4_15b_to_minitron_8b", *teacher, *of_teacher).estimate.layouts
+    assert {each.layout.model_parallel_size for each in found} == {1, 2, 4, 8, 16, 32}
+
+
 def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(RECIPES / f"{WIDTH}.yaml")
     assert main(["plan", recipe, "cluster.gpu_memory_bytes=20e9"]) == 0
@@ -124,6 +168,16 @@ def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", recipe, "cluster.gpu=null"]) == 0
     out = capsys.readouterr().out
     assert "set cluster.gpu or cluster.gpu_memory_bytes" in out and "not known: set cluster.gpu" in out
+
+
+def test_memory_with_the_other_recomputation_is_that_of_a_recipe_with_it(capsys: pytest.CaptureFixture[str]) -> None:
+    kept, again = plan(WIDTH).estimate, plan(WIDTH, "train.recompute=true").estimate
+    assert kept.other_recompute == again.fullest[0] and again.other_recompute == kept.fullest[0]
+    assert kept.other_recompute != kept.fullest[0]
+    assert plan(WIDTH, "train.steps=0", "teacher.correction.steps=0").estimate.other_recompute is None
+    assert main(["plan", str(RECIPES / f"{WIDTH}.yaml")]) == 0
+    out = capsys.readouterr().out
+    assert f"{again.fullest[0].total / 1e9:.3g} GB with train.recompute, fullest in repair: fits into 90%" in out
 
 
 def test_what_a_job_needs_without_transformer_engine_is_said_unless_a_container_brings_it(
@@ -137,6 +191,21 @@ def test_what_a_job_needs_without_transformer_engine_is_said_unless_a_container_
     assert "has none: DOES NOT FIT into 90% of the 80 GB" in capsys.readouterr().out
     assert plan(WIDTH, "cluster.container=image.sqsh").estimate.without_transformer_engine is None
     assert plan(WIDTH, "cluster.gpu=null").estimate.without_transformer_engine is None
+
+
+@pytest.mark.parametrize(
+    ("name", "peak_flops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA RTX A1000 6GB Laptop GPU", None),
+        ("NVIDIA GH200 480GB", None),
+    ],
+)
+def test_a_gpu_is_known_by_a_whole_word_of_its_name(name: str, peak_flops: float | None) -> None:
+    assert peak_flops_of(name) == peak_flops
 
 
 def test_repairs_take_their_passes_and_sums() -> None:
@@ -180,6 +249,7 @@ def test_json_has_memory_of_every_rank_and_the_layouts(capsys: pytest.CaptureFix
     assert all(sum(each["parts"].values()) == each["total"] for each in found["memory"])
     assert found["device_hours"] == pytest.approx(2 * sum(found["seconds"].values()) / 3600)
     assert [each["own"] for each in found["layouts"]].count(True) == 1
+    assert found["memory_other_recompute"]["total"] < max(each["total"] for each in found["memory"])
 
 
 def test_a_separate_teacher_is_waited_for_where_it_is_slower() -> None:
@@ -207,6 +277,16 @@ def test_a_training_checkpoint_is_as_large_as_one_that_was_written() -> None:
     assert {each.what: each for each in disk(replace(found.job, recipe=validated))}[
         "distillation, checkpoints"
     ].count == 4
+
+
+def test_the_disk_of_stages_has_the_converted_model_once_and_a_total(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 15.63B, 8.27B and 4.19B parameters: a student is pruned, distilled, exported and in three checkpoints."""
+    recipe = RECIPES / "nemotron4_15b_to_8b_to_4b.yaml"
+    kept = [[each.what for each in stage.estimate.disk] for stage in plans(load_recipe(recipe))]
+    assert kept[0] == ["teacher, converted", *kept[1]]
+    assert main(["plan", str(recipe)]) == 0
+    total = 15.629 * 2 + (8.272 + 4.191) * (3 * 2 + 3 * 14)
+    assert f"\n{'disk':<26}{total:.3g} GB (arithmetic)\n" in capsys.readouterr().out.partition("all stages")[2]
 
 
 @pytest.mark.parametrize(
