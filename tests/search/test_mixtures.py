@@ -46,7 +46,11 @@ def test_the_candidates_of_a_mixture_are_those_of_brute_force(limits: dict[str, 
     )
     expected = set()
     for layers, hidden, experts, ffn, (heads, groups) in product(
-        (2, 4), (16, 32), (2, 3, 8), (16, 32, 48), ((2, 1), (4, 2))  # all heads of the groups that stay
+        (2, 4),
+        (16, 32),
+        (2, 3, 8),
+        (16, 32, 48),
+        ((2, 1), (4, 2)),  # all heads of the groups that stay
     ):
         if (layers, hidden, experts, ffn, heads) == (4, 32, 8, 48, 4):
             continue  # the teacher

@@ -103,6 +103,40 @@ def test_differences_are_paired_with_the_best_after_the_same_updates() -> None:
     assert rows(alone, (0,))[0]["delta_se"] is None
 
 
+def test_a_candidate_without_a_loss_is_last_and_in_nobodys_way(tmp_path: Path) -> None:
+    """Cheaper than all others, and the first to be asked: with NaN every comparison would be False, or spoilt."""
+    recipe = Recipe(name="tiny", run_dir=str(tmp_path / "run"))
+    (tmp_path / "run" / "search").mkdir(parents=True)
+    failed = Result.failed(10, "no update was finite")
+    costs, dear = (1, 1, 1, 0.25), (9, 9, 9, 0.5)
+    standings = [
+        standing(0, costs, {0: math.nan}),
+        replace(early := standing(1, costs, {0: 1.0}), results=(*early.results, failed)),
+        standing(2, costs, {0: math.inf}),
+        standing(3, dear, {0: 3.0, 10: 2.0}),
+        standing(4, dear, {0: 2.5, 10: 2.5}),
+        standing(5, dear, {0: 3.5}),
+    ]
+    assert names(survivors(standings, 1.0)) == names(ranked(standings))[:3] == [3, 4, 5]
+    assert pareto(standings) == {standings[3].candidate.name}
+    text = write_table(recipe, standings, (0, 10))
+
+    def refused(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    table = json.loads((tmp_path / "run/search/table.json").read_text(), parse_constant=refused)["candidates"]
+    assert [row["delta"] for row in table[:3]] == pytest.approx([0, 0.5, 2.5])
+    assert [row["loss"] for row in table] == [2.0, 2.5, 3.5, None, None, None]
+    by_layers = {row["num_layers"] - 2: row for row in table}
+    assert (by_layers[1]["failure"], by_layers[1]["losses"]) == ("no update was finite", {"0": 1.0, "10": None})
+    assert by_layers[0]["losses"] == {"0": None} and by_layers[0]["delta"] is None
+    assert text.count("failed") == 3 and "nan" not in text and "inf" not in text
+    assert f"{standings[3].candidate.name}, loss 2.0000" in (tmp_path / "run/search/best.yaml").read_text()
+    (tmp_path / "run/search/best.yaml").unlink()
+    write_table(recipe, standings[:3], (0, 10))
+    assert not (tmp_path / "run/search/best.yaml").exists()
+
+
 def test_the_tables_say_the_same_and_the_best_is_a_section_of_a_recipe(tmp_path: Path) -> None:
     recipe: Recipe = load_recipe(write_recipe(tmp_path))
     (tmp_path / "run" / "search").mkdir(parents=True)

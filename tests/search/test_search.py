@@ -182,6 +182,10 @@ def test_a_candidate_that_fails_is_named_and_the_others_are_trained_all_the_same
     status = json.loads((search / "driver/status.json").read_text())
     assert (status["state"], status["step"]) == ("failed", "search")
     assert (search / other["name"] / "result_1.json").exists()
+    assert not (search / busy["name"] / "result_1.json").exists()  # it is tried again
+    [row] = [row for row in table(finished) if row["name"] == busy["name"]]
+    assert (row["loss"], row["failure"]) == (None, f"it did not come to its end, see {log}")
+    assert f": {other['name']}, loss" in (search / "best.yaml").read_text()
 
 
 def test_a_mixture_is_searched_and_its_depths_are_measured_once(tmp_path: Path) -> None:
