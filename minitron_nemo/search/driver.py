@@ -35,7 +35,7 @@ from minitron_nemo.preflight import preflight
 from minitron_nemo.pruning.score_depth import score_depth
 from minitron_nemo.run import run_chain
 from minitron_nemo.search.candidates import candidate_recipe, driver_directory, search_directory
-from minitron_nemo.search.launchers import Launcher, LocalProcesses, SlurmJobs, Task
+from minitron_nemo.search.launchers import Launcher, LocalProcesses, SlurmJobs, Task, gpu_shares
 from minitron_nemo.search.plan import SearchPlan, plan_search
 from minitron_nemo.search.results import (
     Result,
@@ -91,7 +91,9 @@ def search(recipe: Recipe, path: Path, overrides: Sequence[str]) -> None:
     with claimed(place), _told(place):
         _say(f"{len(plan.candidates)} candidates within the budget, of {plan.grid_size:,} in the grid")
         if outside:
-            launcher = LocalProcesses(config.jobs) if config.launcher == "local" else SlurmJobs(config.jobs)
+            launcher: Launcher = SlurmJobs(config.jobs)
+            if config.launcher == "local":
+                launcher = LocalProcesses(gpu_shares(config.jobs, plan.world_size))
             _first_outside(plan, launcher, path, overrides)
             standings = _rungs(plan, launcher)
         else:
