@@ -1,6 +1,6 @@
 """The ranked table, as data and for people, and the section of a recipe that the winner is.
 
-RUN/search/table.json, table.tsv, table.md     every candidate, best first
+RUN/search/table.json, table.tsv, table.md     every candidate, best first; in table.json those without a loss apart
 RUN/search/best.yaml                           the `prune` section that makes the best one
 """
 
@@ -80,7 +80,8 @@ def write_table(recipe: Recipe, standings: Sequence[Standing], rungs: Sequence[i
         "recipe": recipe.name,
         "search": asdict(recipe.search),
         "rungs": list(rungs),
-        "candidates": found,
+        "candidates": [row for row in found if row["loss"] is not None],
+        "failed": [row for row in found if row["loss"] is None],
     }
     write_atomic(directory / "table.json", json.dumps(content, indent=2) + "\n")
     axes = list(sizes(standings[0].candidate.architecture))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from minitron_nemo.distillation.objective import DistillationObjective
 from minitron_nemo.errors import Failed, SaidByRankZero
 from minitron_nemo.run import run_chain
 from minitron_nemo.search import driver
-from tests.distillation.test_faults import replaced
 from tests.pool import run_distributed
 from tests.search.test_search import table, write_search
 
@@ -33,10 +33,10 @@ def _searched(path: Path) -> tuple[str, type[Exception], list[str]]:
 
     def run(recipe: Recipe, *args: Any, **kwargs: Any) -> None:
         ran.append(recipe.name)
-        with replaced(DistillationObjective, "loss", poisoned_loss if DIVERGES in recipe.name else loss):
+        with patch.object(DistillationObjective, "loss", poisoned_loss if DIVERGES in recipe.name else loss):
             run_chain(recipe, *args, **kwargs)
 
-    with replaced(driver, "run_chain", run):
+    with patch.object(driver, "run_chain", run):
         try:
             driver.search(load_recipe(path), path, ())
         except (Failed, SaidByRankZero) as error:
@@ -59,7 +59,7 @@ def test_a_candidate_that_diverges_is_recorded_and_the_others_go_on(tmp_path: Pa
     assert sorted(ran) == sorted(
         ["tiny", *(f"tiny-{name}-{steps}" for name in (DIVERGES, GOES_ON) for steps in (0, 1)), f"tiny-{GOES_ON}-2"]
     )
-    best, last = table(tmp_path)
+    [best], [last] = table(tmp_path), table(tmp_path, "failed")
     assert (best["name"], best["steps"], best["failure"], best["pareto"]) == (GOES_ON, 2, None, True)
     assert (last["name"], last["steps"], last["loss"], last["pareto"]) == (DIVERGES, 1, None, False)
     assert last["losses"]["0"] > 0 and last["losses"]["1"] is None and last["failure"] in said

@@ -124,10 +124,11 @@ def test_a_candidate_without_a_loss_is_last_and_in_nobodys_way(tmp_path: Path) -
     def refused(constant: str) -> None:
         raise ValueError(f"{constant} is no JSON")
 
-    table = json.loads((tmp_path / "run/search/table.json").read_text(), parse_constant=refused)["candidates"]
-    assert [row["delta"] for row in table[:3]] == pytest.approx([0, 0.5, 2.5])
-    assert [row["loss"] for row in table] == [2.0, 2.5, 3.5, None, None, None]
-    by_layers = {row["num_layers"] - 2: row for row in table}
+    table = json.loads((tmp_path / "run/search/table.json").read_text(), parse_constant=refused)
+    assert [row["delta"] for row in table["candidates"]] == pytest.approx([0, 0.5, 2.5])
+    assert [row["loss"] for row in table["candidates"]] == [2.0, 2.5, 3.5]
+    by_layers = {row["num_layers"] - 2: row for row in table["failed"]}
+    assert by_layers.keys() == {0, 1, 2} and {row["loss"] for row in by_layers.values()} == {None}
     assert (by_layers[1]["failure"], by_layers[1]["losses"]) == ("no update was finite", {"0": 1.0, "10": None})
     assert by_layers[0]["losses"] == {"0": None} and by_layers[0]["delta"] is None
     assert text.count("failed") == 3 and "nan" not in text and "inf" not in text
