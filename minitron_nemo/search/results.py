@@ -127,6 +127,11 @@ class Standing:
     def costs(self) -> Costs:
         return self.candidate.costs
 
+    @property
+    def tokens_per_second(self) -> float | None:
+        """As measured before any training, which leaves it as it is; None where nothing was generated."""
+        return self.results[0].tokens_per_second
+
     def after(self, steps: int) -> Result | None:
         """Its result after so many updates; None if it never got there."""
         return next((result for result in self.results if result.steps == steps), None)
@@ -143,7 +148,7 @@ def survivors(standings: Sequence[Standing], keep: float) -> list[Standing]:
 
 
 def pareto(standings: Sequence[Standing]) -> set[str]:
-    """Names of the candidates that no other dominates in parameters, active ones, memory, latency and loss.
+    """Names of the candidates that no other dominates in parameters, active ones, memory, latency, speed and loss.
 
     A candidate is compared with all that were measured after the last updates it got: losses after different numbers of
     updates do not compare. One without a loss is neither on the front nor in the way of others.
@@ -166,5 +171,5 @@ def _dominates(other: Standing, each: Standing, result: Result) -> bool:
 
 
 def _costs(standing: Standing) -> tuple[float, ...]:
-    found = standing.costs
-    return found.parameters, found.active_parameters, found.memory_bytes, found.latency_seconds or 0.0
+    found, speed = standing.costs, standing.tokens_per_second or 0.0
+    return found.parameters, found.active_parameters, found.memory_bytes, found.latency_seconds or 0.0, -speed

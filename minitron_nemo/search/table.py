@@ -61,7 +61,7 @@ def rows(standings: Sequence[Standing], rungs: Sequence[int]) -> list[dict[str, 
                 "kl_to_teacher": _finite(last.kl_to_teacher),
                 "delta": delta,
                 "delta_se": delta_se,
-                "generation_tokens_per_second": last.tokens_per_second,
+                "generation_tokens_per_second": standing.tokens_per_second,
                 "pareto": candidate.name in front,
                 "failure": last.failure,
             }

@@ -164,6 +164,7 @@ TEACHER_PP2 = "teacher.layout.pipeline_model_parallel_size=2"
         ("train.steps=many", "train.steps"),
         ("stages=[one]", "a list stands where there are keys"),
         ("train.steps=-1", "train.steps: -1 must not be negative"),
+        ("evaluate.generate_prompt_tokens=0", "evaluate.generate_prompt_tokens: 0 must be greater than 0"),
         ("evaluate.generate_batch_sizes=[]", "evaluate.generate_batch_sizes: [] must be sizes of batches"),
         ("evaluate.generate_batch_sizes=[4,0]", "evaluate.generate_batch_sizes: [4, 0]"),
         ("evaluate.tasks=[nowhere.jsonl]", "evaluate.tasks: nowhere.jsonl: no such file"),
