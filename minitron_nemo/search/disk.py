@@ -24,7 +24,7 @@ MATRICES = "repair, matrices"
 def search_disk(
     recipe: Recipe, teacher: Architecture, candidates: Sequence[Candidate], trained: int, world_size: int
 ) -> list[Kept]:
-    """Of all candidates, each kind of file; at most, as if the largest of them, which come first, were `trained`."""
+    """Of all candidates, each kind of file and how many have it, as if the largest, which come first, are `trained`."""
     config, layout = recipe.search, Layout.from_config(recipe.parallel)
     found: dict[str, list[int]] = {}
     for number, each in enumerate(candidates):
@@ -37,7 +37,7 @@ def search_disk(
             found.setdefault(MATRICES, []).append(amount)
     if CHECKPOINTS in found:
         found[CHECKPOINTS] = found[CHECKPOINTS][: 1 if config.launcher == "none" else config.jobs]
-    return [Kept(f"{what}, of {len(sizes)}", sum(sizes)) for what, sizes in found.items()]
+    return [Kept(f"{what} ({len(sizes)})", sum(sizes)) for what, sizes in found.items()]
 
 
 def matrix_bytes(source: Architecture, target: Architecture, config: PruneConfig) -> int:

@@ -149,17 +149,17 @@ def test_plan_shows_what_a_search_will_do(capsys: pytest.CaptureFixture[str], re
         4 * layers * (2 * (64 + 1) * hidden + (96 - 64) * 64) for layers in (3, 2) for hidden in (48, 32)
     ]  # the output is tied: its norm has no reader of its own
     assert {each["what"]: each["total"] for each in search["disk"]} == {
-        "student, pruned, of 4": sum(sizes),
-        "distillation, checkpoints, of 1": 3 * 4 * max(sizes),
-        "student, distilled, of 4": sum(sizes),
-        "repair, matrices, of 4": sum(matrices),
+        "student, pruned (4)": sum(sizes),
+        "distillation, checkpoints (1)": 3 * 4 * max(sizes),
+        "student, distilled (4)": sum(sizes),
+        "repair, matrices (4)": sum(matrices),
     }
     assert f"{'disk, search':<30}at most " in printed
     one_rung = ("search.rungs=[5]", "search.top_k=2", "search.launcher=slurm", "search.jobs=8", "--json")
     assert main(["plan", str(recipe), *overrides, *one_rung]) == 0
     disk = {each["what"]: each["total"] for each in json.loads(capsys.readouterr().out)["search"]["disk"]}
-    assert disk["distillation, checkpoints, of 2"] == 3 * 4 * sum(sizes[:2])
-    assert disk["student, distilled, of 2"] == sum(sizes[:2])
+    assert disk["distillation, checkpoints (2)"] == 3 * 4 * sum(sizes[:2])
+    assert disk["student, distilled (2)"] == sum(sizes[:2])
 
 
 def test_a_recipe_may_end_with_the_cut(capsys: pytest.CaptureFixture[str], recipe: Path) -> None:

@@ -84,7 +84,7 @@ def test_half_of_the_candidates_are_trained_longer_and_the_best_is_first(finishe
         assert list(run.glob("training/*/metrics.jsonl"))
     matrices = [path.stat().st_size for path in (finished / "run/search").glob("*/plan/plan.safetensors")]
     planned = {each.what: each.total for each in plan_search(preflight(load_recipe(finished / "tiny.yaml"))).disk}
-    assert 0 < sum(matrices) - planned[f"{MATRICES}, of {len(matrices)}"] < 1024 * len(matrices)  # headers
+    assert 0 < sum(matrices) - planned[f"{MATRICES} ({len(matrices)})"] < 1024 * len(matrices)  # headers
 
 
 def test_a_candidate_is_what_a_run_of_its_own_makes_of_its_sizes(finished: Path, tmp_path: Path) -> None:
