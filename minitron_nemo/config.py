@@ -257,6 +257,7 @@ class EvaluateConfig:
     sequence_length: int | None = None  # None: data.sequence_length
     micro_batch_size: int = 1
     generate_tokens: int = 32  # by which each model continues documents' beginnings; 0: nothing is generated
+    generate_prompt_tokens: int = 16  # of each row while the generation speed is measured
     # Rows at once, for each of which the generation speed is measured; the first gives generation_tokens_per_second.
     generate_batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
     # Files of tasks for `minitron tasks`: lm-evaluation-harness's .yaml (or the name of one of its tasks), or .jsonl
@@ -280,12 +281,12 @@ class BudgetConfig:
     max_non_embedding_parameters: float | None = None
     max_memory_bytes: float | None = None  # weights, and keys and values of `search.serving`
     max_latency_seconds: float | None = None  # of one batch of `search.serving`, by its roofline
-    min_tokens_per_second: float | None = None  # as `evaluate` measures the pruned candidate, where the search runs
+    min_tokens_per_second: float | None = None  # of a batch of `search.serving`, measured where the search runs
 
 
 @dataclass
 class ServingConfig:
-    """How the small model will be used: what its memory and its latency are counted for."""
+    """How the small model will be used: what its memory and latency are counted for, and its speed is measured by."""
 
     batch_size: int = 1
     prompt_tokens: int = 2048

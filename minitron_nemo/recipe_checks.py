@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_nemo.checkpoint.sink import FORMATS
-from minitron_nemo.config import ClusterConfig, Recipe, TrainConfig
+from minitron_nemo.config import ClusterConfig, EvaluateConfig, Recipe, TrainConfig
 from minitron_nemo.data.documents import is_here
 from minitron_nemo.distillation.balance import DYNAMIC, check_weight
 from minitron_nemo.distillation.cache import DTYPES
@@ -91,9 +91,7 @@ def check_values(recipe: Recipe) -> None:
             "distill: logits_weight is 0, and ce_weight is 0 or dynamic, which is in proportion to L_logits; there is "
             "nothing to train on"
         )
-    sizes = recipe.evaluate.generate_batch_sizes
-    if not sizes or min(sizes) < 1:
-        raise UserError(f"evaluate.generate_batch_sizes: {sizes} must be sizes of batches, at least one; e.g. [1, 8]")
+    _check_generation(recipe.evaluate)
     check_tasks(recipe.evaluate.tasks)
     _check_training(recipe.train)
     _check_cluster(recipe.cluster)
@@ -109,6 +107,14 @@ def absent(recipe: Recipe) -> dict[str, str]:
     missing = {key: text.path for key, text in texts.items() if not is_here(text)}
     source = recipe.model.source
     return missing if source.startswith("pypi:") or Path(source).exists() else {"model.source": source, **missing}
+
+
+def _check_generation(evaluate: EvaluateConfig) -> None:
+    if evaluate.generate_prompt_tokens < 1:
+        raise UserError(f"evaluate.generate_prompt_tokens: {evaluate.generate_prompt_tokens} must be greater than 0")
+    sizes = evaluate.generate_batch_sizes
+    if not sizes or min(sizes) < 1:
+        raise UserError(f"evaluate.generate_batch_sizes: {sizes} must be sizes of batches, at least one; e.g. [1, 8]")
 
 
 def _check_training(train: TrainConfig) -> None:

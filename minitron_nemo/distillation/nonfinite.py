@@ -23,6 +23,10 @@ from minitron_nemo.parallel import launch
 SHOWN = 4
 
 
+class Diverged(FloatingPointError):
+    """Losses or gradients stay not finite: raised by all ranks of the student alike, after the same update."""
+
+
 @dataclass
 class Skips:
     """Training state: iterations without an update, those of them at the end, and how often training went back."""

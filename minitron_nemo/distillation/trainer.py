@@ -16,7 +16,7 @@ from minitron_nemo.config import TrainConfig
 from minitron_nemo.data.sampler import Sampler, microbatches
 from minitron_nemo.distillation.intermediate import IntermediateLoss
 from minitron_nemo.distillation.metrics import figures, flops_per_token
-from minitron_nemo.distillation.nonfinite import Skips, nonfinite_gradients, nonfinite_losses
+from minitron_nemo.distillation.nonfinite import Diverged, Skips, nonfinite_gradients, nonfinite_losses
 from minitron_nemo.distillation.objective import DistillationObjective
 from minitron_nemo.distillation.optimizer import build_optimizer, set_learning_rate, update
 from minitron_nemo.distillation.panel import Panel
@@ -91,8 +91,8 @@ class Trainer:
         """Train to the last step, or until a signal asks to stop; the student then holds the weights of that update.
 
         "stopped" means that the state is saved and `run` of a new Trainer goes on from it. Raises SaveError under
-        `fail_on_save_error`, FloatingPointError when losses or gradients stay not finite, RuntimeError with the
-        watchdog's verdict where it ended another rank.
+        `fail_on_save_error`, Diverged when losses or gradients stay not finite, RuntimeError with the watchdog's
+        verdict where it ended another rank.
         """
         try:
             with self.watchdog:
@@ -149,7 +149,7 @@ class Trainer:
                     self._went_back_to = None
             saver.finish()
             if self.skips.skipped == self.config.steps:
-                raise FloatingPointError("no update of the run was finite: lower train.lr or check the data")
+                raise Diverged("no update of the run was finite: lower train.lr or check the data")
             if self.skips.skipped:
                 progress.say(f"{self.skips.skipped} of {self.config.steps} updates did not happen")
         self._wait_for_parameters()
@@ -210,7 +210,7 @@ class Trainer:
             with self.watchdog.paused():
                 resumed = self.state.roll_back(before=self._went_back_to)
         if resumed is None:
-            raise FloatingPointError(
+            raise Diverged(
                 f"{self.skips.in_a_row} updates up to {self.iteration} were not finite, and there is no checkpoint "
                 f"left to go back to: {problem}. Look at these samples, or lower train.lr; then start again from the "
                 f"last checkpoint in {self.directory}, or without it"

@@ -39,6 +39,7 @@ def evaluate(
     dtype: torch.dtype,
     micro_batch_size: int = 1,
     generate_tokens: int = 0,
+    generate_prompt_tokens: int = 16,
     generate_batch_sizes: Sequence[int] = (1,),
     teacher: str = "teacher",
 ) -> dict[str, Measured]:
@@ -46,7 +47,8 @@ def evaluate(
 
     `documents` are samples of one length, {"tokens", "labels", "token_weights": [s], "id"}; they are spread over the
     data-parallel ranks. Every model is built in `dtype` on `layout`, one at a time, and compared with the teacher. The
-    beginnings of documents are continued by `generate_tokens` tokens: some to be read, batches to measure the speed.
+    beginnings of documents are continued by `generate_tokens` tokens: some to be read, batches of prompts of
+    `generate_prompt_tokens` tokens to measure the speed.
     All ranks get the same results. Raises UserError for a layout that does not fit, and for a model whose vocabulary is
     not the teacher's.
     """
@@ -66,8 +68,11 @@ def evaluate(
                 f"{models[name]}: vocab_size {model.architecture.vocab_size} is not the teacher's {vocab_size}"
             )
         sums = document_sums(model, states, batches, len(documents))
-        read = continuations(model, documents, generate_tokens) if generate_tokens else ()
-        speeds = measure_speed(model, documents, generate_tokens, generate_batch_sizes) if generate_tokens else ()
+        read: Continuations = ()
+        speeds: tuple[Speed, ...] = ()
+        if generate_tokens:
+            read = continuations(model, documents, generate_tokens)
+            speeds = measure_speed(model, documents, generate_prompt_tokens, generate_tokens, generate_batch_sizes)
         results[name] = Measured(**vars(sums), architecture=model.architecture, speeds=speeds, continuations=read)
         del model
     return results

@@ -15,7 +15,7 @@ from minitron_nemo.models.generation import generate
 from minitron_nemo.parallel.device import current_device, peak_memory, reset_peak_memory
 
 SAMPLES = 3  # documents whose beginnings are continued, to be read
-PROMPT_TOKENS = 16  # of each
+SAMPLE_TOKENS = 16  # of each
 
 Continuations = tuple[tuple[list[int], list[int]], ...]  # a prompt's token ids, and those that follow
 
@@ -34,20 +34,26 @@ class Speed:
 
 def continuations(model: Model, documents: Sequence[Mapping[str, Any]], new_tokens: int) -> Continuations:
     """The beginnings of the first documents, continued greedily. Collective."""
-    prompts = _beginnings(documents[:SAMPLES])
+    prompts = [document["tokens"][:SAMPLE_TOKENS].tolist() for document in documents[:SAMPLES]]
     return tuple(zip(prompts, generate(model, prompts, new_tokens), strict=True))
 
 
 def measure_speed(
-    model: Model, documents: Sequence[Mapping[str, Any]], new_tokens: int, batch_sizes: Sequence[int]
+    model: Model,
+    documents: Sequence[Mapping[str, Any]],
+    prompt_tokens: int,
+    new_tokens: int,
+    batch_sizes: Sequence[int],
 ) -> tuple[Speed, ...]:
     """For each size of the batch, as rank 0 measures it; every rank gets the same. Collective.
 
-    The model should have generated before. Rows begin like the documents, again from the first where they run out.
+    The model should have generated before. Rows begin like the documents, again from the first where they run out; so
+    does a row that is longer than its document.
     """
     speeds = []
     for size in batch_sizes:
-        prompts = list(islice(cycle(_beginnings(documents[:size])), size))
+        rows = islice(cycle(documents), size)
+        prompts = [list(islice(cycle(row["tokens"].tolist()), prompt_tokens)) for row in rows]
         reset_peak_memory()
         start = time.perf_counter()
         generate(model, prompts, new_tokens)
@@ -60,7 +66,3 @@ def measure_speed(
         torch.distributed.all_reduce(measured[1:], op=torch.distributed.ReduceOp.MAX)
         speeds.append(Speed(size, float(measured[0]), int(measured[1])))
     return tuple(speeds)
-
-
-def _beginnings(documents: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-    return [document["tokens"][:PROMPT_TOKENS].tolist() for document in documents]

@@ -59,6 +59,7 @@ def evaluate_models(models: Mapping[str, Path], prepared: Path, recipe: Recipe, 
         dtype=DTYPES[recipe.train.precision],
         micro_batch_size=config.micro_batch_size,
         generate_tokens=config.generate_tokens,
+        generate_prompt_tokens=config.generate_prompt_tokens,
         generate_batch_sizes=config.generate_batch_sizes,
     )
     evaluation = summarise(measured)

@@ -10,6 +10,7 @@ with are refused.
 
 from __future__ import annotations
 
+import os
 import time
 from datetime import timedelta
 from importlib import import_module
@@ -148,6 +149,13 @@ class Stopwatch:
             return sum(end - start for start, end in spans)
         torch.cuda.synchronize()
         return sum(start.elapsed_time(end) for start, end in spans) / 1000  # milliseconds
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls the GPUs that this process sees; none without CUDA."""
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (list(map(str, range(count))) if named is None else named.split(","))[:count]
 
 
 def check_gpu(wanted: str) -> None:

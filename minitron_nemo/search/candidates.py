@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_nemo.chain import SEARCH
-from minitron_nemo.config import PruneConfig, Recipe, SearchConfig
+from minitron_nemo.config import EvaluateConfig, PruneConfig, Recipe, SearchConfig
 from minitron_nemo.search.shapes import Candidate, sizes
 
 
@@ -49,8 +49,21 @@ def candidate_recipe(recipe: Recipe, candidate: Candidate, steps: int) -> Recipe
         prune=pruning(candidate, recipe.prune),
         teacher=replace(recipe.teacher, cache=cache),
         train=replace(recipe.train, steps=steps, phases=[], rampup_batch_size=None, keep_last=1),
-        evaluate=replace(recipe.evaluate, tasks=[], generate_batch_sizes=recipe.evaluate.generate_batch_sizes[:1]),
+        evaluate=_evaluation(recipe, steps),
         export=replace(recipe.export, formats=[]),
         search=SearchConfig(),
         cluster=replace(recipe.cluster, prune_nodes=None),
+    )
+
+
+def _evaluation(recipe: Recipe, steps: int) -> EvaluateConfig:
+    """What is generated: as cut, a batch of `search.serving`, which tells the speed; training leaves that as it is."""
+    config, serving = replace(recipe.evaluate, tasks=[]), recipe.search.serving
+    if steps or not config.generate_tokens:
+        return replace(config, generate_batch_sizes=config.generate_batch_sizes[:1])
+    return replace(
+        config,
+        generate_batch_sizes=[serving.batch_size],
+        generate_prompt_tokens=serving.prompt_tokens,
+        generate_tokens=serving.new_tokens,
     )

@@ -25,6 +25,7 @@ from minitron_nemo.chain import DEPTH_FILE, Chain, unchanged
 from minitron_nemo.checkpoint.files import write_atomic
 from minitron_nemo.claim import claimed
 from minitron_nemo.config import Recipe, recipe_yaml
+from minitron_nemo.distillation.nonfinite import Diverged
 from minitron_nemo.distillation.state import TRACKER
 from minitron_nemo.distillation.status import FILE_NAME as STATUS
 from minitron_nemo.distillation.status import write_failure, write_status
@@ -34,9 +35,18 @@ from minitron_nemo.preflight import preflight
 from minitron_nemo.pruning.score_depth import score_depth
 from minitron_nemo.run import run_chain
 from minitron_nemo.search.candidates import candidate_recipe, driver_directory, search_directory
-from minitron_nemo.search.launchers import Launcher, LocalProcesses, SlurmJobs, Task
+from minitron_nemo.search.launchers import Launcher, LocalProcesses, SlurmJobs, Task, gpu_shares
 from minitron_nemo.search.plan import SearchPlan, plan_search
-from minitron_nemo.search.results import Result, Standing, load_result, ranked, result_key, save_result, survivors
+from minitron_nemo.search.results import (
+    Result,
+    Standing,
+    load_result,
+    ranked,
+    result_key,
+    save_failure,
+    save_result,
+    survivors,
+)
 from minitron_nemo.search.shapes import Candidate
 from minitron_nemo.search.table import write_table
 from minitron_nemo.steps import Stopped, stopped_by_signals
@@ -67,8 +77,8 @@ class Trial:
 def search(recipe: Recipe, path: Path, overrides: Sequence[str]) -> None:
     """Search by the recipe in `path` with `overrides`. Collective over the job; one process with another launcher.
 
-    Raises UserError for wrong input, Stopped where a signal ended it, Failed for candidates that failed in processes or
-    jobs of their own. Whatever ended it: called again, it goes on with what is left.
+    Raises UserError for wrong input, Stopped where a signal ended it, and in the end Failed on rank 0, SaidByRankZero
+    on the others, for candidates that have no loss. Whatever ended it: called again, it goes on with what is left.
     """
     config, outside = recipe.search, recipe.search.launcher != "none"
     if outside and launch.job_size() > 1:
@@ -81,14 +91,17 @@ def search(recipe: Recipe, path: Path, overrides: Sequence[str]) -> None:
     with claimed(place), _told(place):
         _say(f"{len(plan.candidates)} candidates within the budget, of {plan.grid_size:,} in the grid")
         if outside:
-            launcher = LocalProcesses(config.jobs) if config.launcher == "local" else SlurmJobs(config.jobs)
+            launcher: Launcher = SlurmJobs(config.jobs)
+            if config.launcher == "local":
+                launcher = LocalProcesses(gpu_shares(config.jobs, plan.world_size))
             _first_outside(plan, launcher, path, overrides)
-            _say(_rungs(plan, launcher))
+            standings = _rungs(plan, launcher)
         else:
             run_chain(recipe, until="calibrate")
             launch.from_rank_0(partial(write_status, place, "running", step="search"))
             _measure_depths(plan)
-            _say(_rungs(plan, None))
+            standings = _rungs(plan, None)
+        _check(standings)
 
 
 def _measure_depths(plan: SearchPlan) -> None:
@@ -105,8 +118,8 @@ def _measure_depths(plan: SearchPlan) -> None:
                 score_depth(chain.source, chain.prepared, chain.recipe, chain.plan.layout, measured, chain.lent_depths)
 
 
-def _rungs(plan: SearchPlan, launcher: Launcher | None) -> str:
-    """Measure, drop, train, until the last rung; the table as text."""
+def _rungs(plan: SearchPlan, launcher: Launcher | None) -> list[Standing]:
+    """Measure, drop, train, until the last rung; says the table. Those that failed go no further."""
     config = plan.recipe.search
     entrants, out = [Standing(candidate, ()) for candidate in plan.candidates], list[Standing]()
     rungs = (0, *config.rungs)
@@ -118,15 +131,29 @@ def _rungs(plan: SearchPlan, launcher: Launcher | None) -> str:
             _say(f"after {steps} updates: {len(kept)} of {len(entrants)} go on to {rungs[number + 1]}")
         out += [standing for standing in entrants if standing not in kept]
         entrants = kept
-    return f"{text}\n-> {search_directory(plan.recipe) / 'best.yaml'}"
+        if not entrants:
+            break
+    standings = ranked([*entrants, *out])
+    _say(text)
+    if standings[0].last.finite:
+        _say(f"-> {search_directory(plan.recipe) / 'best.yaml'}")
+    return standings
+
+
+def _check(standings: Sequence[Standing]) -> None:
+    """Raise for candidates that have no loss."""
+    failed = [f"{each.candidate.name}: {each.last.failure}" for each in standings if each.last.failure is not None]
+    if failed:
+        raise (Failed if launch.rank() == 0 else SaidByRankZero)(f"{'; '.join(failed)}; {AGAIN}")
 
 
 def _admitted(standings: Sequence[Standing], plan: SearchPlan) -> list[Standing]:
-    """Those that generate fast enough and, of them, the `top_k` with the lowest losses as cut."""
+    """Those that have a loss and generate fast enough and, of them, the `top_k` with the lowest losses as cut."""
     least = plan.recipe.search.budget.min_tokens_per_second
-    fast = [each for each in standings if least is None or (each.last.tokens_per_second or 0.0) >= least]
-    if not fast:
-        fastest = max(each.last.tokens_per_second or 0.0 for each in standings)
+    finite = [each for each in standings if each.last.finite]
+    fast = [each for each in finite if least is None or (each.last.tokens_per_second or 0.0) >= least]
+    if finite and not fast:
+        fastest = max(each.last.tokens_per_second or 0.0 for each in finite)
         raise UserError(f"search.budget.min_tokens_per_second: {least:g}, and the fastest makes {fastest:.1f}")
     return ranked(fast)[: plan.recipe.search.top_k]
 
@@ -136,9 +163,14 @@ def _measured(plan: SearchPlan, standings: Sequence[Standing], steps: int, launc
     trials = {each.candidate.name: _trial(plan, each.candidate, steps) for each in standings}
     results = {name: found for name, trial in trials.items() if (found := _known(trial)) is not None}
     missing = [trial for name, trial in trials.items() if name not in results]
-    for trial in _here(missing) if launcher is None else _outside(missing, launcher):
-        results[trial.candidate.name] = launch.from_rank_0(partial(_record, trial))
-        _say(f"{trial.candidate.name}: loss {results[trial.candidate.name].loss:.4f} after {steps} updates")
+    for trial, failure in _here(missing) if launcher is None else _outside(missing, launcher):
+        name = trial.candidate.name
+        if failure is None:
+            results[name] = launch.from_rank_0(partial(_record, trial))
+            _say(f"{name}: loss {results[name].loss:.4f} after {steps} updates")
+        else:
+            results[name] = Result.failed(steps, failure)
+            _say(f"{name}: failed before {steps} updates: {failure}")
     return [replace(each, results=(*each.results, results[each.candidate.name])) for each in standings]
 
 
@@ -164,33 +196,41 @@ def _record(trial: Trial) -> Result:
     return result
 
 
-def _here(trials: Sequence[Trial]) -> Iterator[Trial]:
-    """One after the other, on all ranks of this job."""
+def _here(trials: Sequence[Trial]) -> Iterator[tuple[Trial, str | None]]:
+    """One after the other, on all ranks of this job; with each, why its training diverged, if it did.
+
+    Whatever else goes wrong ends the search as it would a run, since ranks may be anywhere then. So they may where a
+    separate teacher's processes lose a training that diverges: that is recorded, and the next call goes past it.
+    """
     for trial in trials:
         launch.from_rank_0(partial(_write, trial))
-        run_chain(trial.chain.recipe)
-        yield trial
+        failure = None
+        try:
+            run_chain(trial.chain.recipe)
+        except Diverged as error:
+            failure = str(error)
+            if launch.job_rank() == 0:
+                assert trial.key is not None, "what is trained was cut from teacher, text and Scores"
+                save_failure(trial.result_file, trial.key, trial.steps, failure)
+            if trial.chain.recipe.teacher.placement == "separate":
+                raise
+        yield trial, failure
 
 
-def _outside(trials: Sequence[Trial], launcher: Launcher) -> Iterator[Trial]:
-    """As processes or jobs of their own. Raises Failed when all have ended and some not well."""
+def _outside(trials: Sequence[Trial], launcher: Launcher) -> Iterator[tuple[Trial, str | None]]:
+    """As processes or jobs of their own; with each, why it did not end well, if it did not."""
     tasks = {}
     for trial in trials:
         if unchanged(trial.chain):  # it ended while nobody was there to record it
-            yield trial
+            yield trial, None
         else:
             file = _write(trial)
             name = f"{trial.chain.recipe.name}-{_mark(trial.directory, trial.key)}"
             tasks[name] = trial, Task(name, "run", (str(file),), trial.chain.recipe, file.with_suffix(".log"))
-    failed = []
     for name in launcher.run([task for _, task in tasks.values()]):
         trial, task = tasks[name]
-        if _ended_well(trial, launcher.patience):
-            yield trial
-        else:
-            failed.append(f"{trial.candidate.name}: {_reason(trial.directory)}, see {task.log}")
-    if failed:
-        raise Failed(f"{'; '.join(failed)}; {AGAIN}")
+        well = _ended_well(trial, launcher.patience)
+        yield trial, None if well else f"{_reason(trial.directory)}, see {task.log}"
 
 
 def _first_outside(plan: SearchPlan, launcher: Launcher, path: Path, overrides: Sequence[str]) -> None:

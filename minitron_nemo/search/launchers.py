@@ -19,6 +19,8 @@ from pathlib import Path
 from types import FrameType
 
 from minitron_nemo.config import Recipe
+from minitron_nemo.errors import UserError
+from minitron_nemo.parallel.device import visible_gpus
 from minitron_nemo.processes import LOCAL
 from minitron_nemo.steps import Stopped
 from minitron_nemo.submit import queued_names, submit_script
@@ -40,9 +42,12 @@ class Task:
 
 @dataclass(frozen=True)
 class LocalProcesses:
-    """At most `jobs` at once. `patience` is how many seconds a task's files may take to be seen here."""
+    """As many at once as there are `shares` of the GPUs: CUDA_VISIBLE_DEVICES of a task, None for this process's.
 
-    jobs: int
+    `patience` is how many seconds a task's files may take to be seen here.
+    """
+
+    shares: Sequence[str | None]
     patience: float = 0.0
 
     def run(self, tasks: Sequence[Task]) -> Iterator[str]:
@@ -51,14 +56,17 @@ class LocalProcesses:
         Raises Stopped after a signal, which the processes get as well, when the last of them has ended.
         """
         waiting, active = list(tasks), dict[str, subprocess.Popen[bytes]]()
+        free, taken = list(self.shares), dict[str, str | None]()
         with _passed_on(active) as received:
             while active or (waiting and not received):
-                while waiting and len(active) < self.jobs and not received:
+                while waiting and free and not received:
                     task = waiting.pop(0)
-                    active[task.name] = _start(task)
+                    taken[task.name] = free.pop(0)
+                    active[task.name] = _start(task, taken[task.name])
                 ended = [name for name, process in active.items() if process.poll() is not None]
                 for name in ended:
                     del active[name]
+                    free.append(taken.pop(name))
                     if not received:  # what ended well now is found by the next search
                         yield name
                 if not ended:
@@ -95,13 +103,29 @@ class SlurmJobs:
 Launcher = LocalProcesses | SlurmJobs
 
 
-def _start(task: Task) -> subprocess.Popen[bytes]:
+def gpu_shares(jobs: int, processes: int) -> list[str | None]:
+    """What each of so many trainings at once, of `processes` each, gets of this machine's GPUs, if there are any.
+
+    Raises UserError for more processes than GPUs. A training that runs alone is left to find its GPUs itself.
+    """
+    gpus = visible_gpus()
+    if jobs == 1 or not gpus:
+        return [None] * jobs
+    if jobs * processes > len(gpus):
+        raise UserError(
+            f"search.jobs: {jobs} trainings at once, of {processes} processes each, need {jobs * processes} GPUs, and "
+            f"there are {len(gpus)}; set it to {max(len(gpus) // processes, 1)}"
+        )
+    return [",".join(gpus[job * processes : (job + 1) * processes]) for job in range(jobs)]
+
+
+def _start(task: Task, gpus: str | None) -> subprocess.Popen[bytes]:
     print(f"[search] {task.name}: {task.log}", flush=True)
     task.log.parent.mkdir(parents=True, exist_ok=True)
     with task.log.open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "minitron_nemo.cli", task.verb, *task.arguments],
-            env={**os.environ, LOCAL: "1"},
+            env={**os.environ, LOCAL: "1", **({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus})},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -12,10 +12,12 @@ from minitron_nemo.config import Recipe, SearchConfig
 from minitron_nemo.errors import UserError
 from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.plan_text import searched
+from minitron_nemo.planning.disk import Kept
 from minitron_nemo.preflight import Preflight, preflight
 from minitron_nemo.pruning import depth, repair
 from minitron_nemo.search.candidates import candidate_recipe
 from minitron_nemo.search.costs import BYTES
+from minitron_nemo.search.disk import search_disk
 from minitron_nemo.search.shapes import Candidate, candidates, grid, has_grid
 
 LAUNCHERS = ("none", "local", "slurm")
@@ -94,6 +96,12 @@ class SearchPlan:
         }
 
     @property
+    def disk(self) -> list[Kept]:
+        """What the candidates take at most, beside the run's own files."""
+        trained = max(self.entrants, default=0)
+        return search_disk(self.recipe, self.teacher, self.candidates, trained, self.world_size)
+
+    @property
     def _repairs(self) -> list[tuple[int, int]]:
         """Of every candidate: passes, and FLOPs of a token in all of them."""
         recipe, layout = self.recipe, Layout.from_config(self.recipe.parallel)
@@ -110,6 +118,7 @@ class SearchPlan:
             "depth_search": self.depth_search if self.drops else None,
             "tokens": self.tokens,
             "flops": self.flops,
+            "disk": [{**asdict(each), "total": each.total} for each in self.disk],
         }
 
     def text(self) -> str:
@@ -127,6 +136,7 @@ class SearchPlan:
                 (f"FLOPs, search {name}", f"{'at most ' * (name == 'distillation')}{count:.3e} (arithmetic)")
                 for name, count in self.flops.items()
             ),
+            ("disk, search", _stored(self.disk)),
         ]
         return "\n".join(f"{name:<30}{value}" for name, value in rows)
 
@@ -141,6 +151,11 @@ def priced(candidate: Candidate) -> str:
     if found.latency_seconds is not None:
         parts.append(f"{found.latency_seconds:.3g} s")
     return ", ".join(parts)
+
+
+def _stored(found: list[Kept]) -> str:
+    kept = ", ".join(f"{each.what} {each.total / 1e9:.3g}" for each in found)
+    return f"at most {sum(each.total for each in found) / 1e9:.3g} GB: {kept} (arithmetic)"
 
 
 def plan_search(plan: Preflight) -> SearchPlan:

@@ -3,7 +3,8 @@
     RUN/search/NAME/result_100.json     what evaluation.json said then; the next rung's training replaces that file
 
 A result has the key of what it was measured with: teacher, text, Scores and all settings that decide it. Another recipe
-finds other keys, and measures again.
+finds other keys, and measures again. That a training diverged is a result, too; the loss is NaN then, as that of any
+candidate that failed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, isnan, sqrt
+from math import ceil, isfinite, nan, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,10 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Result:
-    """A candidate after `steps` updates. `losses` are those of the documents, the same ones for every candidate."""
+    """A candidate after `steps` updates. `losses` are those of the documents, the same ones for every candidate.
+
+    `failure` says why there is no loss.
+    """
 
     steps: int
     loss: float
@@ -38,11 +42,18 @@ class Result:
     kl_to_teacher: float
     losses: tuple[float, ...]
     tokens_per_second: float | None
+    failure: str | None = None
+
+    @property
+    def finite(self) -> bool:
+        """Whether there is a loss to rank it by."""
+        return isfinite(self.loss)
 
     @staticmethod
     def of(steps: int, evaluation: Mapping[str, Any]) -> Result:
         """Out of the content of evaluation.json."""
         record = evaluation["distilled" if steps else "pruned"]
+        failure = None if isfinite(record["loss"]) else "its held-out loss is not finite"
         return Result(
             steps=steps,
             loss=record["loss"],
@@ -50,7 +61,13 @@ class Result:
             kl_to_teacher=record["kl_to_teacher"],
             losses=tuple(record["losses_per_document"]),
             tokens_per_second=record["generation_tokens_per_second"],
+            failure=failure,
         )
+
+    @staticmethod
+    def failed(steps: int, failure: str) -> Result:
+        """Of a candidate that did not get so far."""
+        return Result(steps, nan, None, nan, (), None, failure)
 
     def minus(self, other: Result) -> tuple[float, float | None]:
         """Difference of the losses, paired by document, with its standard error; None for a single document."""
@@ -77,6 +94,8 @@ def load_result(path: Path, key: str | None) -> Result | None:
     data = json.loads(path.read_text())
     if data.get("schema_version") != SCHEMA_VERSION or data["key"] != key:
         return None
+    if "failure" in data:
+        return Result.failed(data["steps"], data["failure"])
     return Result.of(data["steps"], data["evaluation"])
 
 
@@ -85,6 +104,12 @@ def save_result(path: Path, key: str, steps: int, evaluation: Mapping[str, Any])
     content = {"schema_version": SCHEMA_VERSION, "key": key, "steps": steps, "evaluation": evaluation}
     write_atomic(path, json.dumps(content, indent=2) + "\n")
     return Result.of(steps, evaluation)
+
+
+def save_failure(path: Path, key: str, steps: int, failure: str) -> None:
+    """Keep that it failed, and will again with the same settings."""
+    content = {"schema_version": SCHEMA_VERSION, "key": key, "steps": steps, "failure": failure}
+    write_atomic(path, json.dumps(content, indent=2) + "\n")
 
 
 @dataclass(frozen=True)
@@ -102,34 +127,40 @@ class Standing:
     def costs(self) -> Costs:
         return self.candidate.costs
 
+    @property
+    def tokens_per_second(self) -> float | None:
+        """As measured before any training, which leaves it as it is; None where nothing was generated."""
+        return self.results[0].tokens_per_second
+
     def after(self, steps: int) -> Result | None:
         """Its result after so many updates; None if it never got there."""
         return next((result for result in self.results if result.steps == steps), None)
 
 
 def ranked(standings: Sequence[Standing]) -> list[Standing]:
-    """Best first: by the rung reached, then by the loss there; equal ones as they came."""
-    return sorted(standings, key=lambda each: (-each.last.steps, isnan(each.last.loss), each.last.loss))
+    """Best first: by the rung reached, then by the loss there; equal ones as they came, and last those without one."""
+    return sorted(standings, key=lambda each: (not each.last.finite, -each.last.steps, each.last.loss))
 
 
 def survivors(standings: Sequence[Standing], keep: float) -> list[Standing]:
-    """The share `keep` of these, rounded up, with the lowest losses."""
-    return ranked(standings)[: ceil(len(standings) * keep)]
+    """The share `keep` of these, rounded up, with the lowest losses; none without a loss."""
+    return [each for each in ranked(standings)[: ceil(len(standings) * keep)] if each.last.finite]
 
 
 def pareto(standings: Sequence[Standing]) -> set[str]:
-    """Names of the candidates that no other dominates in parameters, active ones, memory, latency and loss.
+    """Names of the candidates that no other dominates in parameters, active ones, memory, latency, speed and loss.
 
     A candidate is compared with all that were measured after the last updates it got: losses after different numbers of
-    updates do not compare.
+    updates do not compare. One without a loss is neither on the front nor in the way of others.
     """
     return {
         each.candidate.name
         for each in standings
-        if not any(
+        if each.last.finite
+        and not any(
             _dominates(other, each, result)
             for other in standings
-            if (result := other.after(each.last.steps)) is not None
+            if (result := other.after(each.last.steps)) is not None and result.finite
         )
     }
 
@@ -140,5 +171,5 @@ def _dominates(other: Standing, each: Standing, result: Result) -> bool:
 
 
 def _costs(standing: Standing) -> tuple[float, ...]:
-    found = standing.costs
-    return found.parameters, found.active_parameters, found.memory_bytes, found.latency_seconds or 0.0
+    found, speed = standing.costs, standing.tokens_per_second or 0.0
+    return found.parameters, found.active_parameters, found.memory_bytes, found.latency_seconds or 0.0, -speed

@@ -52,6 +52,7 @@ class Grid:
     """What there is to choose from: sizes of every axis that the teacher has, and what `base` says of all else.
 
     `expansions`, multiples of the hidden size, take the place of the sizes of `ffn_hidden_size` where there are any.
+    Without sizes of `num_attention_heads`, groups keep all heads that they have.
     """
 
     teacher: Architecture
@@ -90,8 +91,8 @@ def grid(teacher: Architecture, prune: PruneConfig, config: SearchConfig) -> Gri
     if expansions:
         del values[Axis.FFN]
     if config.num_query_groups is not None and config.num_attention_heads is None and prune.num_attention_heads is None:
-        values[Axis.HEADS] = sorted({groups * teacher.heads_per_group for groups in values[Axis.GROUPS]})
-    for heads in values[Axis.HEADS]:
+        del values[Axis.HEADS]
+    for heads in values.get(Axis.HEADS, ()):
         if not any(_pair(teacher, heads, groups) for groups in values[Axis.GROUPS]):
             raise UserError(
                 f"search.num_attention_heads: {heads} is no multiple, up to {teacher.heads_per_group} times, of any "
@@ -157,6 +158,7 @@ def _widths(grid: Grid) -> Iterator[dict[Axis, int]]:
     axes: list[Axis] = [axis for axis in grid.values if axis != Axis.LAYERS]
     for combination in product(*(grid.values[axis] for axis in axes)):
         width = dict(zip(axes, combination, strict=True))
+        width.setdefault(Axis.HEADS, width[Axis.GROUPS] * grid.teacher.heads_per_group)
         if not _pair(grid.teacher, width[Axis.HEADS], width[Axis.GROUPS]):
             continue
         if not grid.expansions:

@@ -1,6 +1,6 @@
 """The ranked table, as data and for people, and the section of a recipe that the winner is.
 
-RUN/search/table.json, table.tsv, table.md     every candidate, best first
+RUN/search/table.json, table.tsv, table.md     every candidate, best first; in table.json those without a loss apart
 RUN/search/best.yaml                           the `prune` section that makes the best one
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from math import isfinite
 from typing import Any
 
 import yaml
@@ -36,14 +37,16 @@ def rows(standings: Sequence[Standing], rungs: Sequence[int]) -> list[dict[str, 
     """One record per candidate, best first.
 
     `delta` is the loss minus that of the best candidate after the same updates, the last that this one got, paired by
-    document.
+    document. What is not finite is None, and `failure` says why.
     """
     front = pareto(standings)
     found = []
     for rank, standing in enumerate(ranked(standings), 1):
         last, candidate = standing.last, standing.candidate
-        rivals = [result for each in standings if (result := each.after(last.steps)) is not None]
-        delta, delta_se = last.minus(min(rivals, key=lambda result: result.loss))
+        delta, delta_se = None, None
+        if last.finite:
+            rivals = [result for each in standings if (result := each.after(last.steps)) is not None and result.finite]
+            delta, delta_se = last.minus(min(rivals, key=lambda result: result.loss))
         by_rung = {steps: result for steps in rungs if (result := standing.after(steps)) is not None}
         found.append(
             {
@@ -51,29 +54,34 @@ def rows(standings: Sequence[Standing], rungs: Sequence[int]) -> list[dict[str, 
                 "name": candidate.name,
                 **{axis.value: size for axis, size in sizes(candidate.architecture).items()},
                 **asdict(candidate.costs),
-                "losses": {str(steps): result.loss for steps, result in by_rung.items()},
+                "losses": {str(steps): _finite(result.loss) for steps, result in by_rung.items()},
                 "steps": last.steps,
-                "loss": last.loss,
-                "loss_se": last.loss_se,
-                "kl_to_teacher": last.kl_to_teacher,
+                "loss": _finite(last.loss),
+                "loss_se": _finite(last.loss_se),
+                "kl_to_teacher": _finite(last.kl_to_teacher),
                 "delta": delta,
                 "delta_se": delta_se,
-                "generation_tokens_per_second": last.tokens_per_second,
+                "generation_tokens_per_second": standing.tokens_per_second,
                 "pareto": candidate.name in front,
+                "failure": last.failure,
             }
         )
     return found
 
 
 def write_table(recipe: Recipe, standings: Sequence[Standing], rungs: Sequence[int]) -> str:
-    """Write the table's files and best.yaml; returns the table as markdown. `rungs` begin with 0, before training."""
+    """Write the table's files and, where a candidate has a loss, best.yaml; returns the table as markdown.
+
+    `rungs` begin with 0, before training.
+    """
     directory, found = search_directory(recipe), rows(standings, rungs)
     content = {
         "schema_version": SCHEMA_VERSION,
         "recipe": recipe.name,
         "search": asdict(recipe.search),
         "rungs": list(rungs),
-        "candidates": found,
+        "candidates": [row for row in found if row["loss"] is not None],
+        "failed": [row for row in found if row["loss"] is None],
     }
     write_atomic(directory / "table.json", json.dumps(content, indent=2) + "\n")
     axes = list(sizes(standings[0].candidate.architecture))
@@ -81,7 +89,9 @@ def write_table(recipe: Recipe, standings: Sequence[Standing], rungs: Sequence[i
     write_atomic(directory / "table.tsv", "".join("\t".join(line) + "\n" for line in cells))
     markdown = _markdown(cells)
     write_atomic(directory / "table.md", markdown + "\n")
-    write_atomic(directory / "best.yaml", best(recipe, ranked(standings)[0], len(standings)))
+    winner = ranked(standings)[0]
+    if winner.last.finite:
+        write_atomic(directory / "best.yaml", best(recipe, winner, len(standings)))
     return markdown
 
 
@@ -115,11 +125,20 @@ def _cells(row: dict[str, Any], axes: Sequence[Axis], rungs: Sequence[int]) -> l
         *([str(row["active_parameters"])] if Axis.EXPERTS in axes else []),
         f"{row['memory_bytes'] / 1e9:.4g}",
         "" if latency is None else f"{latency:.4g}",
-        *(f"{row['losses'][str(steps)]:.4f}" if str(steps) in row["losses"] else "" for steps in rungs),
+        *(_loss(row["losses"][str(steps)]) if str(steps) in row["losses"] else "" for steps in rungs),
         f"{row['delta']:+.4f}{error}" if row["delta"] else "",
         "" if speed is None else f"{speed:.1f}",
         "yes" if row["pareto"] else "",
     ]
+
+
+def _loss(value: float | None) -> str:
+    return "failed" if value is None else f"{value:.4f}"
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no NaN."""
+    return None if value is None or not isfinite(value) else value
 
 
 def _markdown(cells: Sequence[Sequence[str]]) -> str:

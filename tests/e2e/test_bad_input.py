@@ -143,6 +143,23 @@ def test_plan_shows_what_a_search_will_do(capsys: pytest.CaptureFixture[str], re
     assert search["depth_search"] == {"models": 8, "layer_evaluations": 15, "forward_passes": 3.75}
     assert search["flops"]["depth"] == 8 * 64 * (inside(4, 64, 96) * 15 // 4 + 8 * 2 * 259 * 64)
     assert "8 models, 3.75 passes through the layers and 8 through the output, each of 8 sequences" in printed
+    # In fp32. One is trained at a time: its latest, best and next checkpoint, of weights and thrice as much of AdamW's.
+    sizes = [4 * candidate["parameters"] for candidate in search["candidates"]]
+    matrices = [
+        4 * layers * (2 * (64 + 1) * hidden + (96 - 64) * 64) for layers in (3, 2) for hidden in (48, 32)
+    ]  # the output is tied: its norm has no reader of its own
+    assert {each["what"]: each["total"] for each in search["disk"]} == {
+        "student, pruned (4)": sum(sizes),
+        "distillation, checkpoints (1)": 3 * 4 * max(sizes),
+        "student, distilled (4)": sum(sizes),
+        "repair, matrices (4)": sum(matrices),
+    }
+    assert f"{'disk, search':<30}at most " in printed
+    one_rung = ("search.rungs=[5]", "search.top_k=2", "search.launcher=slurm", "search.jobs=8", "--json")
+    assert main(["plan", str(recipe), *overrides, *one_rung]) == 0
+    disk = {each["what"]: each["total"] for each in json.loads(capsys.readouterr().out)["search"]["disk"]}
+    assert disk["distillation, checkpoints (2)"] == 3 * 4 * sum(sizes[:2])
+    assert disk["student, distilled (2)"] == sum(sizes[:2])
 
 
 def test_a_recipe_may_end_with_the_cut(capsys: pytest.CaptureFixture[str], recipe: Path) -> None:
@@ -164,6 +181,7 @@ TEACHER_PP2 = "teacher.layout.pipeline_model_parallel_size=2"
         ("train.steps=many", "train.steps"),
         ("stages=[one]", "a list stands where there are keys"),
         ("train.steps=-1", "train.steps: -1 must not be negative"),
+        ("evaluate.generate_prompt_tokens=0", "evaluate.generate_prompt_tokens: 0 must be greater than 0"),
         ("evaluate.generate_batch_sizes=[]", "evaluate.generate_batch_sizes: [] must be sizes of batches"),
         ("evaluate.generate_batch_sizes=[4,0]", "evaluate.generate_batch_sizes: [4, 0]"),
         ("evaluate.tasks=[nowhere.jsonl]", "evaluate.tasks: nowhere.jsonl: no such file"),

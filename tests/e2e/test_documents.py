@@ -80,7 +80,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         parallel={"pipeline_model_parallel_size": 1},
         cluster={"launcher": "none"},
         data={"heldout_fraction": 0.4},  # enough for questions
-        search={"ffn_hidden_size": [48, 64], "rungs": [2]},
+        search={"ffn_hidden_size": [48, 64], "rungs": [2], "serving": {"prompt_tokens": 16, "new_tokens": 4}},
     )
     recipes = directory / "recipes"
     recipes.mkdir()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor
 from minitron_nemo.arch.counts import non_embedding_parameters, parameters
 from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.errors import UserError
+from minitron_nemo.evaluation import generation
 from minitron_nemo.evaluation.evaluate import Measured, evaluate
 from minitron_nemo.evaluation.report import summarise
 from minitron_nemo.parallel.layout import Layout
@@ -21,7 +24,8 @@ from tests.pool import run_distributed
 from tests.tiny import write_tiny_llama
 
 LENGTH = 24
-GENERATING = {"generate_tokens": 3, "generate_batch_sizes": [1, 7]}  # more rows than there are documents
+# Prompts that are longer than the documents, and more rows than there are documents.
+GENERATING = {"generate_tokens": 3, "generate_prompt_tokens": 30, "generate_batch_sizes": [1, 7]}
 DOCUMENTS = 5  # odd: neither microbatches nor data-parallel ranks come out even
 
 LAYOUTS = {
@@ -132,6 +136,25 @@ def test_generation_speed_is_the_same_number_on_all_ranks(name: str, stored: dic
     assert len(speeds) == 1
     assert [speed.batch_size for speed in speeds.copy().pop()] == [1, 7]
     assert all(speed.tokens_per_second > 0 and speed.peak_memory_bytes > 2**20 for speed in speeds.pop())
+
+
+def _timed(prompt_tokens: int) -> list[tuple[list[list[int]], int]]:
+    """On a rank: the prompts that are timed, and how many tokens they are to be continued by."""
+    given = []
+
+    def generate(model: None, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+        given.append(([list(prompt) for prompt in prompts], new_tokens))
+
+    with patch.object(generation, "generate", generate):
+        generation.measure_speed(None, _documents(), prompt_tokens, 5, [1, 7])  # type: ignore[arg-type]
+    return given
+
+
+@pytest.mark.parametrize("prompt_tokens", [10, 50])
+def test_what_is_timed_has_prompts_of_the_length_asked_for(prompt_tokens: int) -> None:
+    rows = [document["tokens"].tolist() for document in _documents()]
+    rows = [(3 * row)[:prompt_tokens] for row in [*rows, *rows]]
+    assert run_distributed(1, _timed, prompt_tokens) == [[(rows[:1], 5), (rows[:7], 5)]]
 
 
 @pytest.mark.parametrize("name", ["tp2-sp", "pp2"])

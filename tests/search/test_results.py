@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from minitron_nemo.arch import Architecture
-from minitron_nemo.config import Recipe, load_recipe
+from minitron_nemo.config import EvaluateConfig, Recipe, SearchConfig, ServingConfig, load_recipe
+from minitron_nemo.search.candidates import candidate_recipe
 from minitron_nemo.search.costs import Costs
 from minitron_nemo.search.results import Result, Standing, pareto, ranked, survivors
 from minitron_nemo.search.shapes import Candidate
@@ -20,7 +21,10 @@ from minitron_nemo.search.table import rows, write_table
 from tests.e2e.chain import write_recipe
 
 
-def standing(number: int, costs: tuple[float, ...], losses: dict[int, float], documents: int = 6) -> Standing:
+def standing(
+    number: int, costs: tuple[float, ...], losses: dict[int, float], documents: int = 6, speed: float | None = 10.0
+) -> Standing:
+    """Its speed is that of the cut; what later measurements say of it counts for nothing."""
     shape = Architecture(
         num_layers=number + 2,
         hidden_size=64,
@@ -34,7 +38,8 @@ def standing(number: int, costs: tuple[float, ...], losses: dict[int, float], do
     noise = np.random.default_rng(number).normal(size=documents)
     noise -= noise.mean()
     results = tuple(
-        Result(steps, loss, 0.1, 0.2, tuple((loss + noise).tolist()), 10.0) for steps, loss in losses.items()
+        Result(steps, loss, 0.1, 0.2, tuple((loss + noise).tolist()), None if steps else speed)
+        for steps, loss in losses.items()
     )
     parameters, active, memory, latency = costs
     return Standing(Candidate(shape, Costs(int(parameters), int(active), 0, int(memory), latency)), results)
@@ -51,8 +56,9 @@ def test_the_front_is_that_of_brute_force() -> None:
         for number in range(12):
             costs = generator.integers(1, 3, 4)
             losses = dict(zip((0, 10, 20), generator.integers(1, 6, 3) / 4, strict=True))
-            reached = list(losses)[: 1 + number % 3]
-            standings.append(standing(number, tuple(costs.tolist()), {steps: losses[steps] for steps in reached}))
+            reached = {steps: losses[steps] for steps in list(losses)[: 1 + number % 3]}
+            speed = float(generator.integers(1, 3))
+            standings.append(standing(number, tuple(costs.tolist()), reached, speed=speed))
         expected = set()
         for one in standings:
             steps = one.last.steps
@@ -66,6 +72,7 @@ def test_the_front_is_that_of_brute_force() -> None:
                     (other.costs.active_parameters, one.costs.active_parameters),
                     (other.costs.memory_bytes, one.costs.memory_bytes),
                     (other.costs.latency_seconds, one.costs.latency_seconds),
+                    (1 / other.results[0].tokens_per_second, 1 / one.results[0].tokens_per_second),
                     (theirs[steps], one.last.loss),
                 ]
                 beaten |= all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
@@ -103,6 +110,41 @@ def test_differences_are_paired_with_the_best_after_the_same_updates() -> None:
     assert rows(alone, (0,))[0]["delta_se"] is None
 
 
+def test_a_candidate_without_a_loss_is_last_and_in_nobodys_way(tmp_path: Path) -> None:
+    """Cheaper than all others, and the first to be asked: with NaN every comparison would be False, or spoilt."""
+    recipe = Recipe(name="tiny", run_dir=str(tmp_path / "run"))
+    (tmp_path / "run" / "search").mkdir(parents=True)
+    failed = Result.failed(10, "no update was finite")
+    costs, dear = (1, 1, 1, 0.25), (9, 9, 9, 0.5)
+    standings = [
+        standing(0, costs, {0: math.nan}),
+        replace(early := standing(1, costs, {0: 1.0}), results=(*early.results, failed)),
+        standing(2, costs, {0: math.inf}),
+        standing(3, dear, {0: 3.0, 10: 2.0}),
+        standing(4, dear, {0: 2.5, 10: 2.5}),
+        standing(5, dear, {0: 3.5}),
+    ]
+    assert names(survivors(standings, 1.0)) == names(ranked(standings))[:3] == [3, 4, 5]
+    assert pareto(standings) == {standings[3].candidate.name}
+    text = write_table(recipe, standings, (0, 10))
+
+    def refused(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    table = json.loads((tmp_path / "run/search/table.json").read_text(), parse_constant=refused)
+    assert [row["delta"] for row in table["candidates"]] == pytest.approx([0, 0.5, 2.5])
+    assert [row["loss"] for row in table["candidates"]] == [2.0, 2.5, 3.5]
+    by_layers = {row["num_layers"] - 2: row for row in table["failed"]}
+    assert by_layers.keys() == {0, 1, 2} and {row["loss"] for row in by_layers.values()} == {None}
+    assert (by_layers[1]["failure"], by_layers[1]["losses"]) == ("no update was finite", {"0": 1.0, "10": None})
+    assert by_layers[0]["losses"] == {"0": None} and by_layers[0]["delta"] is None
+    assert text.count("failed") == 3 and "nan" not in text and "inf" not in text
+    assert f"{standings[3].candidate.name}, loss 2.0000" in (tmp_path / "run/search/best.yaml").read_text()
+    (tmp_path / "run/search/best.yaml").unlink()
+    write_table(recipe, standings[:3], (0, 10))
+    assert not (tmp_path / "run/search/best.yaml").exists()
+
+
 def test_the_tables_say_the_same_and_the_best_is_a_section_of_a_recipe(tmp_path: Path) -> None:
     recipe: Recipe = load_recipe(write_recipe(tmp_path))
     (tmp_path / "run" / "search").mkdir(parents=True)
@@ -116,6 +158,7 @@ def test_the_tables_say_the_same_and_the_best_is_a_section_of_a_recipe(tmp_path:
     assert [cell.strip() for cell in text.splitlines()[0].strip("|").split("|")] == header
     assert [dict(zip(header, line, strict=True))["loss after 10"] for line in lines] == ["1.0000", ""]
     assert [dict(zip(header, line, strict=True))["latency, s"] for line in lines] == ["0.5", "0.25"]
+    assert [dict(zip(header, line, strict=True))["tokens/s"] for line in lines] == ["10.0", "10.0"]
     best = yaml.safe_load((directory / "best.yaml").read_text())
     sizes = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 8, "num_query_groups": 4}
     assert best == {"prune": sizes}
@@ -139,3 +182,16 @@ def test_the_table_of_a_mixture_has_its_axes_and_what_a_token_meets(tmp_path: Pa
     sizes = {"num_layers": 2, "hidden_size": 64, "num_moe_experts": 4, "moe_ffn_hidden_size": 96}
     best = yaml.safe_load((directory / "best.yaml").read_text())
     assert best == {"prune": {**sizes, "num_attention_heads": 8, "num_query_groups": 4}}
+
+
+def test_a_candidate_is_timed_once_as_it_is_to_serve(tmp_path: Path) -> None:
+    serving = ServingConfig(batch_size=16, prompt_tokens=2048, new_tokens=256)
+    evaluation = EvaluateConfig(documents=5, generate_tokens=8, generate_batch_sizes=[4, 2])
+    recipe = Recipe(name="tiny", run_dir=str(tmp_path), search=SearchConfig(serving=serving), evaluate=evaluation)
+    candidate = standing(0, (1, 1, 1, 1.0), {0: 1.0}).candidate
+    cut, trained = (candidate_recipe(recipe, candidate, steps).evaluate for steps in (0, 100))
+    asked = {"generate_batch_sizes": [16], "generate_prompt_tokens": 2048, "generate_tokens": 256}
+    assert cut == replace(evaluation, **asked)
+    assert trained == replace(evaluation, generate_batch_sizes=[4])
+    silent = replace(recipe, evaluate=replace(evaluation, generate_tokens=0))
+    assert candidate_recipe(silent, candidate, 0).evaluate.generate_tokens == 0

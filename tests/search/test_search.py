@@ -15,8 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitron_nemo.arch import Plan
 from minitron_nemo.checkpoint.fingerprint import fingerprint
+from minitron_nemo.config import load_recipe
+from minitron_nemo.preflight import preflight
 from minitron_nemo.pruning.depth import choose
 from minitron_nemo.pruning.depth_scores import DepthScores
+from minitron_nemo.search.disk import MATRICES
+from minitron_nemo.search.plan import plan_search
 from tests.e2e.chain import Command, write_recipe
 from tests.families import write_tiny
 
@@ -44,9 +48,9 @@ def write_search(directory: Path, **sections: dict[str, Any]) -> Path:
     return write_recipe(directory, **(common | sections))
 
 
-def table(directory: Path) -> list[dict[str, Any]]:
-    candidates: list[dict[str, Any]] = json.loads((directory / "run/search/table.json").read_text())["candidates"]
-    return candidates
+def table(directory: Path, part: str = "candidates") -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((directory / "run/search/table.json").read_text())[part]
+    return rows
 
 
 def trained(output: str) -> int:
@@ -78,6 +82,9 @@ def test_half_of_the_candidates_are_trained_longer_and_the_best_is_first(finishe
         assert evaluation["pruned"]["parameters"] == row["parameters"]
         assert not list(run.glob("training/*/iter_*"))
         assert list(run.glob("training/*/metrics.jsonl"))
+    matrices = [path.stat().st_size for path in (finished / "run/search").glob("*/plan/plan.safetensors")]
+    planned = {each.what: each.total for each in plan_search(preflight(load_recipe(finished / "tiny.yaml"))).disk}
+    assert 0 < sum(matrices) - planned[f"{MATRICES} ({len(matrices)})"] < 1024 * len(matrices)  # headers
 
 
 def test_a_candidate_is_what_a_run_of_its_own_makes_of_its_sizes(finished: Path, tmp_path: Path) -> None:
@@ -182,6 +189,11 @@ def test_a_candidate_that_fails_is_named_and_the_others_are_trained_all_the_same
     status = json.loads((search / "driver/status.json").read_text())
     assert (status["state"], status["step"]) == ("failed", "search")
     assert (search / other["name"] / "result_1.json").exists()
+    assert not (search / busy["name"] / "result_1.json").exists()  # it is tried again
+    [row] = table(finished, "failed")
+    assert (row["name"], row["loss"]) == (busy["name"], None)
+    assert row["failure"] == f"it did not come to its end, see {log}"
+    assert f": {other['name']}, loss" in (search / "best.yaml").read_text()
 
 
 def test_a_mixture_is_searched_and_its_depths_are_measured_once(tmp_path: Path) -> None:

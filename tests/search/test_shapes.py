@@ -154,9 +154,20 @@ def test_axes_that_are_not_given_are_as_pruned() -> None:
         "num_attention_heads": [4],
         "num_query_groups": [2],
     }
-    groups = grid(TEACHER, PruneConfig(), SearchConfig(num_query_groups=[1, 3]))
-    pairs = [(a.num_attention_heads, a.num_query_groups) for a, _, _ in shapes(groups)]
-    assert (2, 1) in pairs and (6, 3) in pairs  # all heads of the groups that stay
+
+
+@pytest.mark.parametrize(
+    ("prune", "pairs"),
+    [
+        ({}, [(2, 1), (4, 2), (8, 4)]),  # all heads of the groups that stay
+        ({"num_query_groups": 2}, [(2, 1), (4, 2), (8, 4)]),
+        ({"num_attention_heads": 4}, [(4, 2), (4, 4)]),
+    ],
+)
+def test_without_sizes_of_their_own_heads_are_as_pruned(prune: dict[str, int], pairs: list[tuple[int, int]]) -> None:
+    groups = grid(TEACHER, PruneConfig(**prune), SearchConfig(num_query_groups=[1, 2, 4]))
+    assert [(a.num_attention_heads, a.num_query_groups) for a, _, _ in shapes(groups)] == pairs
+    assert groups.size == 3
 
 
 def test_an_untied_student_is_counted_with_its_two_embeddings() -> None:

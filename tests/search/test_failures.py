@@ -1,0 +1,69 @@
+"""A search goes on past a candidate whose training diverges, on all ranks of its job."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from minitron_nemo.config import Recipe, load_recipe
+from minitron_nemo.distillation.objective import DistillationObjective
+from minitron_nemo.errors import Failed, SaidByRankZero
+from minitron_nemo.run import run_chain
+from minitron_nemo.search import driver
+from tests.pool import run_distributed
+from tests.search.test_search import table, write_search
+
+pytestmark = pytest.mark.e2e
+
+DIVERGES, GOES_ON = "l4-h64-f64-a8-g4", "l4-h64-f48-a8-g4"
+
+
+def _searched(path: Path) -> tuple[str, type[Exception], list[str]]:
+    """On a rank: what the search raises, and the recipes that it ran; losses of the one that diverges are NaN."""
+    ran = []
+    loss = DistillationObjective.loss
+
+    def poisoned_loss(self_: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return loss(self_, hidden * float("nan"), *args, **kwargs)
+
+    def run(recipe: Recipe, *args: Any, **kwargs: Any) -> None:
+        ran.append(recipe.name)
+        with patch.object(DistillationObjective, "loss", poisoned_loss if DIVERGES in recipe.name else loss):
+            run_chain(recipe, *args, **kwargs)
+
+    with patch.object(driver, "run_chain", run):
+        try:
+            driver.search(load_recipe(path), path, ())
+        except (Failed, SaidByRankZero) as error:
+            return str(error), type(error), ran
+    raise AssertionError("it found nothing to complain about")
+
+
+def test_a_candidate_that_diverges_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
+    cut = {"ffn_hidden_size": None, "num_layers": None, "calibration": {"samples": 4}, "repair": {"ffn": False}}
+    recipe = write_search(
+        tmp_path,
+        prune=cut,
+        search={"ffn_hidden_size": [48, 64], "rungs": [1, 2], "keep": 1.0},
+        evaluate={"documents": 2, "generate_tokens": 0},
+    )
+    found = run_distributed(2, _searched, recipe)
+    said, _, ran = found[0]
+    assert [error for _, error, _ in found] == [Failed, SaidByRankZero]
+    assert said.startswith(f"{DIVERGES}: no update of the run was finite") and GOES_ON not in said
+    assert sorted(ran) == sorted(
+        ["tiny", *(f"tiny-{name}-{steps}" for name in (DIVERGES, GOES_ON) for steps in (0, 1)), f"tiny-{GOES_ON}-2"]
+    )
+    [best], [last] = table(tmp_path), table(tmp_path, "failed")
+    assert (best["name"], best["steps"], best["failure"], best["pareto"]) == (GOES_ON, 2, None, True)
+    assert (last["name"], last["steps"], last["loss"], last["pareto"]) == (DIVERGES, 1, None, False)
+    assert last["losses"]["0"] > 0 and last["losses"]["1"] is None and last["failure"] in said
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["step"]) == ("failed", "search") and last["failure"] in status["reason"]
+    again, _, ran = run_distributed(2, _searched, recipe)[0]
+    assert (again, ran) == (said, ["tiny"])  # as recorded; only what all candidates share is looked at
