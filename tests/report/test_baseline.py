@@ -82,6 +82,7 @@ def test_the_tokens_of_the_correction_are_named(tmp_path: Path) -> None:
         (KEY, "evaluate: {sequence_length: 512}\n", "its evaluate.sequence_length are not those of"),
         (OTHER, "evaluate: {documents: 7}\n", "its held-out documents and evaluate.documents are not those of"),
     ],
+    ids=["text", "documents", "length", "both"],
 )
 def test_a_baseline_that_was_measured_on_other_documents_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], heldout: str, changed: str, words: str
