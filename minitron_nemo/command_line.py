@@ -101,7 +101,8 @@ TASK = """Write choose.jsonl, for prune.depth.task, and judge.jsonl, of other do
 which of four continuations belongs to the beginning of a held-out passage? The same data gives the same questions."""
 
 REPORT = """Write RUN/report.html about what the run directory holds by now: results, training curves, importance and
-cuts, candidates, sample generations, provenance. One file that needs no network. `minitron run` ends with it."""
+cuts, candidates, sample generations, provenance. One file that needs no network. Of a recipe with stages: one
+of each stage, and RUN/report.html links them. `minitron run` ends with it."""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

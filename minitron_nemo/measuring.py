@@ -10,8 +10,10 @@ from minitron_nemo.config import Recipe
 from minitron_nemo.errors import UserError, on_every_rank
 from minitron_nemo.evaluation import compare, tasks
 from minitron_nemo.evaluation.checkpoints import buildable
+from minitron_nemo.evaluation.report import read_evaluation
 from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
+from minitron_nemo.report.record import read_record
 
 MODELS = ("pruned", "distilled")  # of a run directory, beside its teacher
 
@@ -44,9 +46,27 @@ def _check_out(out: Path) -> None:
 
 
 def compare_recorded(paths: Sequence[Path], against: str | None, as_json: bool) -> str:
-    """Models of run directories, out of what was measured. Raises UserError for what cannot be paired."""
+    """Models of run directories, out of what was measured.
+
+    Raises UserError for what cannot be paired, and for figures of models that have been made anew since.
+    """
     evaluation = compare.recorded(paths)
+    for path in paths:
+        _check_current(path if path.is_file() else path / compare.EVALUATION)
     return _shown(compare.compared(evaluation, _one_of(list(evaluation), against)), as_json)
+
+
+def _check_current(evaluation: Path) -> None:
+    """Raise UserError where a model of this file, or of the tasks beside it, has been made anew since."""
+    record, on_tasks = read_record(evaluation.parent), evaluation.parent / tasks.FILE_NAME
+    for file, verb, outdated in (
+        (evaluation, "evaluate", record.outdated_evaluation(read_evaluation(evaluation))),
+        (on_tasks, "tasks", record.outdated_tasks(tasks.read_tasks(on_tasks))),
+    ):
+        for name, step in outdated.items():
+            raise UserError(
+                f"{file}: {name} was measured before the last {step}; run `minitron {verb}` again when that is done"
+            )
 
 
 def compare_measured(paths: Sequence[Path], prepared: Path, recipe: Recipe, against: str | None, as_json: bool) -> None:

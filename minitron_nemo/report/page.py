@@ -22,11 +22,15 @@ FILE_NAME = "report.html"
 def write_report(run_dir: Path, baseline: Path | None = None) -> Path:
     """Write `run_dir`/report.html about what is in `run_dir` by now; the same content gives the same bytes.
 
-    `baseline` is a run whose training is drawn beside this one's. Raises UserError for what is no run directory, and
-    for damaged files in one.
+    Of a run with stages it links their pages, which are written too. `baseline` is a run whose training is drawn beside
+    this one's. Raises UserError for what is no run directory, for damaged files in one, and for a baseline that cannot
+    be compared.
     """
-    path = run_dir / FILE_NAME
-    write_atomic(path, page(read_run(run_dir, baseline)))
+    path, run = run_dir / FILE_NAME, read_run(run_dir, baseline)
+    for directory in run.stages.values():
+        if directory.is_dir():
+            write_report(directory)
+    write_atomic(path, page(run))
     return path
 
 
@@ -40,6 +44,7 @@ def page(run: Run) -> str:
     return environment.get_template("page.html").render(
         run=run,
         state=_state(run.status),
+        stages={name: _link(directory, run.directory) for name, directory in run.stages.items()},
         made_since=results.made_since(run.outdated),
         made_since_tasks=results.made_since(run.outdated_tasks),
         verdict="" if run.outdated else results.verdict(run.evaluation),
@@ -85,6 +90,12 @@ def _state(status: Mapping[str, Any]) -> str:
         words += f", update {status['iteration']:,} of {status['steps']:,}"
     reason = f": {status['reason']}" if status["reason"] else ""
     return f"{words} at {status['time']}{reason}"
+
+
+def _link(stage: Path, run_dir: Path) -> str:
+    """From the run's page to a stage's; "" where it has none yet."""
+    path = stage / FILE_NAME
+    return path.relative_to(run_dir).as_posix() if path.is_file() else ""
 
 
 def _behaviour(run: Run) -> dict[str, Any]:

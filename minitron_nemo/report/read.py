@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,17 @@ import numpy as np
 from minitron_nemo.arch import Plan
 from minitron_nemo.arch.plan import FILE_NAME as PLAN_FILE
 from minitron_nemo.checkpoint.files import read_json
-from minitron_nemo.config import RECIPE_FILE, Recipe, load_recipe
+from minitron_nemo.config import RECIPE_FILE, Recipe
+from minitron_nemo.data.prepared import load_prepared
 from minitron_nemo.distillation.records import read_metrics
 from minitron_nemo.distillation.status import FILE_NAME as STATUS_FILE
 from minitron_nemo.errors import UserError
 from minitron_nemo.evaluation import tasks
 from minitron_nemo.importance.scores import Scores
 from minitron_nemo.manifest import FILE_NAME as MANIFEST_FILE
-from minitron_nemo.manifest import Manifest
 from minitron_nemo.pruning.depth_scores import DepthScores
-from minitron_nemo.stages import STAGES, stage_recipes
+from minitron_nemo.report.record import Record, read_record, step_of
+from minitron_nemo.stages import STAGES
 
 CANDIDATES_FILE = "search/table.json"
 DEPTH_FILE = "depth.npz"
@@ -29,21 +30,18 @@ DEPTH_FILE = "depth.npz"
 # Directories below RUN/training are named MODEL-KEY; the steps that make them.
 TRAININGS = {"corrected": "correct", "distilled": "distill"}
 
-# What a measured model is the output of: one of these steps, those of the run or of the stage itself.
-MAKERS = {
-    "distilled": ("distill",),
-    "pruned": ("prune",),
-    "teacher": ("correct", "convert"),
-    "corrected": ("correct",),
-    "source": ("convert",),
-}
-
 
 @dataclass(frozen=True)
 class Training:
-    """The records of one metrics.jsonl."""
+    """The records of one metrics.jsonl; `earlier` are the tokens of the trainings that its student goes back to."""
 
     records: Sequence[Mapping[str, Any]]
+    earlier: float = 0.0
+
+    @property
+    def tokens(self) -> float:
+        """Consumed by now."""
+        return max((record.get("data/tokens", 0.0) for record in self.records), default=0.0)
 
     def series(self, tag: str) -> list[tuple[float, float]]:
         """(tokens consumed, value) of every record that has a finite value under `tag`.
@@ -76,8 +74,9 @@ class Run:
     """What a run directory holds by now."""
 
     directory: Path
+    stage: str | None  # that the directory is of
     status: Mapping[str, Any]
-    steps: Mapping[str, Mapping[str, Any]]  # records of manifest.json
+    steps: Mapping[str, Mapping[str, Any]]  # records of manifest.json; the stage's own, without its name
     recipe: Recipe | None
     evaluation: Mapping[str, Mapping[str, Any]]  # by model; empty: not evaluated yet
     tasks: tasks.Content  # by model, as in evaluation; empty: none measured
@@ -92,91 +91,115 @@ class Run:
 
     @property
     def name(self) -> str:
-        return self.recipe.name if self.recipe else self.directory.resolve().name
+        name = self.recipe.name if self.recipe else self.directory.resolve().name
+        return name if self.stage is None else f"{name}, stage {self.stage}"
+
+    @property
+    def stages(self) -> Mapping[str, Path]:
+        """Directories of its stages, which need not be there yet; none for a run without them, and for a stage."""
+        return {name: self.directory / STAGES / name for name in (self.recipe.stages if self.recipe else ())}
 
 
 def read_run(directory: Path, baseline: Path | None = None) -> Run:
     """Read what is there of a run, or of one of its stages (RUN/stages/NAME); a job may be writing meanwhile.
 
     `baseline` is another run whose training this one's is compared with. Raises UserError for what is no run
-    directory, or damaged, and for a baseline without validations.
+    directory, or damaged, and for a baseline without validations, or with those of other documents.
     """
-    home, stage = (directory.parents[1], directory.name) if directory.parent.name == STAGES else (directory, None)
-    if not any((home / name).is_file() for name in (STATUS_FILE, MANIFEST_FILE, RECIPE_FILE)):
-        raise UserError(f"{directory}: not a run directory; give the run_dir of a recipe that has been started")
-    status = _json(home / STATUS_FILE)
-    steps = Manifest(home).steps
-    recipe = load_recipe(home / RECIPE_FILE) if (home / RECIPE_FILE).is_file() else None
-    if stage is not None:  # what is its own, under the names of a run without stages
-        own = f"{stage}/"
-        status = {**status, "step": (status.get("step") or "").removeprefix(own)}
-        steps = {name.removeprefix(own): step for name, step in steps.items() if name.startswith(own)}
-        recipe = stage_recipes(recipe).get(stage) if recipe else None
+    record = _record(directory)
+    own = step_of(record.stage, "")
     scores = directory / "scores.npz"
     evaluation = _json(directory / "evaluation.json")
     on_tasks = tasks.read_tasks(directory / tasks.FILE_NAME)
-    measured = {name: steps.get("evaluate", {"inputs": {}})["inputs"].get(name) for name in evaluation}
     plans = [directory / name / PLAN_FILE for name in ("pruned", "plan")]
     return Run(
         directory=directory,
-        status=status,
-        steps=steps,
-        recipe=recipe,
+        stage=record.stage,
+        status={**record.status, "step": (record.status.get("step") or "").removeprefix(own)} if record.status else {},
+        steps={name.removeprefix(own): step for name, step in record.steps.items() if name.startswith(own)},
+        recipe=record.recipe,
         evaluation=evaluation,
         tasks=on_tasks,
         scores=Scores.load(scores) if scores.is_file() else None,
         plan=next((Plan.load(path) for path in plans if path.is_file()), None),
-        trainings=_trainings(directory, status, steps),
+        trainings=_trainings(record),
         candidates=_candidates(directory / CANDIDATES_FILE),
         depth=DepthScores.load(directory / DEPTH_FILE) if (directory / DEPTH_FILE).is_file() else None,
-        baseline=None if baseline is None else read_baseline(baseline),
-        outdated=_outdated(measured, status, steps),
-        outdated_tasks=_outdated({name: model.get("fingerprint") for name, model in on_tasks.items()}, status, steps),
+        baseline=None if baseline is None else read_baseline(baseline, record),
+        outdated=record.outdated_evaluation(evaluation),
+        outdated_tasks=record.outdated_tasks(on_tasks),
     )
 
 
-def read_baseline(directory: Path) -> Training:
+def read_baseline(directory: Path, run: Record) -> Training:
     """The training of a run that has held-out losses: the last that its student went through.
 
-    Raises UserError where there is none.
+    Raises UserError where there is none, and where they are not of the documents that `run` is measured on.
     """
-    found = read_run(directory).trainings
+    baseline = _record(directory)
+    for record in (run, baseline):
+        if record.recipe and record.recipe.stages:
+            raise UserError(
+                f"--baseline: {record.home} has stages, each with its training; give {record.home / STAGES}/NAME"
+            )
+    found = _trainings(baseline)
     for name in ("distilled", "corrected"):
         if name in found and found[name].series("validation/loss"):
+            ours, its = _measured_on(run), _measured_on(baseline)
+            if others := [key for key in ours if ours[key] != its[key]]:
+                raise UserError(
+                    f"--baseline {directory}: its {' and '.join(others)} are not those of {run.directory(run.stage)}; "
+                    "losses compare on the same documents only, give a run that was measured on these"
+                )
             return found[name]
     raise UserError(f"--baseline {directory}: no training in it has held-out losses; give it train.eval_interval")
 
 
-def _trainings(directory: Path, status: Mapping[str, Any], steps: Mapping[str, Any]) -> dict[str, Training]:
-    """Of each name the one that the manifest's output came from; the newest while none has, or another one runs."""
-    found = {}
-    for name, step in TRAININGS.items():
-        paths = sorted(directory.glob(f"training/{name}-*/metrics.jsonl"), key=lambda path: path.stat().st_mtime_ns)
-        if step in steps and not _underway(step, status):
-            recorded = directory / "training" / f"{name}-{steps[step]['key'][:8]}" / "metrics.jsonl"
-            paths = [path for path in paths if path == recorded]
-        if paths and (records := read_metrics(paths[-1])):
-            found[name] = Training(records)
+def _record(directory: Path) -> Record:
+    record = read_record(directory)
+    if not any((record.home / name).is_file() for name in (STATUS_FILE, MANIFEST_FILE, RECIPE_FILE)):
+        raise UserError(f"{directory}: not a run directory; give the run_dir of a recipe that has been started")
+    return record
+
+
+def _measured_on(record: Record) -> dict[str, Any]:
+    """What decides which documents held-out losses are of. Raises UserError where it is not there any more."""
+    recipe = record.recipe
+    if recipe is None:
+        raise UserError(f"{record.home}: no {RECIPE_FILE} in it, which says what was measured on; run its recipe again")
+    own = [record.directory(stage) / "data" for stage in (record.stage, *reversed(record.before)) if stage is not None]
+    shared = Path(recipe.from_run or record.home) / "data"
+    prepared = load_prepared(next((path for path in own if path.is_dir()), shared))
+    return {
+        "held-out documents": [source.heldout.sha256 for source in prepared.sources if source.heldout],
+        "evaluate.documents": recipe.evaluate.documents,
+        "evaluate.sequence_length": recipe.evaluate.sequence_length or recipe.data.sequence_length,
+        "data.separator_weight": recipe.data.separator_weight,
+    }
+
+
+def _trainings(record: Record) -> dict[str, Training]:
+    """The distillation of a run or of a stage, and the correction of the teacher, which may be in another run."""
+    lender = record.recipe.from_run if record.recipe else None
+    corrected = _training(record if lender is None else read_record(Path(lender)), None, "corrected")
+    distilled = _training(record, record.stage, "distilled")
+    found = {} if corrected is None else {"corrected": corrected}
+    if distilled is not None:
+        earlier = [corrected, *(_training(record, stage, "distilled") for stage in record.before)]
+        tokens = sum(training.tokens for training in earlier if training is not None)
+        found["distilled"] = replace(distilled, earlier=tokens)
     return found
 
 
-def _underway(step: str, status: Mapping[str, Any]) -> bool:
-    """Whether the run is in this step, or ended in it before it was done."""
-    return status.get("step") == step and status.get("state") != "done"
-
-
-def _outdated(
-    measured: Mapping[str, str | None], status: Mapping[str, Any], steps: Mapping[str, Mapping[str, Any]]
-) -> dict[str, str]:
-    """Of the `measured` models, by fingerprint, those that a step has since made anew or is making; with that step."""
-    found = {}
-    for name, mark in measured.items():
-        makers = [step for step in MAKERS.get(name, ()) if step in steps]
-        if underway := [step for step in MAKERS.get(name, ()) if _underway(step, status)]:
-            found[name] = underway[0]
-        elif mark is not None and makers and mark not in [steps[step]["output"] for step in makers]:
-            found[name] = makers[0]
-    return found
+def _training(record: Record, stage: str | None, name: str) -> Training | None:
+    """The one that the manifest's output came from; the newest while there is none, or another one runs."""
+    step = step_of(stage, TRAININGS[name])
+    places = (record.directory(stage) / "training").glob(f"{name}-*/metrics.jsonl")
+    paths = sorted(places, key=lambda path: path.stat().st_mtime_ns)
+    if step in record.steps and not record.underway(step):
+        key = record.steps[step]["key"][:8]
+        paths = [path for path in paths if path.parent.name == f"{name}-{key}"]
+    return Training(records) if paths and (records := read_metrics(paths[-1])) else None
 
 
 def _json(path: Path) -> dict[str, Any]:

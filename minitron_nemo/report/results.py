@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from minitron_nemo.arch import Axis, Plan
 from minitron_nemo.arch.blocks import EMBEDDING
 from minitron_nemo.arch.counts import (
@@ -14,12 +16,15 @@ from minitron_nemo.arch.counts import (
     non_embedding_parameters,
     parameters,
 )
+from minitron_nemo.evaluation.report import ORDER, mean_with_error
 from minitron_nemo.report.charts import Chart, colours, draw, error_bars, interval, with_error
 
-ORDER = ("source", "teacher", "pruned", "distilled")
+INTERMEDIATE = "intermediate"
 ROLES = {
     "source": "as it came",
+    "corrected": "the source after its correction",
     "teacher": "what the student learns from",
+    INTERMEDIATE: "the student of the stage before, which is cut",
     "pruned": "cut, not trained",
     "distilled": "the result",
 }
@@ -76,22 +81,24 @@ def models(evaluation: Evaluation) -> list[str]:
 
 def made_since(outdated: Mapping[str, str]) -> str:
     """What has made models anew since they were measured, in words; "" for nothing. `outdated`: model -> step."""
-    return " and ".join(MAKING[step] for step in dict.fromkeys(outdated.values()))
+    made = (step.rpartition("/") for step in dict.fromkeys(outdated.values()))
+    return " and ".join(f"{MAKING[name]} of {stage}" if stage else MAKING[name] for stage, _, name in made)
 
 
 def verdict(evaluation: Evaluation) -> str:
     """The result in two sentences; "" while the distilled student is not measured."""
     if not {"teacher", "pruned", "distilled"} <= set(evaluation):
         return ""
-    teacher, pruned, distilled = (evaluation[name] for name in ("teacher", "pruned", "distilled"))
+    teacher, distilled = (evaluation[name] for name in ("teacher", "distilled"))
     kept = distilled["non_embedding_parameters"] / teacher["non_embedding_parameters"]
-    lost, gained = pruned["delta_vs_teacher"], -distilled["delta_vs_pruned"]
+    (lost, lost_error), gained = _cost(evaluation), -distilled["delta_vs_pruned"]
     left = distilled["delta_vs_teacher"]
+    pruning = "Pruning the intermediate model" if INTERMEDIATE in evaluation else "Pruning"
     words = (
         f"The student has {kept:.1%} of the teacher's parameters outside the embeddings "
         f"({count(distilled['non_embedding_parameters'])} of {count(teacher['non_embedding_parameters'])}). "
-        f"Pruning {'cost' if lost >= 0 else 'gained'} {_nats(abs(lost), pruned['delta_vs_teacher_se'])} of held-out "
-        f"loss, distillation {'regained' if gained >= 0 else 'lost another'} "
+        f"{pruning} {'cost' if lost >= 0 else 'gained'} {_nats(abs(lost), lost_error)} of held-out loss, "
+        f"distillation {'regained' if gained >= 0 else 'lost another'} "
         f"{_nats(abs(gained), distilled['delta_vs_pruned_se'])}"
     )
     if lost > 0 and gained > 0:
@@ -104,10 +111,10 @@ def headlines(evaluation: Evaluation) -> list[tuple[str, str]]:
     """The result in a few large figures, each with its words; none while the distilled student is not measured."""
     if not {"teacher", "pruned", "distilled"} <= set(evaluation):
         return []
-    teacher, pruned, distilled = (evaluation[name] for name in ("teacher", "pruned", "distilled"))
+    teacher, distilled = (evaluation[name] for name in ("teacher", "distilled"))
     kept = distilled["non_embedding_parameters"] / teacher["non_embedding_parameters"]
     found = [(f"{kept:.0%}", "of the teacher's parameters outside the embeddings")]
-    lost, gained = pruned["delta_vs_teacher"], -distilled["delta_vs_pruned"]
+    (lost, _), gained = _cost(evaluation), -distilled["delta_vs_pruned"]
     if lost > 0 and gained > 0:
         found.append((f"{gained / lost:.0%}", "of the loss that pruning cost is regained by distillation"))
     found.append((f"{distilled['top1_agreement']:.0%}", AGREEMENT))
@@ -193,7 +200,7 @@ def shape(plan: Plan, sequence_length: int | None) -> Table:
     weights = [2 * parameters(model) for model in (before, after)]
     shares = [*map(in_bytes, weights), f"{weights[1] / weights[0]:.1%}"]
     rows.append(("weights in bf16", [Figure(share) for share in shares]))
-    return Table(("teacher", "student", "kept"), rows)
+    return Table(("cut from", "student", "kept"), rows)
 
 
 def cuts(plan: Plan) -> str:
@@ -217,6 +224,14 @@ def rotation(plan: Plan) -> str:
     words = f"Rotated: {plan.target.hidden_size} combinations of {plan.source.hidden_size} channels"
     keeps = plan.provenance.get("rotation_keeps")  # not there before `minitron repair` has found the rotation
     return f"{words}." if keeps is None else f"{words}, which keep {keeps:.1%} of the squares behind the norms."
+
+
+def _cost(evaluation: Evaluation) -> tuple[float, float | None]:
+    """Loss of the pruned model less that of the one it is cut out of, and its standard error; paired by document."""
+    pruned, key = evaluation["pruned"], "losses_per_document"
+    if INTERMEDIATE in evaluation:
+        return mean_with_error(np.subtract(pruned[key], evaluation[INTERMEDIATE][key]))
+    return pruned["delta_vs_teacher"], pruned["delta_vs_teacher_se"]
 
 
 def _figure(record: Mapping[str, Any], key: str, form: str, unit: float) -> Figure:

@@ -114,7 +114,8 @@ def _validation(training: Training, name: str, label: str) -> Series:
 def versus(distilled: Training, baseline: Training) -> tuple[str, Chart] | None:
     """Tokens that each needed to the lowest held-out loss that both reached, in words and as a chart.
 
-    None where one of them has no validations.
+    Those of trainings before, the teacher's correction above all, are named besides. None where one of the two has no
+    validations.
     """
     ours, theirs = (_validation(training, "loss", "") for training in (distilled, baseline))
     if not ours.points or not theirs.points:
@@ -124,6 +125,10 @@ def versus(distilled: Training, baseline: Training) -> tuple[str, Chart] | None:
     mine, its = (_first(series, goal) for series in (ours, theirs))
     words = f"Distillation reached a held-out loss of {goal:.4f} nats per token after {mine:,.0f} tokens; "
     words += f"the baseline needed {its:,.0f}, {its / mine:.2g} times as many."
+    if distilled.earlier or baseline.earlier:
+        whole = (its + baseline.earlier) / (mine + distilled.earlier)
+        words += f" Before, the teacher's correction and earlier stages took {distilled.earlier:,.0f} tokens, and the "
+        words += f"baseline's {baseline.earlier:,.0f}: with these it is {whole:.2g} times as many."
     if its_best > best:
         words += f" The {best:.4f} that distillation ended with it did not reach in {theirs.points[-1][0]:,.0f} tokens."
     chart = curves(

@@ -16,6 +16,7 @@ from minitron_nemo.cli import main
 from minitron_nemo.config import load_recipe
 from minitron_nemo.errors import UserError
 from minitron_nemo.importance.scores import Scores
+from minitron_nemo.report.read import read_run
 from minitron_nemo.run import run_chain
 from minitron_nemo.stages import plans, stage_recipes
 from minitron_nemo.submit import jobs
@@ -128,6 +129,7 @@ def test_the_student_of_the_stage_before_may_teach(finished: Path, two: Path, tm
     assert set(evaluation) == {"source", "corrected", "teacher", "pruned", "distilled"}
     for name in ("teacher", "pruned", "distilled"):
         assert evaluation[name] == by_hand[name], name
+    assert read_run(smaller).outdated == {}
 
 
 @by_running
@@ -146,6 +148,8 @@ def test_every_stage_has_its_results(finished: Path) -> None:
     assert smaller["teacher"] == larger["teacher"]
     assert cut["intermediate"]["loss"] == smaller["distilled"]["loss"]
     assert json.loads((run_dir / "status.json").read_text())["state"] == "done"
+    for stage in STAGES:
+        assert read_run(run_dir / "stages" / stage).outdated == {}, stage
     config = json.loads((run_dir / "stages" / "cut" / "export" / "hf" / "config.json").read_text())
     assert config["intermediate_size"] == CUT["prune"]["ffn_hidden_size"]
     for before, stage in (("larger", "smaller"), ("smaller", "cut")):

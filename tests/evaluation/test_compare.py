@@ -109,6 +109,31 @@ def test_what_cannot_be_paired_is_refused_in_one_line(runs: list[Path], tmp_path
         compare_recorded([runs[1]], None, False)
 
 
+def _recorded(run: Path, evaluated: str, on_tasks: str, distilled: str) -> None:
+    """The manifest of a run, and the student's fingerprints: as it was measured, on tasks, and as it is."""
+    made = {"key": "4" * 64, "output": distilled}
+    steps = {"distill": made, "evaluate": {"inputs": {"teacher": "7" * 64, "distilled": evaluated}}}
+    (run / "manifest.json").write_text(json.dumps({"schema_version": 1, "steps": steps}))
+    tasks = json.loads((run / "tasks.json").read_text())
+    tasks["models"]["distilled"]["fingerprint"] = on_tasks
+    (run / "tasks.json").write_text(json.dumps(tasks))
+
+
+def test_figures_of_an_earlier_student_are_refused(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where only one of loss and tasks is: a row would be of two models."""
+    old, new = "0" * 64, "1" * 64
+    words = "distilled was measured before the last distill; run `minitron {}` again when that is done"
+    for one in (runs[0], runs[0] / "evaluation.json"):
+        _recorded(runs[0], evaluated=old, on_tasks=new, distilled=new)
+        assert main(["compare", str(runs[1]), str(one)]) == 2
+        assert f"{runs[0]}/evaluation.json: {words.format('evaluate')}" in capsys.readouterr().err
+        _recorded(runs[0], evaluated=new, on_tasks=old, distilled=new)
+        assert main(["compare", str(runs[1]), str(one)]) == 2
+        assert f"{runs[0]}/tasks.json: {words.format('tasks')}" in capsys.readouterr().err
+        _recorded(runs[0], evaluated=new, on_tasks=new, distilled=new)
+        assert main(["compare", str(runs[1]), str(one)]) == 0
+
+
 def test_changes_without_data_are_refused(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(runs[0]), "evaluate.documents=3"]) == 2
     assert "compare: evaluate.documents=3 changes what is measured, and nothing is" in capsys.readouterr().err

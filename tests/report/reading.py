@@ -46,6 +46,19 @@ def sentences(page: str, section: str) -> list[str]:
     return [re.sub(r"<[^>]+>", "", text) for text in found]
 
 
+def headlines(page: str) -> list[tuple[str, str]]:
+    """Figures and their words."""
+    return [
+        (figure, words)
+        for words, figure in re.findall(r"<div><dt>(.*?)</dt><dd>(.*?)</dd></div>", page.partition("</header>")[0])
+    ]
+
+
+def verdict(page: str) -> str:
+    """The result in words, with simple spaces."""
+    return re.sub(r"\s+", " ", re.findall(r'<p class="verdict">(.*?)</p>', page)[0])
+
+
 def rows(page: str, section: str, below: str = "") -> dict[str, list[str]]:
     """Cells of the section's first table, `below` a heading, by the row's label, value and error run together."""
     text = _section(page, section)

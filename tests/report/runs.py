@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from minitron_nemo.arch.counts import non_embedding_parameters, parameters
 from minitron_nemo.arch.matrix import GAIN, REPLACE, Matrix
 from minitron_nemo.arch.tensors import tensors
 from minitron_nemo.config import CalibrationConfig, PruneConfig
+from minitron_nemo.data.prepared import Prepared, PreparedSource, Split
 from minitron_nemo.importance.scores import Scores
 from minitron_nemo.models.branches import Branch
 from minitron_nemo.pruning.depth_scores import DepthScores
@@ -90,6 +91,7 @@ def write_run(directory: Path, updates: int = 60, teacher: Architecture = TEACHE
     write_json(directory / "manifest.json", {"schema_version": 1, "steps": steps()})
     write_status(directory, "done", "export")
     (directory / "recipe.yaml").write_text(RECIPE)
+    write_documents(directory / "data")
     return directory
 
 
@@ -97,7 +99,19 @@ def write_baseline(directory: Path) -> Path:
     """A run that has only trained, from worse weights and for longer; returns `directory`."""
     write_metrics(directory / "training" / "distilled-89abcdef", 120, np.random.default_rng(3), start=9.0)
     write_status(directory, "running", "distill")
+    (directory / "recipe.yaml").write_text(RECIPE)
+    write_documents(directory / "data")
     return directory
+
+
+def write_documents(directory: Path, train: str = KEY, heldout: str = KEY) -> None:
+    """The prepared.json of text with these hashes."""
+    train_split, heldout_split = (
+        Split(f"00-text/{name}", 9, 9000, 40000, sha256) for name, sha256 in (("train", train), ("heldout", heldout))
+    )
+    source = PreparedSource("text", "/text", False, train_split, heldout_split)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / "prepared.json", asdict(Prepared(1, KEY, KEY, 0, 32000, (source,))))
 
 
 def part_of_a_run(directory: Path, *kept: str, **run: Any) -> Path:

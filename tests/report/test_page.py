@@ -18,7 +18,7 @@ from minitron_nemo.models.branches import Branch
 from minitron_nemo.pruning.depth_scores import DepthScores
 from minitron_nemo.report.page import write_report
 from minitron_nemo.report.read import read_run
-from tests.report.reading import charts, html, rows, sentences
+from tests.report.reading import charts, headlines, html, rows, sentences, verdict
 from tests.report.runs import (
     MADE,
     RECIPE,
@@ -35,7 +35,7 @@ from tests.report.runs import (
 
 
 def test_the_verdict_and_the_table_are_those_of_the_evaluation(page: str) -> None:
-    words = re.sub(r"\s+", " ", re.findall(r'<p class="verdict">(.*?)</p>', page)[0])
+    words = verdict(page)
     assert "Pruning cost 0.8159 ± 0.0198 nats per token" in words
     assert "regained 0.4228 ± 0.0131 nats per token, 52% of it" in words
     assert "ends 0.3931 ± 0.0152 nats per token above the teacher" in words
@@ -54,37 +54,6 @@ def test_the_shape_is_that_of_the_plan(page: str) -> None:
     assert found["FFN size"] == ["256", "160", "62.5%"]
     assert found["attention heads"] == ["8", "4", "50.0%"]
     assert "To make up for what goes: 19 norms rescaled." in page
-
-
-def test_a_baseline_is_compared_by_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run, other = tmp_path / "run", tmp_path / "other"
-
-    def losses(directory: Path, values: dict[int, float]) -> None:
-        (directory / "training" / "distilled-01234567").mkdir(parents=True, exist_ok=True)
-        lines = [
-            {"iteration": iteration, **values}
-            for iteration, loss in values.items()
-            for values in ({"train/ce": loss, "data/tokens": 100 * iteration}, {"validation/loss": loss})
-        ]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (directory / "training" / "distilled-01234567" / "metrics.jsonl").write_text(text)
-        write_status(directory, "running", "distill")
-
-    losses(run, {10: 3.0, 20: 2.5, 30: 2.4, 40: 2.4})
-    assert "needed" not in " ".join(sentences(html(write_report(run)), "training"))
-    losses(other, {30: 3.0, 60: 2.6, 90: 2.4, 120: 2.3})
-    assert main(["report", str(run), "--baseline", str(other)]) == 0
-    said = sentences(html(run / "report.html"), "training")
-    words = "2.4000 nats per token after 3,000 tokens; the baseline needed 9,000, 3 times as many."
-    assert any(each.endswith(words) for each in said)
-    losses(other, {30: 3.0, 60: 2.6})  # distillation was below that after its second validation
-    said = sentences(html(write_report(run, other)), "training")
-    words = "2.6000 nats per token after 2,000 tokens; the baseline needed 6,000, 3 times as many."
-    assert any(f"{words} The 2.4000 that distillation ended with" in each for each in said)
-    losses(other, {})
-    capsys.readouterr()
-    assert main(["report", str(run), "--baseline", str(other)]) == 2
-    assert f"--baseline {other}: no training in it has held-out losses" in capsys.readouterr().err
 
 
 def test_tasks_and_generation_are_those_of_the_files(page: str) -> None:
@@ -157,14 +126,6 @@ def test_layers_that_go_together_are_shown_as_they_were_measured(tmp_path: Path)
         f"without layer {layer} ({'kept' if layer in plan.kept_layers else 'dropped'})" for layer in (0, 5)
     ]
     assert "Block Influence and loss" not in found
-
-
-def headlines(page: str) -> list[tuple[str, str]]:
-    """Figures and their words."""
-    return [
-        (figure, words)
-        for words, figure in re.findall(r"<div><dt>(.*?)</dt><dd>(.*?)</dd></div>", page.partition("</header>")[0])
-    ]
 
 
 def test_the_headlines_are_those_of_the_evaluation(run: Path, page: str, tmp_path: Path) -> None:
