@@ -53,6 +53,17 @@ class MatrixFile:
         rows, columns = values.shape
         return Matrix(kind, (rows, columns), hashlib.sha256(as_bytes(values)).hexdigest())
 
+    def read(self, name: str) -> torch.Tensor:
+        """A whole matrix, fp32 on the CPU."""
+        return _read(self.places[name], 0, self.places[name].shape[0])
+
+    def holds(self, name: str, matrix: Matrix) -> bool:
+        """Whether the file has the bytes of a matrix that was written."""
+        digest = hashlib.sha256()
+        for _, block in matrix_blocks(self.places[name]):
+            digest.update(as_bytes(block))
+        return digest.hexdigest() == matrix.sha256
+
 
 def open_matrices(plan: Plan) -> dict[str, StoredTensor]:
     """Where the values of a Plan's matrices are. Raises UserError when the file is missing, damaged, or another one."""
