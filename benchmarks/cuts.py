@@ -70,7 +70,7 @@ class Cuts(Bench):
         config = self.recipe(*shape, *ARMS[cell.arm]).prune
         plan = make_plan(self.ranking(cell), model.architecture, config)
         if fits(plan.source, plan.target, config.repair):
-            repair_plan(model, batches, plan, config.repair, self.place / "plan")
+            repair_plan(model, batches, plan, config.repair, self.place / "plan", destination.name)
             plan = Plan.load(self.place / "plan" / FILE_NAME)
         prune(self.teacher, plan, destination)
 

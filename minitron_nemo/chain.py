@@ -318,7 +318,7 @@ class Chain:
         return make_plan(Scores.load(self.scores), self.plan.source, self.recipe.prune, measured)
 
     def _repair(self, key: str) -> None:
-        repair(self.source, self.prepared, self.recipe, self.plan.layout, self._make_plan(), self.repaired)
+        repair(self.source, self.prepared, self.recipe, self.plan.layout, self._make_plan(), self.repaired, key)
 
     def planned(self) -> Plan:
         """What the student is to be made by: of what the steps before the pruning wrote."""

@@ -10,7 +10,7 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +53,17 @@ class MatrixFile:
         rows, columns = values.shape
         return Matrix(kind, (rows, columns), hashlib.sha256(as_bytes(values)).hexdigest())
 
+    def read(self, name: str) -> torch.Tensor:
+        """A whole matrix, fp32 on the CPU."""
+        return _read(self.places[name], 0, self.places[name].shape[0])
+
+    def holds(self, name: str, matrix: Matrix) -> bool:
+        """Whether the file has the bytes of a matrix that was written."""
+        digest = hashlib.sha256()
+        for _, block in matrix_blocks(self.places[name]):
+            digest.update(as_bytes(block))
+        return digest.hexdigest() == matrix.sha256
+
 
 def open_matrices(plan: Plan) -> dict[str, StoredTensor]:
     """Where the values of a Plan's matrices are. Raises UserError when the file is missing, damaged, or another one."""
@@ -75,8 +86,7 @@ def check_matrices(plan: Plan) -> None:
         if name not in plan.matrices:
             raise UserError(f"{place.path}: {name} is not in the plan beside it; the two do not belong together")
         digest = hashlib.sha256()
-        for start in range(0, place.shape[0], _block_rows(place)):
-            block = _read(place, start, min(start + _block_rows(place), place.shape[0]))
+        for _, block in matrix_blocks(place):
             digest.update(as_bytes(block))
             if not bool(torch.isfinite(block).all()):
                 raise UserError(f"{place.path}: {name} is not finite everywhere; repair again")
@@ -104,10 +114,8 @@ class DenseMaps:
             block = block[:, np.setdiff1d(np.arange(block.shape[1]), kept, assume_unique=True)]
         else:
             result = block.new_zeros(len(block), matrix.shape[1])
-        step = _block_rows(place)
-        for first in range(0, matrix.shape[0], step):
-            part = _read(place, first, min(first + step, matrix.shape[0]))
-            result.addmm_(block[:, first : first + step], part)
+        for first, part in matrix_blocks(place):
+            result.addmm_(block[:, first : first + len(part)], part)
         self._count(2 * len(block) * matrix.shape[0] * matrix.shape[1], start)
         return result
 
@@ -128,8 +136,11 @@ class DenseMaps:
             self.seconds += time.perf_counter() - start
 
 
-def _block_rows(place: StoredTensor) -> int:
-    return max(1, BLOCK_BYTES // place.row_bytes)
+def matrix_blocks(place: StoredTensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """A matrix in blocks of its rows, fp32 [rows, k], in their order, each with the number of its first row."""
+    step = max(1, BLOCK_BYTES // place.row_bytes)
+    for first in range(0, place.shape[0], step):
+        yield first, _read(place, first, min(first + step, place.shape[0]))
 
 
 def _read(place: StoredTensor, start: int, stop: int) -> torch.Tensor:

@@ -2,11 +2,13 @@
 
 `verify` compares bit for bit with what a Plan makes of a source. That is worked out here once more, by plain indexing
 of whole rows, apart from what wrote the student; products with matrices alone are taken from there, since sums in fp32
-have the same bits only in the same order. `verify_record` compares with the hashes that the writer left.
+have the same bits only in the same order. So some rows of each product are compared with sums in fp64 as well, made
+here. `verify_record` compares with the hashes that the writer left.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
@@ -22,11 +24,12 @@ from torch import Tensor
 from minitron_nemo.arch import Architecture, Plan
 from minitron_nemo.arch.axes import Indices
 from minitron_nemo.arch.blocks import EMBEDDING
+from minitron_nemo.arch.matrix import ADD
 from minitron_nemo.arch.plan import FILE_NAME as PLAN_FILE
 from minitron_nemo.arch.tensors import NamedTensor, tensors
 from minitron_nemo.checkpoint import blocks
 from minitron_nemo.checkpoint.blocks import Chunk, chunks
-from minitron_nemo.checkpoint.dense import DenseMaps, check_matrices
+from minitron_nemo.checkpoint.dense import DenseMaps, check_matrices, matrix_blocks
 from minitron_nemo.checkpoint.fingerprint import recorded_fingerprints, tensor_fingerprint
 from minitron_nemo.checkpoint.slicer import rotated_rows
 from minitron_nemo.checkpoint.source import Source, open_source
@@ -34,7 +37,9 @@ from minitron_nemo.checkpoint.transform import check_plan
 from minitron_nemo.progress import track
 
 READERS = 2
+SAMPLED_ROWS = 3  # of each product with a matrix
 T = TypeVar("T")
+Array = NDArray[np.float64]
 
 
 class Difference(NamedTuple):
@@ -50,7 +55,8 @@ def verify(
     """The first tensor and row in which `student` is not what `plan` makes of `source`; None where all bits are.
 
     Without a plan it is the one in the student's directory, else the one that keeps everything. Values are rounded to
-    the data type that the student stores. Process `rank` of `world_size` reads every `world_size`-th block. Raises
+    the data type that the student stores. SAMPLED_ROWS of each product with a matrix are compared with sums in fp64 as
+    well, to what rounding may come to. Process `rank` of `world_size` reads every `world_size`-th block. Raises
     UserError for what cannot be read, and for a plan for another source.
     """
     read, written = open_source(source), open_source(student)
@@ -70,7 +76,7 @@ def verify(
 
     def compare(chunk: Chunk) -> str | None:
         found = written.read(chunk.tensor.name, chunk.start, chunk.stop)
-        return _difference(chunk, found, again.rows(chunk).to(found.dtype))
+        return _difference(chunk, found, again.rows(chunk).to(found.dtype)) or _far_off(chunk, found, again)
 
     return _first(compare, everything, student, rank, world_size, progress)
 
@@ -115,6 +121,62 @@ class Again:
             block = torch.from_numpy(np.take(_bits(block), columns, axis=1)).view(block.dtype)
         return block.float() * plan.norm_scales[tensor.name] if tensor.name in plan.norm_scales else block
 
+    def multiplies(self, tensor: NamedTensor) -> bool:
+        """Whether a tensor of the student is a product with a matrix, or two."""
+        fitted = tensor.name in self.plan.matrices and not self.plan.has_gain(tensor.name)
+        return fitted or self.plan.writes_rotated(tensor)
+
+    def products(self, tensor: NamedTensor, rows: Sequence[int]) -> tuple[Array, Array]:
+        """These rows of a product in fp64, and by how much sums in fp32 of any order may miss them, [rows, columns].
+
+        A sum of n products misses at most n roundings of the sum of their absolute values.
+        """
+        plan = self.plan
+        kept = plan.kept(tensor.layer, tensor.expert)
+        selected, columns = (dim.select(plan.source, kept) for dim in tensor.spec.dims)
+        if plan.writes_rotated(tensor):
+            values, sizes = self._rotated(tensor, rows)
+            terms = plan.source.hidden_size
+        else:
+            cut = [self._cut_rows(Chunk(tensor, row, row + 1), selected) for row in rows]
+            values = torch.cat(cut).double().numpy()
+            sizes, terms = np.abs(values), 0
+        if tensor.name in plan.matrices:
+            values, sizes = self._multiplied(tensor.name, columns, values, sizes)
+            terms += plan.matrices[tensor.name].shape[0]
+        elif columns is not None:
+            values, sizes = values[:, columns], sizes[:, columns]
+        return values, (terms + 1) * float(np.finfo(np.float32).eps) * sizes
+
+    def _multiplied(self, name: str, columns: Indices | None, values: Array, sizes: Array) -> tuple[Array, Array]:
+        """Rows times the matrix of tensor `name`, and the sums of the absolute values of their terms, [rows, k]."""
+        matrix = self.plan.matrices[name]
+        result, result_sizes = np.zeros((2, len(values), matrix.shape[1]))
+        if matrix.kind == ADD:
+            others = np.ones(values.shape[1], dtype=bool)
+            others[columns] = False
+            result, result_sizes = values[:, ~others], sizes[:, ~others]
+            values, sizes = values[:, others], sizes[:, others]
+        for first, part in matrix_blocks(self.maps.stored[name]):
+            factors, here = part.double().numpy(), slice(first, first + len(part))
+            result += values[:, here] @ factors
+            result_sizes += sizes[:, here] @ np.abs(factors)
+        return result, result_sizes
+
+    def _rotated(self, tensor: NamedTensor, rows: Sequence[int]) -> tuple[Array, Array]:
+        """These rows of P^T W in fp64, and the sums of the absolute values of their terms, [rows, n]."""
+        rotation = torch.cat([part[:, rows] for _, part in matrix_blocks(self.maps.stored[EMBEDDING])])
+        factors = rotation.t().double().numpy()  # [rows, d]
+        height, width = tensor.spec.shape(self.plan.source)
+        values, sizes = np.zeros((2, len(rows), width))
+        span = max(1, blocks.BLOCK_BYTES // (width * values.itemsize))
+        for first in range(0, height, span):
+            here = np.arange(first, min(first + span, height))
+            block = self._read(tensor, here).double().numpy()
+            values += factors[:, here] @ block
+            sizes += np.abs(factors[:, here]) @ np.abs(block)
+        return values, sizes
+
     def _cut_rows(self, chunk: Chunk, selected: Indices | None) -> Tensor:
         """The block's rows with all columns; where heads take others in, in fp32."""
         tensor = chunk.tensor
@@ -155,9 +217,37 @@ def _difference(chunk: Chunk, found: Tensor, expected: Tensor) -> str | None:
     if np.array_equal(ours, theirs):
         return None
     place = np.unravel_index(int(np.argmax(ours != theirs)), ours.shape)
-    column = f", column {place[1]}" if len(place) > 1 else ""
-    values = f"holds {found[place].item():.9g}, and should hold {expected[place].item():.9g}"
-    return f"{chunk.tensor.name}: row {chunk.start + int(place[0])}{column} {values}"
+    column = int(place[1]) if len(place) > 1 else None
+    return _told(chunk, int(place[0]), column, found[place].item(), expected[place].item())
+
+
+def _far_off(chunk: Chunk, found: Tensor, again: Again) -> str | None:
+    """What a block's sampled rows of a product hold that is further from the sums in fp64 than rounding explains."""
+    total = chunk.tensor.spec.shape(again.plan.target)[0]
+    here = [row for row in _sampled(chunk.tensor.name, total) if chunk.start <= row < chunk.stop]
+    if not here or not again.multiplies(chunk.tensor):
+        return None
+    own = [row - chunk.start for row in here]
+    held = found[own].double().numpy()
+    expected, missed = again.products(chunk.tensor, here)
+    stored = torch.finfo(found.dtype)
+    missed += stored.eps / 2 * (np.abs(expected) + missed + stored.smallest_normal)
+    wrong = np.isfinite(expected) & ~(np.abs(held - expected) <= missed)  # what is no number is not near any
+    if not wrong.any():
+        return None
+    row, column = np.unravel_index(int(np.argmax(wrong)), wrong.shape)
+    return _told(chunk, own[row], int(column), held[row, column], expected[row, column])
+
+
+def _sampled(name: str, rows: int) -> list[int]:
+    """Up to SAMPLED_ROWS rows of a tensor, ascending, the same ones each time."""
+    words = np.frombuffer(hashlib.sha256(name.encode()).digest(), dtype="<u8")[:SAMPLED_ROWS]
+    return sorted({int(word) % rows for word in words})
+
+
+def _told(chunk: Chunk, row: int, column: int | None, held: float, expected: float) -> str:
+    place = f"row {chunk.start + row}" + ("" if column is None else f", column {column}")
+    return f"{chunk.tensor.name}: {place} holds {held:.9g}, and should hold {expected:.9g}"
 
 
 def _bits(tensor: Tensor) -> NDArray[np.generic]:

@@ -2,13 +2,15 @@
 
 Forward-only passes over the first calibration samples: one for the rotation of a rotated Plan, then those for least
 squares. In each of these, every pipeline stage fills `repair.statistics_bytes` with the second moments of as many
-places as fit, then its ranks solve for their maps and write them.
+places as fit, then its ranks solve for their maps and write them. A repair that was killed makes the passes that are
+missing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,16 +23,18 @@ from minitron_nemo.arch.counts import forward_flops_per_token
 from minitron_nemo.arch.matrix import ADD, GAIN, REPLACE, Matrix
 from minitron_nemo.arch.plan import FILE_NAME
 from minitron_nemo.checkpoint.dense import MatrixFile
-from minitron_nemo.checkpoint.files import commit_partial, make_partial, partial_path
+from minitron_nemo.checkpoint.files import commit_partial
 from minitron_nemo.config import PruneConfig, Recipe, RepairConfig
 from minitron_nemo.data.sampler import Microbatch
 from minitron_nemo.importance.second_moments import Moments, NormCovariance, Place, Watch, fit, gain_of, owners, places
 from minitron_nemo.models.build import Model
 from minitron_nemo.models.forward import forward_only
 from minitron_nemo.parallel import launch
+from minitron_nemo.parallel.device import current_device
 from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.progress import Progress
 from minitron_nemo.pruning.calibrate import open_calibration, without_logits
+from minitron_nemo.pruning.repair_state import RepairState
 from minitron_nemo.pruning.target import repairs_of, rotates
 
 W = TypeVar("W", bound=Watch)
@@ -121,75 +125,89 @@ def planned(
     return passes, passes * through + 2 * multiplied
 
 
-def repair(teacher: Path, prepared: Path, recipe: Recipe, layout: Layout, plan: Plan, directory: Path) -> None:
+def repair(
+    teacher: Path, prepared: Path, recipe: Recipe, layout: Layout, plan: Plan, directory: Path, key: str
+) -> None:
     """Write `plan` with its repairs, and their matrices, to `directory`. Collective over the job.
 
-    Raises UserError for what does not fit together.
+    An interrupted repair of the same `key`, the step's, goes on. Raises UserError for what does not fit together.
     """
     model, batches, _ = open_calibration(teacher, prepared, recipe, layout, recipe.prune.repair.samples)
-    repair_plan(model, batches, plan, recipe.prune.repair, directory)
+    repair_plan(model, batches, plan, recipe.prune.repair, directory, key)
 
 
-def repair_plan(model: Model, batches: Sequence[Microbatch], plan: Plan, config: RepairConfig, directory: Path) -> None:
-    """`repair` with a loaded teacher, on this data-parallel rank's microbatches, all of one shape [b, s]."""
+def repair_plan(
+    model: Model, batches: Sequence[Microbatch], plan: Plan, config: RepairConfig, directory: Path, key: str
+) -> None:
+    """`repair` with a loaded teacher, on this data-parallel rank's microbatches, all of one shape [b, s].
+
+    `key` stands for the teacher, the samples and the settings.
+    """
     config = repairs_of(plan.source, config)
-    rotation, found = _rotation(model, batches, plan) if plan.rotated else (None, {})
-    wanted = places(plan, ffn=bool(config.ffn), hidden=bool(config.hidden), rotation=rotation)
+    wanted = partial(places, plan, ffn=bool(config.ffn), hidden=bool(config.hidden))
+    size = (plan.source.hidden_size, plan.target.hidden_size)
+    shapes: dict[str, tuple[int, int]] = {}
+    for place in wanted(rotation=torch.empty(size) if plan.rotated else None):
+        shapes |= _shapes(place, plan)
+    if plan.rotated:
+        shapes[EMBEDDING] = size
+    identity = {
+        "key": key,
+        "plan": plan.to_json(),
+        "microbatches": [len(batches), *batches[0]["tokens"].shape],
+        "layout": asdict(model.layout),
+    }
+    state = RepairState(directory, shapes, identity)
+    state.resume()
+    rotation = _rotation(model, batches, plan, state) if plan.rotated else None
+    _fit(model, batches, wanted(rotation=rotation), state, config)
+    matrices = {name: matrix for part in _gathered(state.fitted) for name, matrix in part.items()}
     if launch.rank() == 0:
-        make_partial(directory)
-    launch.barrier()
-    entries = _write_matrices(model, batches, plan, wanted, rotation, config, partial_path(directory)) if wanted else {}
-    repaired = replace(
-        plan,
-        matrices=entries,
-        norm_scales={name: factor for name, factor in plan.norm_scales.items() if name not in entries},
-        provenance={**plan.provenance, **found, "ridge": config.ridge, "repair_samples": config.samples},
-    )
-    if launch.rank() == 0:
-        repaired.save(partial_path(directory) / FILE_NAME)
+        repaired = replace(
+            plan,
+            matrices={name: matrices[name] for name in shapes},
+            norm_scales={name: factor for name, factor in plan.norm_scales.items() if name not in matrices},
+            provenance={**plan.provenance, **state.found, "ridge": config.ridge, "repair_samples": config.samples},
+        )
+        repaired.save(state.partial / FILE_NAME)
+        state.end()
         commit_partial(directory)
     launch.barrier()
 
 
-def _rotation(model: Model, batches: Sequence[Microbatch], plan: Plan) -> tuple[Tensor, dict[str, float]]:
-    """The rotation [h, k], fp32, and what share it keeps of the sum of squares behind the norms of the layers kept."""
+def _rotation(model: Model, batches: Sequence[Microbatch], plan: Plan, state: RepairState) -> Tensor:
+    """The rotation [h, k], fp32, which becomes the embedding's matrix.
+
+    `rotation_keeps` is the share that it keeps of the sum of squares behind the norms of the layers kept.
+    """
+    if EMBEDDING in state.fitted:
+        return state.file.read(EMBEDDING).to(current_device())
     unknown = torch.empty(plan.source.hidden_size, 0)
     norms = places(plan, ffn=False, hidden=True, rotation=unknown)
     covariance = _watch(NormCovariance, model, batches, norms, "rotate")
     rotation, values = covariance.principal(plan.target.hidden_size)
     kept = float(values[: plan.target.hidden_size].sum() / values.sum())
-    return rotation, {"rotation_keeps": kept}
-
-
-def _write_matrices(
-    model: Model,
-    batches: Sequence[Microbatch],
-    plan: Plan,
-    wanted: Sequence[Place],
-    rotation: Tensor | None,
-    config: RepairConfig,
-    directory: Path,
-) -> dict[str, Matrix]:
-    """Fit and write the maps of all places, and the rotation as the embedding's; every rank gets all entries."""
-    shapes = {name: shape for place in wanted for name, shape in _shapes(place, plan).items()}
-    if rotation is not None:
-        shapes[EMBEDDING] = (rotation.shape[0], rotation.shape[1])
-    file = MatrixFile(directory, shapes)
     if launch.rank() == 0:
-        file.prepare()
-    launch.barrier()
-    entries: dict[str, Matrix] = {}
-    if rotation is not None and launch.rank() == 0:
-        entries[EMBEDDING] = file.write(EMBEDDING, REPLACE, rotation.cpu())
-    passes = _passes(model, wanted, config.statistics_bytes)
+        written = {EMBEDDING: state.file.write(EMBEDDING, REPLACE, rotation.cpu())}
+        state.record(EMBEDDING, written, {"rotation_keeps": kept})
+    return rotation
+
+
+def _fit(
+    model: Model, batches: Sequence[Microbatch], wanted: Sequence[Place], state: RepairState, config: RepairConfig
+) -> None:
+    """Fit and write the maps of all places that are not there yet, each on one rank."""
+    runs = _passes(model, wanted, config.statistics_bytes)
+    before = set(state.fitted)
+    # A pass that was left half done is made with all of its places: who adds up what, and so the bits, go by these.
+    passes = [run for run in runs if any(place.name not in before for place in run)]
     count = max(_gathered(len(passes)))
     for number in range(count):
         now = passes[number] if number < len(passes) else []
         moments = _watch(Moments, model, batches, now, f"repair, pass {number + 1} of {count}")
         for place, totals in moments.totals():
-            entries |= _write(file, place, fit(place, totals, config.ridge), model)
-    gathered = {name: entry for part in _gathered(entries) for name, entry in part.items()}
-    return {name: gathered[name] for name in shapes}
+            if place.name not in before:
+                state.record(place.name, _write(state.file, place, fit(place, totals, config.ridge), model))
 
 
 def _watch(kind: type[W], model: Model, batches: Sequence[Microbatch], watched: Sequence[Place], label: str) -> W:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from minitron_nemo.arch import Plan
 from minitron_nemo.arch.matrix import ADD, GAIN, REPLACE
 from minitron_nemo.arch.plan import FILE_NAME
-from minitron_nemo.checkpoint import blocks, huggingface
-from minitron_nemo.checkpoint.dense import MatrixFile
+from minitron_nemo.checkpoint import blocks, dense, huggingface
+from minitron_nemo.checkpoint.dense import DenseMaps, MatrixFile
 from minitron_nemo.checkpoint.sink import FORMATS
 from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.checkpoint.verify import Difference, verify, verify_record
@@ -188,6 +191,55 @@ def test_a_zero_of_the_other_sign_and_another_nan_are_other_bits(source: Path, t
         flip_bit(tmp_path / "student", tensors["model.norm.weight"].numpy().tobytes(), 4 * entry + 3, 7)
         found = verify(source, tmp_path / "student", progress=False)
         assert found is not None and found.text.startswith(f"decoder.final_layernorm.weight: row {entry} holds ")
+
+
+def other_order(columns: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The product of the columns that go, last to first, with a matrix whose rows are of the first to the last."""
+
+    def wrong(maps: DenseMaps, name: str, block: torch.Tensor, kept: np.ndarray) -> torch.Tensor:
+        if maps.plan.matrices[name].kind == ADD:
+            others = np.array([column for column in range(block.shape[1]) if column not in kept])
+            block = block.clone()
+            block[:, others] = block[:, others[::-1].copy()]
+        return columns(maps, name, block, kept)
+
+    return wrong
+
+
+def in_bf16(columns: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def wrong(maps: DenseMaps, name: str, block: torch.Tensor, kept: np.ndarray) -> torch.Tensor:
+        return columns(maps, name, block.bfloat16() if maps.plan.matrices[name].kind == REPLACE else block, kept)
+
+    return wrong
+
+
+def other_rows(add_rotated: Callable[..., None]) -> Callable[..., None]:
+    def wrong(maps: DenseMaps, result: torch.Tensor, block: torch.Tensor, first: int, rows: slice) -> None:
+        add_rotated(maps, result, block.flip(0), first, rows)
+
+    return wrong
+
+
+# A plan, what is wrong with the writer's products, and the first tensor that shows it.
+WRITERS: dict[str, tuple[str, str, Callable[..., Any], str]] = {
+    "complement": ("dense", "columns", other_order, FC2.format(0)),
+    "complement, rotated": ("rotated", "columns", other_order, FC2.format(0)),
+    "precision": ("dense", "columns", in_bf16, QKV.format(0) + "weight"),
+    "rotation": ("rotated", "add_rotated", other_rows, PROJECTION.format(0)),
+}
+
+
+@pytest.mark.parametrize("wrong", WRITERS)
+def test_products_that_the_writer_has_wrong_are_found_though_verify_has_its_bits_from_there(
+    wrong: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, method, change, named = WRITERS[wrong]
+    plan = plan_of(kind, source, tmp_path / "plan")
+    monkeypatch.setattr(dense, "BLOCK_BYTES", 2000)  # a matrix in several blocks
+    monkeypatch.setattr(DenseMaps, method, change(getattr(DenseMaps, method)))
+    convert(source, tmp_path / "student", "megatron", plan=plan, progress=False)
+    found = verify(source, tmp_path / "student", plan, progress=False)
+    assert found is not None and found.text.startswith(f"{named}: row "), found
 
 
 def exchange(first: Path, second: Path) -> None:

@@ -15,7 +15,7 @@ from minitron_nemo.config import CalibrationConfig, PruneConfig
 from minitron_nemo.importance.scores import AGGREGATIONS, ARRAYS, Scores
 from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.pruning.plan import make_plan
-from tests.families import FAMILIES, MIXTURES, write_tiny
+from tests.families import FAMILIES, write_tiny
 from tests.importance.hugging_face import reference_scores
 from tests.importance.measuring import measured
 from tests.pool import run_distributed
@@ -49,9 +49,32 @@ LAYOUTS = {
 }
 
 
-def tolerance_of(axis: Axis, aggregations: tuple[str, str], tolerance: float) -> float:
-    """An expert sees few tokens of a sequence: the variance over them, of fp32 numbers, may be small against these."""
-    return max(tolerance, 5e-5) if axis == Axis.MOE_FFN and "var" in aggregations else tolerance
+def accuracy_of(axis: Axis, aggregations: tuple[str, str]) -> float:
+    """To what layouts agree: 1e-5. Variances of what experts do, the shared one's too, were seen to differ by 2.8e-5.
+
+    An expert sees few tokens of a sequence: the variance over them, of fp32 numbers, may be small against these.
+    """
+    return 5e-5 if axis in (Axis.MOE_FFN, Axis.SHARED_FFN) and "var" in aggregations else 1e-5
+
+
+def assert_scores_agree(
+    actual: np.ndarray, expected: np.ndarray, axis: Axis, aggregations: tuple[str, str], tolerance: float
+) -> None:
+    """Entry by entry to `tolerance`, more where layouts differ by more, of the entry and 1e-3 of its layer's median.
+
+    What is next to nothing beside the others is as far off as what it is computed of. In Nemotron's models one neuron
+    of 768 has 6e-4 of the median, squares of inputs near 0 that differ by 1e-7 of the others', and so by 1e-5.
+    """
+    scale = np.median(expected, axis=-1, keepdims=True)
+    scale = np.where(scale > 0, scale, 1.0)  # of an expert that no token came to
+    tolerance *= accuracy_of(axis, aggregations) / 1e-5
+    np.testing.assert_allclose(
+        actual / scale,
+        expected / scale,
+        rtol=tolerance,
+        atol=1e-3 * tolerance,
+        err_msg=f"{axis} {' '.join(aggregations)}",
+    )
 
 
 def batch(sequences: int = 6, length: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,21 +106,14 @@ def scores(teacher: Path) -> Scores:
     return run_distributed(1, measured, teacher, Layout(), *batch())[0]
 
 
-def assert_same(actual: Scores, expected: Scores, tolerance: float) -> None:
+def assert_same(actual: Scores, expected: Scores, tolerance: float = 1e-5) -> None:
     """All that can be had from Scores, entry by entry."""
     for sequence in AGGREGATIONS:
         for over_sequences in AGGREGATIONS:
             for axis in axes_of(expected):
-                np.testing.assert_allclose(
-                    actual.get(axis, sequence, over_sequences),
-                    expected.get(axis, sequence, over_sequences),
-                    rtol=tolerance_of(axis, (sequence, over_sequences), tolerance),
-                    err_msg=f"{axis} {sequence} {over_sequences}",
-                )
-    for array in (
-        *("block_influence", "norm_squares", "ffn_column_norms"),
-        *("experts", "shared_expert", "shared_expert_column_norms"),
-    ):
+                pair = (sequence, over_sequences)
+                assert_scores_agree(actual.get(axis, *pair), expected.get(axis, *pair), axis, pair, tolerance)
+    for array in ("block_influence", "norm_squares", "ffn_column_norms", "experts", "shared_expert_column_norms"):
         np.testing.assert_allclose(getattr(actual, array), getattr(expected, array), rtol=tolerance, err_msg=array)
     assert (actual.sequences, actual.tokens) == (expected.sequences, expected.tokens)
 
@@ -112,13 +128,8 @@ def assert_equal_hugging_face(scores: Scores, hugging_face: Path, tolerance: flo
     for sequence in AGGREGATIONS:
         for over_sequences in AGGREGATIONS:
             for axis, name in axes_of(scores).items():
-                expected = reference[name, sequence, over_sequences]
-                np.testing.assert_allclose(
-                    scores.get(axis, sequence, over_sequences),
-                    expected,
-                    rtol=tolerance_of(axis, (sequence, over_sequences), tolerance),
-                    err_msg=f"{axis} {sequence} {over_sequences}",
-                )
+                pair = (sequence, over_sequences)
+                assert_scores_agree(scores.get(axis, *pair), reference[name, *pair], axis, pair, tolerance)
     np.testing.assert_allclose(scores.get(Axis.LAYERS), reference["layers"], rtol=tolerance)
     if "norm_squares" in reference:
         np.testing.assert_allclose(scores.norm_squares, reference["norm_squares"], rtol=tolerance)
@@ -135,13 +146,12 @@ def assert_equal_hugging_face(scores: Scores, hugging_face: Path, tolerance: flo
 def test_scores_of_every_family_are_those_of_hooks_on_hugging_faces_model(family: str, tmp_path: Path) -> None:
     hugging_face = write_tiny(family, tmp_path / "hf")
     convert(hugging_face, tmp_path / "teacher", "megatron", progress=False)
-    tolerance = 2e-5 if family == "nemotron" else 1e-5  # squaring an activation doubles its relative error
     alone = run_distributed(1, measured, tmp_path / "teacher", Layout(), *batch())[0]
-    assert_equal_hugging_face(alone, hugging_face, tolerance)
+    assert_equal_hugging_face(alone, hugging_face)
     world_size, layout = LAYOUTS["TP2 SP"]
     split = run_distributed(world_size, measured, tmp_path / "teacher", layout, *batch())[0]
-    assert_same(split, alone, tolerance)
-    assert_same_choices(split, alone, 5e-5 if family in MIXTURES else tolerance, **cut_mlp(alone.architecture))
+    assert_same(split, alone)
+    assert_same_choices(split, alone, **cut_mlp(alone.architecture))
     fused = run_distributed(1, measured, tmp_path / "teacher", Layout(), *batch(), fused_norms=True)[0]
     assert_same(fused, alone, 1e-12)
 
@@ -153,7 +163,7 @@ def test_scores_and_kept_sets_do_not_depend_on_the_layout(name: str, teacher: Pa
     for other in by_rank[1:]:
         for array in ARRAYS:
             np.testing.assert_array_equal(getattr(by_rank[0], array), getattr(other, array))
-    assert_same(by_rank[0], scores, 1e-5)
+    assert_same(by_rank[0], scores)
     assert_same_choices(by_rank[0], scores, hidden_size=40, ffn_hidden_size=64, num_layers=3)
 
 
@@ -163,17 +173,18 @@ def cut_mlp(architecture: Architecture) -> dict[str, int]:
     return {axis.value: size for axis, size in sizes.items() if architecture.has(axis)}
 
 
-def assert_same_choices(first: Scores, second: Scores, accuracy: float = 1e-5, **sizes: int) -> None:
+def assert_same_choices(first: Scores, second: Scores, **sizes: int) -> None:
     """The same kept sets for every aggregation of activations and for the scores that recipes have by default.
 
-    Beside the axes in `sizes` heads are cut, half of those in each group, and whole groups. Scores agree to `accuracy`.
+    Beside the axes in `sizes` heads are cut, half of those in each group, and whole groups.
     """
-    scores: list[dict[str, Any]] = [{}]
+    scores: list[tuple[dict[str, Any], float]] = [({}, 1e-5)]
     for sequence in AGGREGATIONS:
         for over_sequences in AGGREGATIONS:
             calibration = CalibrationConfig(sequence_aggregation=sequence, batch_aggregation=over_sequences)
-            scores.append({"ffn_score": "activation", "calibration": calibration})
-    for by in scores:
+            accuracy = max(accuracy_of(axis, (sequence, over_sequences)) for axis in axes_of(second))
+            scores.append(({"ffn_score": "activation", "calibration": calibration}, accuracy))
+    for by, accuracy in scores:
         for heads in ({"num_attention_heads": 4}, {"num_query_groups": 2, "num_attention_heads": 2}):
             config = PruneConfig(**sizes, **heads, **by)
             ours, theirs = (make_plan(measured, second.architecture, config) for measured in (first, second))
@@ -221,7 +232,7 @@ def test_sequences_that_only_fill_an_interleaved_schedule_do_not_count(teacher: 
     tokens, weights = (part[:3] for part in batch())
     layout = Layout(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
     filled = run_distributed(2, measured, teacher, layout, tokens, weights)[0]
-    assert_same(filled, run_distributed(1, measured, teacher, Layout(), tokens, weights)[0], 1e-5)
+    assert_same(filled, run_distributed(1, measured, teacher, Layout(), tokens, weights)[0])
 
 
 def test_what_masked_tokens_are_changes_nothing(teacher: Path) -> None:

@@ -62,13 +62,13 @@ def test_scores_and_kept_sets_do_not_depend_on_the_layout(
 ) -> None:
     """And equal the formulas on one process; with tensor parallelism, see `test_collect`."""
     alone, spread = scored(hugging_face[family], "alone"), scored(hugging_face[family], layout)
-    assert_same(spread, alone, 1e-5)
+    assert_same(spread, alone)
     assert_equal_hugging_face(spread, hugging_face[family])
-    assert_same_choices(spread, alone, 5e-5, hidden_size=40, num_layers=3, **cut_mlp(alone.architecture))
+    assert_same_choices(spread, alone, hidden_size=40, num_layers=3, **cut_mlp(alone.architecture))
 
 
 def test_several_sequences_in_a_microbatch_score_the_same(hugging_face: dict[str, Path]) -> None:
-    assert_same(scored(hugging_face["mixtral"], "alone", 2), scored(hugging_face["mixtral"], "alone"), 1e-5)
+    assert_same(scored(hugging_face["mixtral"], "alone", 2), scored(hugging_face["mixtral"], "alone"))
 
 
 @pytest.mark.parametrize("layout", ["alone", "TP2 SP", "DP2"])

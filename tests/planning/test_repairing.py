@@ -56,7 +56,7 @@ def allocated(job: Job, directory: Path) -> int:
     config = job.recipe.prune
     plan = make_plan(scores_from(random_values(job.source), job.source), job.source, config)
     batches = random_microbatches(2, sequence_length=SEQUENCE)
-    return most_allocated(lambda: repair_plan(model, batches, plan, config.repair, directory))
+    return most_allocated(lambda: repair_plan(model, batches, plan, config.repair, directory, "key"))
 
 
 @pytest.mark.parametrize("cut", CUTS)

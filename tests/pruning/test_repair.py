@@ -74,7 +74,7 @@ def gain_name(reader: str) -> str:
 def repair_together(
     teacher: Path, layout: Layout, plan: Plan, config: RepairConfig, directory: Path, text: Text | None = None
 ) -> None:
-    repair_plan(loaded(teacher, layout), dealt_out(*(text or batch())), plan, config, directory)
+    repair_plan(loaded(teacher, layout), dealt_out(*(text or batch())), plan, config, directory, "key")
 
 
 def random_text(seed: int, sequences: int) -> Text:
@@ -189,7 +189,7 @@ def test_maps_do_not_depend_on_the_layout(name: str, untied: Repaired, tmp_path:
     assert replace(other.plan, matrices={}) == replace(untied.plan, matrices={})
     for tensor, matrix in untied.matrices.items():
         np.testing.assert_allclose(
-            other.matrices[tensor], matrix, rtol=0, atol=2e-4 * float(matrix.abs().max()), err_msg=tensor
+            other.matrices[tensor], matrix, rtol=0, atol=1e-5 * float(matrix.abs().max()), err_msg=tensor
         )
 
 
@@ -206,6 +206,73 @@ def test_a_small_byte_budget_takes_more_passes_and_gives_the_same_bits(untied: R
     assert (tmp_path / "plan" / "plan.safetensors").read_bytes() == (untied.directory / "plan.safetensors").read_bytes()
     prune = PruneConfig(repair=config)
     assert passes == step.planned(untied.plain.source, untied.plain.target, prune, Layout(), 32)[0] > 3
+
+
+class Killed(Exception):
+    """Raised on every rank, where a job would be killed."""
+
+
+def killed_repair(function: str, calls: int, *arguments: Any) -> None:
+    """A repair that ends after so many calls of a function of the step, at the next one."""
+    whole, left = getattr(step, function), calls
+
+    def killed(*given: Any) -> Any:
+        nonlocal left
+        if left == 0:
+            raise Killed
+        left -= 1
+        return whole(*given)
+
+    with patch.object(step, function, killed), pytest.raises(Killed):
+        repair_together(*arguments)
+
+
+def assert_made_again(directory: Path, undisturbed: Path) -> None:
+    assert {file.name: file.read_bytes() for file in directory.iterdir()} == {
+        file.name: file.read_bytes() for file in undisturbed.iterdir()
+    }
+    assert not list(directory.parent.glob("*.partial"))
+
+
+IN_PASSES = RepairConfig(statistics_bytes=100_000)  # of two places
+
+
+@pytest.mark.parametrize(("world_size", "layout"), [(1, Layout()), LAYOUTS["TP2 PP2"]], ids=str)
+def test_a_killed_repair_makes_the_passes_that_are_missing_and_ends_with_the_same_bits(
+    world_size: int, layout: Layout, untied: Repaired, tmp_path: Path
+) -> None:
+    arguments = untied.teacher, layout, untied.plain, IN_PASSES
+    passes = run_distributed(world_size, passes_of_repair, *arguments, tmp_path / "undisturbed")[0]
+    # Between two passes; and, where one process writes all, when the second pass has written one of its maps.
+    kills = [("_watch", 2, 2), *[("_write", 3, 1)] * (world_size == 1)]
+    for number, (function, calls, done) in enumerate(kills):
+        directory = tmp_path / str(number) / "plan"
+        run_distributed(world_size, killed_repair, function, calls, *arguments, directory)
+        assert not directory.exists()
+        again = run_distributed(world_size, passes_of_repair, *arguments, directory)
+        assert again == [passes - done] * world_size
+        assert_made_again(directory, tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("left", ["of another plan", "damaged"])
+def test_what_a_killed_repair_left_that_is_not_of_this_one_is_made_anew(
+    left: str, untied: Repaired, tmp_path: Path
+) -> None:
+    arguments = untied.teacher, Layout(), untied.plain, IN_PASSES, tmp_path / "plan"
+    before = list(arguments)
+    if left == "of another plan":
+        before[2] = replace(untied.plain, kept_layers=(0, 1, 3))
+    run_distributed(1, killed_repair, "_watch", 2, *before)
+    if left == "damaged":
+        name = "decoder.layers.0.mlp.linear_fc1.weight"
+        file = tmp_path / "plan.partial" / "plan.safetensors"
+        content, whole = bytearray(file.read_bytes()), load_file(untied.directory / "plan.safetensors")[name]
+        content[content.find(whole.numpy().tobytes())] ^= 1
+        file.write_bytes(content)
+    prune = PruneConfig(repair=IN_PASSES)
+    planned = step.planned(untied.plain.source, untied.plain.target, prune, Layout(), 32)[0]
+    assert run_distributed(1, passes_of_repair, *arguments) == [planned]
+    assert_made_again(tmp_path / "plan", untied.directory)
 
 
 def test_the_planned_passes_are_the_most_that_a_choice_of_layers_can_take(untied: Repaired) -> None:
