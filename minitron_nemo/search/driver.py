@@ -134,9 +134,9 @@ def _rungs(plan: SearchPlan, launcher: Launcher | None) -> list[Standing]:
         if not entrants:
             break
     standings = ranked([*entrants, *out])
-    _say(text)
-    if standings[0].last.finite:
-        _say(f"-> {search_directory(plan.recipe) / 'best.yaml'}")
+    if launch.rank() == 0:
+        winner = f"\n-> {search_directory(plan.recipe) / 'best.yaml'}" if standings[0].last.finite else ""
+        print(f"{text}{winner}", flush=True)
     return standings
 
 
