@@ -1,4 +1,4 @@
-"""Bytes that a run directory grows to: every checkpoint of the chain, with what is kept of trainings."""
+"""Bytes that a run directory grows to: every checkpoint of the chain, with what is kept of trainings and repairs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ from dataclasses import dataclass
 
 from minitron_nemo.arch import Architecture
 from minitron_nemo.arch.counts import parameters
+from minitron_nemo.config import PruneConfig
+from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.planning.job import Job
+from minitron_nemo.pruning.repair import stage_passes
+from minitron_nemo.pruning.target import rotates
 
 SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 OPTIMIZER_BYTES = 12  # main parameter and two moments in fp32, whatever the model's data type
+MATRICES = "repair, matrices"
 ENTRY_BYTES = {"fp32": 4 + 4, "fp16": 4 + 2}  # of the teacher's cache: token id and log-probability
 
 
@@ -35,6 +40,8 @@ def disk(job: Job) -> list[Kept]:
         found.append(_training("teacher's correction, checkpoints", job.source, job))
         found.append(Kept("teacher, corrected", parameters(job.source) * trained))
         stored = trained
+    if amount := matrix_bytes(job.source, job.student, recipe.prune):
+        found.append(Kept(MATRICES, amount))
     found.append(Kept("student, pruned", parameters(job.student) * stored))
     if recipe.teacher.placement == "cached" and recipe.train.steps:
         found.append(Kept("teacher's cache, at most", _cache_bytes(job)))
@@ -46,6 +53,17 @@ def disk(job: Job) -> list[Kept]:
         size = SIZES[recipe.export.dtype] if recipe.export.dtype else stored
         found.append(Kept(f"student, exported ({name})", parameters(job.student) * size))
     return found
+
+
+def matrix_bytes(source: Architecture, target: Architecture, config: PruneConfig) -> int:
+    """Of a Plan's file, in fp32: behind each norm that is fitted a map [h_s, h_t] and a gain [h_t], for each linear_fc2
+    the rows of the neurons that go, [f_s - f_t, f_t]; and a rotation [h_s, h_t].
+    """
+    places = [place for run in stage_passes(source, target, config.repair, Layout(), 0) for place in run]
+    elements = sum((each.rows - each.columns + (not each.ffn)) * each.columns for each in places)
+    if rotates(target, source, config):
+        elements += source.hidden_size * target.hidden_size
+    return elements * SIZES["float32"]
 
 
 def training_checkpoint_bytes(model: Architecture, element_size: int) -> int:

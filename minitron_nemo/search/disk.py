@@ -1,4 +1,4 @@
-"""Bytes that the candidates of a search grow to: checkpoints, as those of a run, and the matrices of their repairs.
+"""Bytes that the candidates of a search grow to: what each of them has of a run's own files.
 
 Teacher, Scores and the teacher's cache are the run's own; `minitron plan` counts them there.
 """
@@ -8,17 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from minitron_nemo.arch import Architecture
-from minitron_nemo.config import PruneConfig, Recipe
+from minitron_nemo.config import Recipe
 from minitron_nemo.parallel.layout import Layout
-from minitron_nemo.planning.disk import SIZES, Kept, disk
+from minitron_nemo.planning.disk import Kept, disk
 from minitron_nemo.planning.job import Job
-from minitron_nemo.pruning.repair import stage_passes
-from minitron_nemo.pruning.target import rotates
 from minitron_nemo.search.candidates import candidate_recipe
 from minitron_nemo.search.shapes import Candidate
 
 CHECKPOINTS = "distillation, checkpoints"  # what `disk` calls those that go when a training is measured
-MATRICES = "repair, matrices"
 
 
 def search_disk(
@@ -33,19 +30,6 @@ def search_disk(
         for kept in disk(Job(own, teacher, teacher, each.architecture, layout, layout, world_size)):
             if not kept.what.startswith("teacher"):
                 found.setdefault(kept.what, []).append(kept.total)
-        if amount := matrix_bytes(teacher, each.architecture, recipe.prune):
-            found.setdefault(MATRICES, []).append(amount)
     if CHECKPOINTS in found:
         found[CHECKPOINTS] = found[CHECKPOINTS][: 1 if config.launcher == "none" else config.jobs]
     return [Kept(f"{what} ({len(sizes)})", sum(sizes)) for what, sizes in found.items()]
-
-
-def matrix_bytes(source: Architecture, target: Architecture, config: PruneConfig) -> int:
-    """Of a Plan's file, in fp32: behind each norm that is fitted a map [h_s, h_t] and a gain [h_t], for each linear_fc2
-    the rows of the neurons that go, [f_s - f_t, f_t]; and a rotation [h_s, h_t].
-    """
-    places = [place for run in stage_passes(source, target, config.repair, Layout(), 0) for place in run]
-    elements = sum((each.rows - each.columns + (not each.ffn)) * each.columns for each in places)
-    if rotates(target, source, config):
-        elements += source.hidden_size * target.hidden_size
-    return elements * SIZES["float32"]

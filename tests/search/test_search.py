@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from minitron_nemo.arch import Plan
 from minitron_nemo.checkpoint.fingerprint import fingerprint
 from minitron_nemo.config import load_recipe
+from minitron_nemo.planning.disk import MATRICES
 from minitron_nemo.preflight import preflight
 from minitron_nemo.pruning.depth import choose
 from minitron_nemo.pruning.depth_scores import DepthScores
-from minitron_nemo.search.disk import MATRICES
 from minitron_nemo.search.plan import plan_search
 from tests.e2e.chain import Command, write_recipe
 from tests.families import write_tiny
