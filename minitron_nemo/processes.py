@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import signal
 import socket
@@ -11,6 +12,9 @@ import sys
 import time
 from collections.abc import Sequence
 
+# Seconds for the others once one has stopped, as srun's --wait in launch/common.sh: who waits for it within torch hears
+# no signal.
+WAIT = 60.0
 LOCAL = "MINITRON_LOCAL"  # set in the processes that cluster.launcher=local and search.launcher=local start
 
 
@@ -23,7 +27,8 @@ def launch_locally(processes: int, arguments: Sequence[str], stopped: int) -> in
     """Start `minitron` with these arguments in so many processes of this machine, as torchrun would.
 
     Signals are passed on. Returns the exit code of the first process that fails; the others are killed then, since
-    they would wait for it. The code `stopped` is no failure: every process saves and stops by itself.
+    they would wait for it. The code `stopped` is no failure: every process saves and stops by itself, or is killed
+    `WAIT` seconds after the first one that did.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -44,9 +49,12 @@ def launch_locally(processes: int, arguments: Sequence[str], stopped: int) -> in
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, lambda received, frame: _pass_on(received, workers))
     codes = [worker.poll() for worker in workers]
-    while None in codes and not set(codes) - {None, 0, stopped}:
+    until = math.inf
+    while None in codes and not set(codes) - {None, 0, stopped} and time.monotonic() < until:
         time.sleep(0.05)
         codes = [worker.poll() for worker in workers]
+        if stopped in codes:
+            until = min(until, time.monotonic() + WAIT)
     for worker in workers:
         if worker.poll() is None:
             worker.kill()

@@ -60,6 +60,7 @@ class Side:
         self.of_teacher = self.rank >= self.students
         self.name = "teacher" if self.of_teacher else "student"
         self.store = store
+        self.meet("link")  # whoever waits within torch for a rank that a signal has ended hears none itself
         self.link = device.link(PrefixStore("link", store), self.rank, size, launch.TIMEOUT)
         self._shipped: queue.SimpleQueue[Shipment | None] = queue.SimpleQueue()
         threading.Thread(target=self._watch, name="link", daemon=True).start()

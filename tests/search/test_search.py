@@ -129,8 +129,9 @@ def test_a_killed_search_goes_on_in_processes_of_its_own_and_ends_with_the_same_
     parallel = ("search.launcher=local", "search.jobs=2")
     killed = Command(tmp_path / "log3", "search", recipe, *parallel)
     killed.wait_for(lambda: sum("[convert]" in log.read_text() for log in search.glob("*/2.log")) == 2)
-    children = psutil.Process(killed.process.pid).children(recursive=True)
-    assert len(children) == 2
+    driver = psutil.Process(killed.process.pid)
+    children = driver.children(recursive=True)
+    assert len(driver.children()) == 2
     killed.process.kill()  # alone: the others have to notice
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive

@@ -1,0 +1,36 @@
+"""What becomes of the processes of `cluster.launcher: local` when one of them ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+LAUNCHING = """
+import sys
+from minitron_nemo import processes
+processes.WAIT = 1.0
+sys.executable = sys.argv[1]
+sys.exit(processes.launch_locally(2, ["run"], stopped=75))
+"""
+
+
+def launched(directory: Path, second: str) -> tuple[int, float]:
+    """Exit code and seconds of a job whose first process hears no signal and whose second one runs `second`."""
+    worker = directory / "worker"
+    worker.write_text(f"#!/bin/bash\nif [ $RANK = 1 ]; then {second}; fi\ntrap '' TERM\nexec sleep 100\n")
+    worker.chmod(0o755)
+    start = time.monotonic()
+    code = subprocess.run([sys.executable, "-c", LAUNCHING, str(worker)], check=False, timeout=60).returncode
+    return code, time.monotonic() - start
+
+
+def test_one_that_does_not_stop_with_the_others_is_killed_in_time(tmp_path: Path) -> None:
+    code, seconds = launched(tmp_path, "exit 75")
+    assert code == 75
+    assert seconds > 1
+
+
+def test_one_that_fails_ends_the_others(tmp_path: Path) -> None:
+    assert launched(tmp_path, "exit 3")[0] == 3
