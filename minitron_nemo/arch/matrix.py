@@ -9,7 +9,7 @@ REPLACE, ADD, GAIN = "replace", "add", "gain"
 
 @dataclass(frozen=True)
 class Matrix:
-    """A dense map on the columns of one tensor of the student, or a gain; fp32 values are in the file beside the Plan.
+    """A dense map on columns of the student's tensors, or a gain; fp32 values are in the file beside the Plan.
 
     `replace` [n, k]: the student's tensor is the source's, with all its n columns, times the matrix. `add` [n - k, k]:
     it is the source's k kept columns plus the others, in their order, times the matrix. `gain` [1, k]: the student's

@@ -20,7 +20,7 @@ from minitron_nemo.arch.blocks import EMBEDDING
 from minitron_nemo.arch.entries import Entries, read_json, write_json
 from minitron_nemo.arch.matrix import GAIN, Matrix
 from minitron_nemo.arch.plan_checks import check
-from minitron_nemo.arch.tensors import NamedTensor
+from minitron_nemo.arch.tensors import NamedTensor, norm_readers
 from minitron_nemo.errors import UserError
 
 FILE_NAME = "plan.json"  # in the directory of a checkpoint that a Plan made
@@ -48,6 +48,7 @@ class Plan:
 
     `norm_scales` gives norms of the student, by name, a factor on their gains. `matrices` maps tensors of the student
     to what their columns are multiplied by, and norms to the gain that they get; `directory` is where their file lies.
+    What reads the same norm, as a router and all experts do, is multiplied by one matrix, that of the first reader.
 
     `gaps` records, per cut (`hidden_size`, `ffn_hidden_size/3`: of source layer 3), the relative difference between the
     worst score kept and the best score dropped: where it is below the accuracy of the Scores, another layout may choose
@@ -80,6 +81,14 @@ class Plan:
     def has_gain(self, name: str) -> bool:
         """Whether a tensor of the target is a norm whose gain is in the file of matrices."""
         return name in self.matrices and self.matrices[name].kind == GAIN
+
+    def matrix_of(self, tensor: NamedTensor) -> str | None:
+        """Name of the matrix by which the columns of a tensor of the target are multiplied; None for none."""
+        name = tensor.name
+        for readers in norm_readers(self.target).values():
+            if tensor.spec.name in readers:
+                name = readers[0].format(layer=tensor.layer)
+        return name if name in self.matrices and not self.has_gain(name) else None
 
     def writes_rotated(self, tensor: NamedTensor) -> bool:
         """Whether the rows of a tensor of the target are rotated: it is a matrix that writes the residual stream."""

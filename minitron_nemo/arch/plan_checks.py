@@ -10,8 +10,8 @@ import numpy as np
 
 from minitron_nemo.arch.axes import Axis
 from minitron_nemo.arch.family import family
-from minitron_nemo.arch.matrix import ADD, GAIN, REPLACE
-from minitron_nemo.arch.tensors import tensors
+from minitron_nemo.arch.matrix import ADD, GAIN, REPLACE, Matrix
+from minitron_nemo.arch.tensors import NamedTensor, tensors
 from minitron_nemo.errors import UserError
 
 if TYPE_CHECKING:
@@ -121,13 +121,19 @@ def _check_repairs(plan: Plan) -> None:
         if found[name].spec.part != "norm" or name in plan.norm_scales or plan.matrices[name].shape != wanted:
             raise UserError(f"plan: matrices: {name}: not the gain of a norm, or of another size, or scaled as well")
     for name, matrix in plan.matrices.items():
-        if name in gains:
-            continue
-        before, after = (found[name].spec.shape(model)[1:] for model in (plan.source, plan.target))
-        rows = before[0] - after[0] if matrix.kind == ADD else before[0]
-        cut = before != after or (plan.rotated and before == (plan.source.hidden_size,))
-        if matrix.kind not in (REPLACE, ADD) or not cut or matrix.shape != (rows, *after):
-            raise UserError(f"plan: matrices: {name}: {matrix.kind} {list(matrix.shape)} does not fit its columns")
+        if name not in gains:
+            _check_columns(plan, found[name], matrix)
+
+
+def _check_columns(plan: Plan, tensor: NamedTensor, matrix: Matrix) -> None:
+    """Raise UserError unless the columns of a tensor are what `matrix` makes, and not the matrix of another one."""
+    if plan.matrix_of(tensor) != tensor.name:
+        raise UserError(f"plan: matrices: {tensor.name}: what reads this norm is multiplied by the first reader's")
+    before, after = (tensor.spec.shape(model)[1:] for model in (plan.source, plan.target))
+    rows = before[0] - after[0] if matrix.kind == ADD else before[0]
+    cut = before != after or (plan.rotated and before == (plan.source.hidden_size,))
+    if matrix.kind not in (REPLACE, ADD) or not cut or matrix.shape != (rows, *after):
+        raise UserError(f"plan: matrices: {tensor.name}: {matrix.kind} {list(matrix.shape)} does not fit its columns")
 
 
 def _check_output_and_rotation(plan: Plan) -> None:
@@ -138,12 +144,14 @@ def _check_output_and_rotation(plan: Plan) -> None:
         return
     if plan.kept_hidden is not None or plan.target.share_embeddings_and_output_weights:
         raise UserError("plan: rotated, but it keeps hidden channels as they are, or a tied output")
-    for name, spec, *_ in tensors(plan.target):
-        axes = [Axis.HIDDEN in dim.axes for dim in spec.dims]
-        if axes == [True] and not plan.has_gain(name):
-            raise UserError(f"plan: rotated, but {name} keeps the source's gain")
-        if axes == [False, True] and (name not in plan.matrices or plan.matrices[name].kind != REPLACE):
-            raise UserError(f"plan: rotated, but {name} has no matrix in place of its columns")
+    for tensor in tensors(plan.target):
+        axes = [Axis.HIDDEN in dim.axes for dim in tensor.spec.dims]
+        if axes == [True] and not plan.has_gain(tensor.name):
+            raise UserError(f"plan: rotated, but {tensor.name} keeps the source's gain")
+        if axes == [False, True]:
+            matrix = plan.matrix_of(tensor)
+            if matrix is None or plan.matrices[matrix].kind != REPLACE:
+                raise UserError(f"plan: rotated, but {tensor.name} has no matrix in place of its columns")
 
 
 def _check(plan: Plan, name: str, kept: Sequence[int], axis: Axis) -> None:

@@ -90,10 +90,24 @@ def table(architecture: Architecture) -> tuple[TensorSpec, ...]:
     return family(architecture.family).table(architecture)
 
 
+def norm_readers(architecture: Architecture) -> dict[str, list[str]]:
+    """The lines of the table that read each norm of the residual stream, by the name of the norm's gain.
+
+    Both in their order; names of a layer contain `{layer}`. Nothing reads the final norm where the output is tied.
+    """
+    stream = AxisDim(Axis.HIDDEN)
+    found: dict[str, list[str]] = {}
+    for spec in table(architecture):
+        if spec.dims == (stream,) and spec.name.endswith("weight"):
+            readers = found[spec.name] = []
+        elif found and len(spec.dims) > 1 and spec.dims[1] == stream:
+            readers.append(spec.name)
+    return found
+
+
 def residual_norms(architecture: Architecture) -> list[str]:
     """Names of the gains of the norms of the residual stream, in their order; a layer's contain `{layer}`."""
-    stream = AxisDim(Axis.HIDDEN)
-    return [spec.name for spec in table(architecture) if spec.dims == (stream,) and spec.name.endswith("weight")]
+    return list(norm_readers(architecture))
 
 
 def tensors(architecture: Architecture) -> Iterator[NamedTensor]:

@@ -105,7 +105,7 @@ class DenseMaps:
         self._lock = threading.Lock()
 
     def columns(self, name: str, block: torch.Tensor, kept: Indices | None) -> torch.Tensor:
-        """[rows, n] of the source -> fp32 [rows, k] of the student; `kept` are the columns of the plain cut."""
+        """[rows, n] of the source times matrix `name` -> fp32 [rows, k]; `kept` are the columns of the plain cut."""
         start = time.perf_counter()
         block, matrix, place = block.float(), self.plan.matrices[name], self.stored[name]
         if matrix.kind == ADD:

@@ -39,8 +39,8 @@ class Slicer:
             return self.maps.gain(name, slice(chunk.start, chunk.stop)).to(self.dtypes[name])
         rows, *others = self._selections(chunk.tensor)
         columns = others[0] if others else None
-        if name in plan.matrices:
-            block = self.maps.columns(name, self._block(chunk, rows, None), columns)
+        if (matrix := plan.matrix_of(chunk.tensor)) is not None:
+            block = self.maps.columns(matrix, self._block(chunk, rows, None), columns)
         else:
             block = self._block(chunk, rows, columns)
         if name in plan.norm_scales:

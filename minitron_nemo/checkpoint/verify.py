@@ -110,21 +110,20 @@ class Again:
         kept = plan.kept(tensor.layer, tensor.expert)
         selections = [dim.select(plan.source, kept) for dim in tensor.spec.dims]
         columns = selections[1] if len(selections) > 1 else None
-        fitted = tensor.name in plan.matrices
+        matrix = plan.matrix_of(tensor)
         if plan.writes_rotated(tensor):
-            block = rotated_rows(self.source, plan, self.maps, chunk, None if fitted else columns)
-            return self.maps.columns(tensor.name, block, columns) if fitted else block
+            block = rotated_rows(self.source, plan, self.maps, chunk, columns if matrix is None else None)
+            return block if matrix is None else self.maps.columns(matrix, block, columns)
         block = self._cut_rows(chunk, selections[0])
-        if fitted:
-            return self.maps.columns(tensor.name, block, columns)
+        if matrix is not None:
+            return self.maps.columns(matrix, block, columns)
         if columns is not None:
             block = torch.from_numpy(np.take(_bits(block), columns, axis=1)).view(block.dtype)
         return block.float() * plan.norm_scales[tensor.name] if tensor.name in plan.norm_scales else block
 
     def multiplies(self, tensor: NamedTensor) -> bool:
         """Whether a tensor of the student is a product with a matrix, or two."""
-        fitted = tensor.name in self.plan.matrices and not self.plan.has_gain(tensor.name)
-        return fitted or self.plan.writes_rotated(tensor)
+        return self.plan.matrix_of(tensor) is not None or self.plan.writes_rotated(tensor)
 
     def products(self, tensor: NamedTensor, rows: Sequence[int]) -> tuple[Array, Array]:
         """These rows of a product in fp64, and by how much sums in fp32 of any order may miss them, [rows, columns].
@@ -141,15 +140,15 @@ class Again:
             cut = [self._cut_rows(Chunk(tensor, row, row + 1), selected) for row in rows]
             values = torch.cat(cut).double().numpy()
             sizes, terms = np.abs(values), 0
-        if tensor.name in plan.matrices:
-            values, sizes = self._multiplied(tensor.name, columns, values, sizes)
-            terms += plan.matrices[tensor.name].shape[0]
+        if (matrix := plan.matrix_of(tensor)) is not None:
+            values, sizes = self._multiplied(matrix, columns, values, sizes)
+            terms += plan.matrices[matrix].shape[0]
         elif columns is not None:
             values, sizes = values[:, columns], sizes[:, columns]
         return values, (terms + 1) * float(np.finfo(np.float32).eps) * sizes
 
     def _multiplied(self, name: str, columns: Indices | None, values: Array, sizes: Array) -> tuple[Array, Array]:
-        """Rows times the matrix of tensor `name`, and the sums of the absolute values of their terms, [rows, k]."""
+        """Rows times matrix `name`, and the sums of the absolute values of their terms, [rows, k]."""
         matrix = self.plan.matrices[name]
         result, result_sizes = np.zeros((2, len(values), matrix.shape[1]))
         if matrix.kind == ADD:

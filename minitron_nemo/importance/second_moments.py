@@ -8,7 +8,10 @@ rotation and c = <S^T x, y> / <y, y>,
 
     M = c S + (X - c S A) (A + ridge * mean(diag A) * I)^-1
 
-A large ridge gives the plain cut, c S. One M serves all tensors that read the same x.
+A large ridge gives the plain cut, c S. One M serves all tensors that read the same x: router and experts of a mixture,
+too. The linear_fc2 of an expert reads the tokens that are routed to it, each times the router's weight of it, as
+Megatron-core has it; what a shared expert's reads is multiplied here by its gate. So x is weighted by what it adds to
+the residual stream, and an expert that no token comes to has the plain cut.
 
 The rotation keeps as much as k channels can of the sum over all norms of E[x x^T], x as above: its columns are the
 eigenvectors with the largest eigenvalues. Of the raw stream a few channels, large everywhere and normalised away, would
@@ -20,6 +23,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,9 +35,11 @@ from torch import Tensor, distributed, nn
 from minitron_nemo.arch import Architecture, Axis, Plan
 from minitron_nemo.arch.axes import Indices
 from minitron_nemo.arch.family import family
+from minitron_nemo.arch.tensors import norm_readers
 from minitron_nemo.errors import UserError
 from minitron_nemo.importance.counted import Current, final_norm, layer_norms, norm_of, transformer_layers
-from minitron_nemo.importance.scores import FINAL_NORM, LAYER_NORMS
+from minitron_nemo.importance.experts import Routing, shared_expert_hooks
+from minitron_nemo.importance.scores import FINAL_NORM
 
 SPAN_TOKENS = 2048  # multiplied at once, in fp32; spans are added up in fp64
 
@@ -44,23 +50,31 @@ Cut = Indices | Tensor  # S of the formula: the kept columns of a selection [k],
 class Place:
     """Tensor `name` of the student, at source layer `layer` (num_layers: behind the last); the norm it reads or None.
 
-    `cut` makes the student's columns of the source's.
+    `cut` makes the student's columns of the source's, which are entries of `axis`; `expert` is the source's. What reads
+    the same norm has one place, of the first reader's name.
     """
 
     name: str
     layer: int
     norm: str | None
     cut: Cut
+    axis: Axis
+    expert: int | None = None
 
     @property
     def columns(self) -> int:
         return self.cut.shape[-1]
 
+    @property
+    def before_mlp(self) -> bool:
+        """Whether it is behind the norm between a layer's attention and its MLP."""
+        return self.norm is not None and ".mlp." in self.name
+
     def rows(self, source: Architecture, tp_size: int) -> int:
         """Rows of the sums that a rank holds: y and x behind a norm, a tensor-parallel rank's slice of x otherwise."""
         if self.norm is not None:
             return self.columns + source.hidden_size
-        return source.ffn_hidden_size // tp_size
+        return source.size(self.axis) // tp_size
 
 
 def places(plan: Plan, *, ffn: bool, hidden: bool, rotation: Tensor | None = None) -> list[Place]:
@@ -70,23 +84,37 @@ def places(plan: Plan, *, ffn: bool, hidden: bool, rotation: Tensor | None = Non
     """
     found = []
     channels: Cut | None = plan.kept(None).get(Axis.HIDDEN) if rotation is None else rotation
+    *of_layer, (final, outputs) = norm_readers(plan.target).items()
     for layer, source in enumerate(plan.kept_layers):
         if hidden and channels is not None:
-            for norm in (name.format(layer=layer) for name in LAYER_NORMS):
-                found.append(Place(norm.replace(".layer_norm_weight", ".weight"), source, norm, channels))
-        neurons = plan.kept(layer).get(Axis.FFN)
-        if ffn and neurons is not None:
-            found.append(Place(f"decoder.layers.{layer}.mlp.linear_fc2.weight", source, None, neurons))
-    if hidden and channels is not None and not plan.target.share_embeddings_and_output_weights:
-        found.append(Place("output_layer.weight", plan.source.num_layers, FINAL_NORM, channels))
+            for norm, (first, *_) in of_layer:
+                found.append(Place(first.format(layer=layer), source, norm.format(layer=layer), channels, Axis.HIDDEN))
+        found += _down_projections(plan, layer) if ffn else []
+    if hidden and channels is not None and outputs:
+        found.append(Place(outputs[0], plan.source.num_layers, final, channels, Axis.HIDDEN))
+    return found
+
+
+def _down_projections(plan: Plan, layer: int) -> list[Place]:
+    """The linear_fc2 of student layer `layer` that lose columns: of its MLP, or of its experts and a shared one."""
+    prefix, source = f"decoder.layers.{layer}.mlp.", plan.kept_layers[layer]
+    found = []
+    for axis, mlp in ((Axis.FFN, ""), (Axis.SHARED_FFN, "shared_experts.")):
+        if (neurons := plan.kept(layer).get(axis)) is not None:
+            found.append(Place(f"{prefix}{mlp}linear_fc2.weight", source, None, neurons, axis))
+    experts: Sequence[int] = range(plan.source.size(Axis.EXPERTS))
+    for number, expert in enumerate(experts if plan.kept_experts is None else plan.kept_experts[layer]):
+        if (neurons := plan.kept(layer, number).get(Axis.MOE_FFN)) is not None:
+            name = f"{prefix}experts.experts.{number}.linear_fc2.weight"
+            found.append(Place(name, source, None, neurons, Axis.MOE_FFN, expert))
     return found
 
 
 class Watch(ABC):
     """Gives the tokens of a pass, while it is entered, to `add`, at those `places` that are on this rank.
 
-    All ranks of a tensor-parallel group have every token of linear_fc2, [t, f/tp], and share those of a norm, [t, h];
-    the ranks of a data-parallel group each have their own.
+    All ranks of a tensor-parallel group have every token of linear_fc2, [t, f/tp], an expert's weighted as above, and
+    share those of a norm, [t, h]; the ranks of a data-parallel group each have their own.
     """
 
     def __init__(
@@ -125,9 +153,15 @@ class Watch(ABC):
             )
             self.handles.append(current.handle)
             modules = owners(chunk, self.architecture)
-            for place in self.places:
-                if place.layer in modules:
+            here = [place for place in self.places if place.layer in modules]
+            mixtures = {place.layer for place in here if place.expert is not None}
+            routings = {layer: Routing(modules[layer], current) for layer in mixtures}
+            self.handles += [routing.handle for routing in routings.values()]
+            for place in here:
+                if place.expert is None:
                     self._attach(place, modules[place.layer], current)
+                else:
+                    self.handles.append(routings[place.layer].watch(place.expert, partial(self.add, place)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -144,14 +178,14 @@ class Watch(ABC):
             # Without sequence parallelism all tensor-parallel ranks hold the same tokens: each takes its share.
             self.add(place, tokens if self.sequence_parallel else tokens[self.tp_rank :: self.tp_size])
 
-        if place.norm is None:
-            assert isinstance(module, TransformerLayer)
-            handle = module.mlp.linear_fc2.register_forward_pre_hook(on_ffn)
+        if place.norm is not None:
+            watched: nn.Module = module.pre_mlp_layernorm if place.before_mlp else module  # type: ignore[assignment]
+            self.handles.append(watched.register_forward_pre_hook(on_norm, with_kwargs=True))
+        elif place.axis == Axis.SHARED_FFN:
+            self.handles += shared_expert_hooks(module, current, partial(self.add, place))
         else:
-            reads_mlp = place.name.endswith("linear_fc1.weight")
-            watched: nn.Module = module.pre_mlp_layernorm if reads_mlp else module  # type: ignore[assignment]
-            handle = watched.register_forward_pre_hook(on_norm, with_kwargs=True)
-        self.handles.append(handle)
+            assert isinstance(module, TransformerLayer)
+            self.handles.append(module.mlp.linear_fc2.register_forward_pre_hook(on_ffn))
 
     def _normalised(self, states: Tensor) -> Tensor:
         return states * torch.rsqrt(states.square().mean(dim=-1, keepdim=True) + self.architecture.layernorm_epsilon)
@@ -229,7 +263,7 @@ class Moments(Watch):
         for number, place in enumerate(self.places):
             mine = self.sums.pop(place.name)
             if place.norm is None:
-                whole = mine.new_zeros(self.architecture.ffn_hidden_size, mine.shape[1])
+                whole = mine.new_zeros(self.architecture.size(place.axis), mine.shape[1])
                 whole[self.tp_rank * len(mine) : (self.tp_rank + 1) * len(mine)] = mine
                 mine = whole
             owner = number % group.size()
@@ -296,7 +330,7 @@ def gain_of(place: Place, chunks: Sequence[nn.Module], architecture: Architectur
     if place.norm == FINAL_NORM:
         return norm_of(module, None, traits).gain
     input_norm, pre_mlp_norm = layer_norms(module, traits)
-    return pre_mlp_norm.gain if place.name.endswith("linear_fc1.weight") else input_norm.gain
+    return pre_mlp_norm.gain if place.before_mlp else input_norm.gain
 
 
 def _spans(tokens: Tensor) -> Iterator[Tensor]:

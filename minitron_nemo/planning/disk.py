@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from minitron_nemo.arch import Architecture
+from minitron_nemo.arch import Architecture, Axis
 from minitron_nemo.arch.counts import parameters
 from minitron_nemo.config import PruneConfig
 from minitron_nemo.parallel.layout import Layout
@@ -57,10 +57,10 @@ def disk(job: Job) -> list[Kept]:
 
 def matrix_bytes(source: Architecture, target: Architecture, config: PruneConfig) -> int:
     """Of a Plan's file, in fp32: behind each norm that is fitted a map [h_s, h_t] and a gain [h_t], for each linear_fc2
-    the rows of the neurons that go, [f_s - f_t, f_t]; and a rotation [h_s, h_t].
+    (of a mixture each expert's) the rows of the neurons that go, [f_s - f_t, f_t]; and a rotation [h_s, h_t].
     """
     places = [place for run in stage_passes(source, target, config.repair, Layout(), 0) for place in run]
-    elements = sum((each.rows - each.columns + (not each.ffn)) * each.columns for each in places)
+    elements = sum((each.rows - each.columns + (each.axis == Axis.HIDDEN)) * each.columns for each in places)
     if rotates(target, source, config):
         elements += source.hidden_size * target.hidden_size
     return elements * SIZES["float32"]

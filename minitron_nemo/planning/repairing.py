@@ -7,6 +7,7 @@ rotate    of a rotated cut: one matrix of all norms and, on rank 0, its eigenvec
 
 from __future__ import annotations
 
+from minitron_nemo.arch import Axis
 from minitron_nemo.importance.second_moments import SPAN_TOKENS
 from minitron_nemo.planning.activations import FP32, Activations
 from minitron_nemo.planning.job import Job
@@ -43,7 +44,7 @@ def repair_moments(job: Job, own: Activations, rank: int) -> dict[str, dict[str,
 def _span(place: Sums, job: Job, own: Activations) -> int:
     """Tokens in fp32, what is kept of them, and their product."""
     tokens = min(own.tokens, SPAN_TOKENS)
-    width = job.source.ffn_hidden_size if place.ffn else 2 * job.source.hidden_size
+    width = job.source.size(place.axis) * (2 if place.axis == Axis.HIDDEN else 1)
     return FP32 * (tokens * (width + place.rows + place.columns) + place.rows * place.columns)
 
 
@@ -52,8 +53,8 @@ def _solving(place: Sums, job: Job) -> int:
 
     Of linear_fc2 whole moments besides, in which there is the system, too; less those that the rank had summed.
     """
-    rows = job.source.ffn_hidden_size if place.ffn else job.source.hidden_size
+    rows = job.source.size(place.axis)
     entries = 3 * rows * place.columns + 2 * place.columns**2
-    if place.ffn:
+    if place.axis != Axis.HIDDEN:
         entries += rows * place.columns + place.columns**2 - place.rows * place.columns
     return FP64 * entries

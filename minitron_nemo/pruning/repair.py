@@ -35,7 +35,7 @@ from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.progress import Progress
 from minitron_nemo.pruning.calibrate import open_calibration, without_logits
 from minitron_nemo.pruning.repair_state import RepairState
-from minitron_nemo.pruning.target import repairs_of, rotates
+from minitron_nemo.pruning.target import NEURONS, repairs_of, rotates
 
 W = TypeVar("W", bound=Watch)
 
@@ -53,7 +53,7 @@ def fits(source: Architecture, target: Architecture, config: RepairConfig) -> bo
 def _fitted(source: Architecture, target: Architecture, config: RepairConfig) -> list[Axis]:
     """The axes that are cut and fitted."""
     repairs = repairs_of(source, config)
-    asked = {Axis.HIDDEN: repairs.hidden, Axis.FFN: repairs.ffn}
+    asked = {Axis.HIDDEN: repairs.hidden} | dict.fromkeys(NEURONS, repairs.ffn)
     return [axis for axis, on in asked.items() if on and target.size(axis) < source.size(axis)]
 
 
@@ -61,22 +61,38 @@ def repair_warnings(
     source: Architecture, target: Architecture, config: RepairConfig, sequence_length: int
 ) -> list[str]:
     """What a fit on so few tokens would be: fitted to them, and worse than the plain cut on others."""
-    columns = max((target.size(axis) for axis in _fitted(source, target, config)), default=0)
-    tokens = config.samples * sequence_length
-    if tokens >= TOKENS_PER_COLUMN * columns:
+    needed = {
+        axis: -(-TOKENS_PER_COLUMN * target.size(axis) * of // (seen * sequence_length))
+        for axis in _fitted(source, target, config)
+        for seen, of in [_seen(source, axis)]
+    }
+    if config.samples >= max(needed.values(), default=0):
         return []
+    axis = max(needed, key=needed.__getitem__)
+    tokens, (seen, of) = config.samples * sequence_length, _seen(source, axis)
+    come = f", {tokens * seen // of:,} an expert on average," if of > 1 else ""
     return [
-        f"prune.repair.samples: {tokens:,} tokens are few to fit {columns:,} columns to; "
-        f"use {-(-TOKENS_PER_COLUMN * columns // sequence_length)} samples"
+        f"prune.repair.samples: {tokens:,} tokens{come} are few to fit {target.size(axis):,} columns to; "
+        f"use {needed[axis]} samples"
     ]
 
 
+def _seen(source: Architecture, axis: Axis) -> tuple[int, int]:
+    """A token comes to so many of so many tensors of a layer whose columns are the same axis."""
+    if axis != Axis.MOE_FFN:
+        return 1, 1
+    return source.moe_router_topk or 0, source.size(Axis.EXPERTS)
+
+
 class Sums(NamedTuple):
-    """The second moments of a place on one rank, [rows, columns]; of linear_fc2 its own rows alone."""
+    """The second moments of a place on one rank, [rows, columns]; of linear_fc2 its own rows alone.
+
+    The columns are entries of `axis`.
+    """
 
     rows: int
     columns: int
-    ffn: bool
+    axis: Axis
 
     @property
     def nbytes(self) -> int:
@@ -91,11 +107,12 @@ def stage_passes(
     At most: as if the layers that stay were all on the stage that has most of them.
     """
     axes = _fitted(source, target, config)
-    norm = Sums(source.hidden_size + target.hidden_size, target.hidden_size, ffn=False)
-    neurons = source.ffn_hidden_size // layout.tensor_model_parallel_size
-    layer = [norm, norm] * (Axis.HIDDEN in axes) + [Sums(neurons, target.ffn_hidden_size, ffn=True)] * (
-        Axis.FFN in axes
-    )
+    norm = Sums(source.hidden_size + target.hidden_size, target.hidden_size, Axis.HIDDEN)
+    layer = [norm, norm] * (Axis.HIDDEN in axes)
+    for axis in (axis for axis in NEURONS if axis in axes):
+        neurons = source.size(axis) // layout.tensor_model_parallel_size
+        experts = target.size(Axis.EXPERTS) if axis == Axis.MOE_FFN else 1
+        layer += [Sums(neurons, target.size(axis), axis)] * experts
     here = sum(layout.layers_per_stage(source.num_layers)[rank :: layout.pipeline_model_parallel_size])
     last = rank == layout.pipeline_model_parallel_size - 1
     untied = Axis.HIDDEN in axes and not target.share_embeddings_and_output_weights
@@ -117,7 +134,8 @@ def planned(
     axes = _fitted(source, target, config.repair)
     hidden, columns, layers = source.hidden_size, target.hidden_size, target.num_layers
     norm = (hidden + columns) * columns if Axis.HIDDEN in axes else 0  # elements of the sums of a place
-    ffn = source.ffn_hidden_size * target.ffn_hidden_size if Axis.FFN in axes else 0
+    neurons = [axis for axis in axes if axis != Axis.HIDDEN]
+    ffn = sum(source.size(axis) * target.size(axis) * _seen(source, axis)[0] for axis in neurons)
     multiplied = layers * (2 * norm + ffn) + norm * (not target.share_embeddings_and_output_weights)
     if rotates(target, source, config):
         passes, multiplied = passes + 1, multiplied + (2 * layers + 1) * hidden**2
@@ -252,7 +270,7 @@ def _shapes(place: Place, plan: Plan) -> dict[str, tuple[int, int]]:
     """Of what `_write` writes, by name."""
     kept = place.columns
     if place.norm is None:
-        return {place.name: (plan.source.ffn_hidden_size - kept, kept)}
+        return {place.name: (plan.source.size(place.axis) - kept, kept)}
     return {place.name: (plan.source.hidden_size, kept), place.norm: (1, kept)}
 
 
@@ -261,7 +279,7 @@ def _passes(model: Model, wanted: Sequence[Place], budget: int) -> list[list[Pla
     source, tp_size = model.architecture, model.layout.tensor_model_parallel_size
     here = {layer for chunk in model.chunks for layer in owners(chunk, source)}
     mine = [place for place in wanted if place.layer in here]
-    sums = [Sums(place.rows(source, tp_size), place.columns, place.norm is None) for place in mine]
+    sums = [Sums(place.rows(source, tp_size), place.columns, place.axis) for place in mine]
     return [mine[run] for run in _runs([each.nbytes for each in sums], budget)]
 
 

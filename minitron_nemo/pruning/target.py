@@ -13,7 +13,7 @@ from minitron_nemo.pruning import depth
 
 BY_INFLUENCE = ("block_influence", "contiguous")
 DEPTH_METHODS = (*BY_INFLUENCE, *depth.METHODS)
-NEURONS = (Axis.FFN, Axis.MOE_FFN, Axis.SHARED_FFN)  # what `ffn_score` ranks
+NEURONS = (Axis.FFN, Axis.SHARED_FFN, Axis.MOE_FFN)  # what `ffn_score` ranks and `repair.ffn` makes up for
 PAIR = "{sequence: mean, batch: l2}"  # an example of one
 
 
@@ -101,8 +101,6 @@ def _check_rotation(target: Architecture, config: PruneConfig) -> None:
             f"prune.hidden_method: rotate needs RMSNorm with gains stored as they are, which {target.family} has not; "
             f"use select"
         )
-    if family(target.family).mixture_of_experts:
-        raise UserError("prune.hidden_method: rotate fits every reader, and there are no least squares for experts yet")
     if target.share_embeddings_and_output_weights:
         raise UserError(
             f"prune.hidden_method: rotate needs an output weight of its own, and the source's is its embedding; set "
@@ -121,9 +119,6 @@ def repairs_of(source: Architecture, config: RepairConfig) -> RepairConfig:
     if not traits.rescales_norms:
         for key in ("norm_scale", "hidden"):
             lacking[key].append(f"needs RMSNorm with gains stored as they are, which {source.family} has not")
-    if traits.mixture_of_experts:
-        for key in ("hidden", "ffn"):
-            lacking[key].append("there are no least squares for experts yet")
     decided = {}
     for key, reasons in lacking.items():
         asked: bool | None = getattr(config, key)

@@ -16,6 +16,7 @@ from minitron_nemo.arch.counts import (
     non_embedding_parameters,
     parameters,
 )
+from minitron_nemo.arch.tensors import tensors
 from minitron_nemo.evaluation.report import ORDER, mean_with_error
 from minitron_nemo.report.charts import Chart, colours, draw, error_bars, interval, with_error
 
@@ -211,8 +212,8 @@ def cuts(plan: Plan) -> str:
         words.append("Queries of kept heads take in those of dropped ones.")
     if plan.rotated:
         words.append(rotation(plan))
-    # The embedding's is the rotation itself.
-    fitted = [name for name in plan.matrices if not plan.has_gain(name) and name != EMBEDDING]
+    # The embedding's is the rotation itself; one matrix may be for several tensors.
+    fitted = [each for each in tensors(plan.target) if each.name != EMBEDDING and plan.matrix_of(each) is not None]
     scaled = [f"{len(plan.norm_scales)} norms rescaled"] if plan.norm_scales else []
     repairs = [*scaled, f"{len(fitted)} weight matrices fitted by least squares"] if fitted else scaled
     words.append(f"To make up for what goes: {', '.join(repairs)}." if repairs else "Nothing makes up for what goes.")

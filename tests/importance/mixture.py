@@ -16,6 +16,21 @@ import torch
 Array = np.ndarray
 
 
+def starve(weights: dict[str, torch.Tensor], expert: int) -> None:
+    """Change the tensors of a Mixtral so that no token is routed to an expert.
+
+    Channel 0 is the same positive number everywhere, and of the router's rows this expert's alone reads it, negated.
+    """
+    weights["model.embed_tokens.weight"][:, 0] = 0.5
+    for name, weight in weights.items():
+        if name.endswith(("o_proj.weight", "w2.weight")):
+            weight[0] = 0  # no layer writes to channel 0
+        if name.endswith("block_sparse_moe.gate.weight"):
+            weight[:, 0] = 0
+            weight[expert] = 0
+            weight[expert, 0] = -100
+
+
 @dataclass
 class Expert:
     """Of one expert: `weights` [b, s] of the router, 0 where it does not see a token; `neurons` [b, s, f] times them.

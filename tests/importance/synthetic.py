@@ -49,13 +49,15 @@ def scores_from(values: dict[str, np.ndarray], shape: Architecture, sequences: i
 
 
 def random_values(shape: Architecture, seed: int = 0, sequences: int = 7) -> dict[str, np.ndarray]:
+    """Of a mixture each expert's; one with a shared expert has more than these."""
     generator = np.random.default_rng(seed)
-    layers = shape.num_layers
+    layers, experts = shape.num_layers, () if shape.num_moe_experts is None else (shape.num_moe_experts,)
     return {
         "hidden": generator.random((sequences, 3, 2 * layers, shape.hidden_size)),
-        "ffn": generator.random((sequences, 3, layers, shape.ffn_hidden_size)),
+        "ffn": generator.random((sequences, 3, layers, *experts, shape.ffn_hidden_size)),
         "heads": generator.random((sequences, 3, layers, shape.num_attention_heads)),
         "layers": generator.random(layers),
         "squares": generator.random((2 * layers + 1 if shape.family != "nemotron" else 0, shape.hidden_size)),
-        "columns": generator.random((layers, shape.ffn_hidden_size)),
+        "columns": generator.random((layers, *experts, shape.ffn_hidden_size)),
+        "experts": generator.random((layers, *(experts or (0,)))),
     }

@@ -19,6 +19,7 @@ from minitron_nemo.pruning.plan import make_plan
 from tests.families import MIXTURES, write_tiny
 from tests.importance.hugging_face import reference_scores
 from tests.importance.measuring import measured
+from tests.importance.mixture import starve
 from tests.importance.test_collect import (
     LAYOUTS,
     assert_equal_hugging_face,
@@ -73,18 +74,10 @@ def test_several_sequences_in_a_microbatch_score_the_same(hugging_face: dict[str
 
 @pytest.mark.parametrize("layout", ["alone", "TP2 SP", "DP2"])
 def test_an_expert_to_which_no_token_is_routed_scores_zero_and_goes_first(tmp_path: Path, layout: str) -> None:
-    """Channel 0 is the same positive number everywhere, and of the router's rows expert 2's alone reads it, negated."""
     hugging_face = write_tiny("mixtral", tmp_path / "mixtral")
     file = hugging_face / "model.safetensors"
     weights = load_file(file)
-    weights["model.embed_tokens.weight"][:, 0] = 0.5
-    for name, weight in weights.items():
-        if name.endswith(("o_proj.weight", "w2.weight")):
-            weight[0] = 0  # no layer writes to channel 0
-    for layer in range(4):
-        router = weights[f"model.layers.{layer}.block_sparse_moe.gate.weight"]
-        router[:, 0] = torch.tensor([0.0, 0.0, -100.0, 0.0])
-        router[2, 1:] = 0
+    starve(weights, expert=2)
     save_file(weights, file, metadata={"format": "pt"})
     convert(hugging_face, tmp_path / "mixtral-megatron", "megatron", progress=False)
     scores = scored(hugging_face, layout)

@@ -171,6 +171,6 @@ def test_a_large_ridge_is_the_plain_cut_and_silence_is_too() -> None:
 
 
 def test_activations_that_are_not_finite_are_refused_by_the_name_of_the_tensor() -> None:
-    place = Place("decoder.layers.0.mlp.linear_fc2.weight", 0, None, np.array([0, 2]))
+    place = Place("decoder.layers.0.mlp.linear_fc2.weight", 0, None, np.array([0, 2]), Axis.FFN)
     with pytest.raises(UserError, match="repair: what decoder.layers.0.mlp.linear_fc2.weight reads is not finite"):
         fit(place, torch.full((3, 2), float("nan"), dtype=torch.float64), 0.01)

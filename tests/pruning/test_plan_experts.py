@@ -99,19 +99,16 @@ def test_the_norm_before_the_experts_gets_the_factor_of_its_source() -> None:
     assert made.norm_scales["decoder.final_layernorm.weight"] == pytest.approx(factors[6])
 
 
-def test_least_squares_are_off_by_default_and_refused_by_key() -> None:
+@pytest.mark.parametrize(
+    "cut", [{"hidden_size": 4}, {"moe_ffn_hidden_size": 5}, {"moe_shared_expert_intermediate_size": 4}]
+)
+def test_least_squares_are_on_by_default(cut: dict[str, int]) -> None:
     decided = repairs_of(MIXTURE, RepairConfig())
-    assert (decided.norm_scale, decided.hidden, decided.ffn) == (True, False, False)
-    smaller = target_architecture(MIXTURE, PruneConfig(hidden_size=4, moe_ffn_hidden_size=5))
-    assert not fits(MIXTURE, smaller, RepairConfig())
-    dense = architecture()
-    assert repairs_of(dense, RepairConfig()).ffn is True
-    for key in ("ffn", "hidden"):
-        asked: dict[str, Any] = {key: True}
-        with pytest.raises(
-            UserError, match=f"prune.repair.{key}: there are no least squares for experts yet; leave it out"
-        ):
-            repairs_of(MIXTURE, RepairConfig(**asked))
+    assert (decided.norm_scale, decided.hidden, decided.ffn) == (True, True, True)
+    smaller = target_architecture(MIXTURE, PruneConfig(**cut))
+    assert fits(MIXTURE, smaller, RepairConfig())
+    assert not fits(MIXTURE, smaller, RepairConfig(ffn=False, hidden=False))
+    assert not fits(MIXTURE, target_architecture(MIXTURE, PruneConfig(num_moe_experts=3)), RepairConfig())
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,8 @@ def folded(file: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def gain_name(reader: str) -> str:
+    if reader.endswith("mlp.router.weight"):
+        return reader.replace("mlp.router", "pre_mlp_layernorm")
     return reader.removesuffix("weight") + "layer_norm_weight"
 
 

@@ -1,4 +1,4 @@
-"""Scores, kept sets, repairs and students over layouts of up to eight processes; but for repairs, of every family."""
+"""Scores, kept sets, repairs and students over layouts of up to eight processes, but for repairs of every family."""
 
 from __future__ import annotations
 
@@ -89,12 +89,13 @@ def test_no_layout_scores_or_keeps_or_writes_anything_else(
 
 
 @pytest.mark.parametrize("layout", REPAIRED, ids=str)
-def test_no_layout_repairs_or_writes_anything_else(layout: Layout, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "places"), [("llama", 3), ("qwen2_moe", 6)])
+def test_no_layout_repairs_or_writes_anything_else(family: str, places: int, layout: Layout, tmp_path: Path) -> None:
     """Eight processes fit the maps that one does; students cut by them have the same bits from one and from eight."""
-    convert(write_tiny("llama", tmp_path / "hf", num_layers=8), tmp_path / "teacher", "megatron", progress=False)
+    convert(write_tiny(family, tmp_path / "hf", num_layers=8), tmp_path / "teacher", "megatron", progress=False)
     tokens = batch(sequences=8)
     scores = run_distributed(1, measured, tmp_path / "teacher", Layout(), *tokens)[0]
-    plain = make_plan(scores, scores.architecture, PruneConfig(**TARGET, ffn_hidden_size=64))
+    plain = make_plan(scores, scores.architecture, PruneConfig(**TARGET, **cut_mlp(scores.architecture)))
     plans = []
     for processes, on in ((1, Layout()), (8, layout)):
         directory = tmp_path / f"plan-{processes}"
@@ -102,7 +103,7 @@ def test_no_layout_repairs_or_writes_anything_else(layout: Layout, tmp_path: Pat
         plans.append((Plan.load(directory / "plan.json"), folded(load_file(directory / "plan.safetensors"))))
     (plan, expected), (other, matrices) = plans
     assert replace(other, matrices={}) == replace(plan, matrices={})
-    assert len(expected) == 3 * 6 + 1 and matrices.keys() == expected.keys()
+    assert len(expected) == places * 6 + 1 and matrices.keys() == expected.keys()
     for name, matrix in expected.items():
         largest = float(matrix.abs().max())
         np.testing.assert_allclose(matrices[name], matrix, rtol=0, atol=1e-5 * largest, err_msg=name)
