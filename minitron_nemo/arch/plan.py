@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,14 @@ class Plan:
 
     def matrix_of(self, tensor: NamedTensor) -> str | None:
         """Name of the matrix by which the columns of a tensor of the target are multiplied; None for none."""
-        name = tensor.name
-        for readers in norm_readers(self.target).values():
-            if tensor.spec.name in readers:
-                name = readers[0].format(layer=tensor.layer)
+        first = self._first_readers.get(tensor.spec.name)
+        name = tensor.name if first is None else first.format(layer=tensor.layer)
         return name if name in self.matrices and not self.has_gain(name) else None
+
+    @cached_property
+    def _first_readers(self) -> dict[str, str]:
+        """For each line of the table that reads a norm, the first that reads the same one."""
+        return {name: readers[0] for readers in norm_readers(self.target).values() for name in readers}
 
     def writes_rotated(self, tensor: NamedTensor) -> bool:
         """Whether the rows of a tensor of the target are rotated: it is a matrix that writes the residual stream."""

@@ -32,11 +32,6 @@ ARRAYS = (
 )
 SCHEMA_VERSION = 3
 
-# The norms that are measured, in their order in a layer that has an MLP, and the one behind the last layer.
-LAYER_NORMS = (
-    "decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight",
-    "decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight",
-)
 FINAL_NORM = "decoder.final_layernorm.weight"
 
 Array = NDArray[np.float64]

@@ -27,6 +27,7 @@ ALONE = {
         "benchmarks/transform.py --layers 1 --vocab-size 1000 --repeat 1 --processes 2 --passes 'prune HF -> Megatron'",
     ),
     "kernels": ("sm_90", "-m tests.kernels.aot"),
+    "mixtures": ("both 2/3", "-m benchmarks.mixtures --teaching 1 --steps 0 --shapes 'both 2/3'"),
 }
 TOGETHER = {
     "calibration": ("ratio", "benchmarks/calibration.py --layers 2 --hidden-size 64 --pipeline 2 --repeat 1"),
