@@ -68,8 +68,8 @@ class DepthConfig:
 class RepairConfig:
     """What the student's weights do about what was cut; its architecture stays what it is without."""
 
-    # None is true where the family has the repair: norm_scale and hidden need RMSNorm, ffn and hidden an MLP that is
-    # not made of experts.
+    # None is true where the family has the repair: norm_scale needs RMSNorm, ffn and hidden an MLP that is not made of
+    # experts.
     norm_scale: bool | None = None  # hidden_size: norm gains times a constant: the RMS of fewer channels differs
     # Least squares on activations of the teacher, in forward passes of their own (`minitron repair`):
     ffn: bool | None = None  # ffn_hidden_size: linear_fc2 makes up for the removed neurons

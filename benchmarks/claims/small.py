@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from minitron_nemo.arch import Architecture
 from minitron_nemo.arch.huggingface import hf_config
@@ -44,11 +44,11 @@ CURVE = "curve.json"
 CURVE_INTERVAL = 50  # updates
 
 
-def make_teacher(base: Path, recipe: Recipe) -> None:
+def make_teacher(base: Path, recipe: Recipe, architecture: Architecture = TEACHER) -> None:
     """Write `base`, of which what is there is not made again; the held-out losses on the way into `curve.json`."""
     if not (base / "initial").exists():
         write_tokenizer(base / "tokenizer", recipe)
-        write_random(base / "initial", TEACHER, base / "tokenizer", seed=0)
+        write_random(base / "initial", architecture, base / "tokenizer", seed=0)
     prepare_data(recipe.data, base / "initial" / "tokenizer", base / "data", progress=False)
     learn(recipe, base / "initial", base / "data", base / "teacher", base / CURVE)
 
@@ -103,7 +103,8 @@ def write_random(directory: Path, architecture: Architecture, tokenizer: Path, s
     torch.manual_seed(seed)
     hugging_face = directory.with_name(directory.name + ".hf")
     with replacing_directory(hugging_face) as partial:
-        LlamaForCausalLM(LlamaConfig.from_dict(hf_config(architecture, "float32"))).save_pretrained(partial)
+        config = AutoConfig.for_model(**hf_config(architecture, "float32"))
+        AutoModelForCausalLM.from_config(config).save_pretrained(partial)
         tokenizer_files.copy_files(tokenizer, partial)
     convert(hugging_face, directory, "megatron", progress=False)
     shutil.rmtree(hugging_face)

@@ -96,6 +96,11 @@ def residual_norms(architecture: Architecture) -> list[str]:
     return [spec.name for spec in table(architecture) if spec.dims == (stream,) and spec.name.endswith("weight")]
 
 
+def bias_of(norm: str) -> str:
+    """Name of the bias of the norm whose gain is called `norm`."""
+    return norm.removesuffix("weight") + "bias"
+
+
 def tensors(architecture: Architecture) -> Iterator[NamedTensor]:
     """Every tensor of the model, in the order of the forward pass."""
     specs = table(architecture)

@@ -119,8 +119,7 @@ def repairs_of(source: Architecture, config: RepairConfig) -> RepairConfig:
     traits = family(source.family)
     lacking: dict[str, list[str]] = {"norm_scale": [], "hidden": [], "ffn": []}
     if not traits.rescales_norms:
-        for key in ("norm_scale", "hidden"):
-            lacking[key].append(f"needs RMSNorm with gains stored as they are, which {source.family} has not")
+        lacking["norm_scale"].append(f"needs RMSNorm with gains stored as they are, which {source.family} has not")
     if traits.mixture_of_experts:
         for key in ("hidden", "ffn"):
             lacking[key].append("there are no least squares for experts yet")

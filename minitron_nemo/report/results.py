@@ -212,7 +212,7 @@ def cuts(plan: Plan) -> str:
     if plan.rotated:
         words.append(rotation(plan))
     # The embedding's is the rotation itself.
-    fitted = [name for name in plan.matrices if not plan.has_gain(name) and name != EMBEDDING]
+    fitted = [name for name in plan.matrices if not plan.gives(name) and name != EMBEDDING]
     scaled = [f"{len(plan.norm_scales)} norms rescaled"] if plan.norm_scales else []
     repairs = [*scaled, f"{len(fitted)} weight matrices fitted by least squares"] if fitted else scaled
     words.append(f"To make up for what goes: {', '.join(repairs)}." if repairs else "Nothing makes up for what goes.")

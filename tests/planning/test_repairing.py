@@ -29,6 +29,7 @@ from tests.pool import run_distributed
 
 SEQUENCE = 64
 SOURCE = replace(STUDENT, num_layers=3, hidden_size=256, ffn_hidden_size=768)
+LAYER_NORMED = replace(SOURCE, family="nemotron", model_type="nemotron", rotary_percent=0.5)
 DEEP = replace(SOURCE, num_layers=12)
 # Processes, the source, its cut, the fullest moment.
 CUTS: dict[str, tuple[int, Architecture, dict[str, Any], dict[str, Any], str]] = {
@@ -36,6 +37,7 @@ CUTS: dict[str, tuple[int, Architecture, dict[str, Any], dict[str, Any], str]] =
     "neurons, TP2": (2, SOURCE, {"ffn_hidden_size": 640}, {}, "solve"),
     "neurons, a place a pass": (1, SOURCE, {"ffn_hidden_size": 640}, {"statistics_bytes": 1}, "solve"),
     "channels": (1, SOURCE, {"hidden_size": 192}, {}, "solve"),
+    "channels behind LayerNorms": (1, LAYER_NORMED, {"hidden_size": 192}, {}, "solve"),
     "few of many places": (1, DEEP, {"hidden_size": 16, "ffn_hidden_size": 32}, {}, "pass"),
     "rotation": (1, SOURCE, {"hidden_size": 32, "hidden_method": "rotate", "untie": True}, {}, "rotate"),
 }
