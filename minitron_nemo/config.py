@@ -68,11 +68,11 @@ class DepthConfig:
 class RepairConfig:
     """What the student's weights do about what was cut; its architecture stays what it is without."""
 
-    # None is true where the family has the repair: norm_scale and hidden need RMSNorm.
-    norm_scale: bool | None = None  # hidden_size: norm gains times a constant: the RMS of fewer channels differs
+    # hidden_size: norm gains times a constant, since the RMS of fewer channels differs; None: where there are RMSNorms
+    norm_scale: bool | None = None
     # Least squares on activations of the teacher, in forward passes of their own (`minitron repair`):
-    ffn: bool | None = None  # ffn_hidden_size, experts' too: linear_fc2 makes up for the removed neurons
-    hidden: bool | None = None  # hidden_size: every reader of the residual stream does so for the removed channels
+    ffn: bool = True  # ffn_hidden_size, experts' too: linear_fc2 makes up for the removed neurons
+    hidden: bool = True  # hidden_size: every reader of the residual stream does so for the removed channels
     # num_attention_heads: queries of kept heads take in those of dropped ones (2407.14679 section 2.3)
     merge_heads: bool = False
     ridge: float = 0.01  # towards the plain cut, in units of the mean second moment

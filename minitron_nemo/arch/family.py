@@ -102,9 +102,10 @@ class Family:
 
     @property
     def rescales_norms(self) -> bool:
-        """Whether a cut may multiply the stored gains of norms, or fold them into what reads the norm.
+        """Whether a cut may multiply the stored gains of norms by constants, and rotate the residual stream.
 
-        Gains stored minus one do not scale like that, and LayerNorm over fewer channels has another mean as well.
+        Gains stored minus one do not scale like that, and LayerNorm over fewer channels has another mean as well, which
+        Scores do not measure; nor does the mean over channels stay what it is in a rotation.
         """
         return self.normalization == "RMSNorm" and not self.layernorm_zero_centered_gamma
 

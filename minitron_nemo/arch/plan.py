@@ -19,14 +19,14 @@ from minitron_nemo.arch.architecture import Architecture
 from minitron_nemo.arch.axes import Axis, Indices, QKVDim
 from minitron_nemo.arch.blocks import EMBEDDING
 from minitron_nemo.arch.entries import Entries, read_json, write_json
-from minitron_nemo.arch.matrix import GAIN, Matrix
+from minitron_nemo.arch.matrix import Matrix
 from minitron_nemo.arch.plan_checks import check
 from minitron_nemo.arch.tensors import NamedTensor, norm_readers
 from minitron_nemo.errors import UserError
 
 FILE_NAME = "plan.json"  # in the directory of a checkpoint that a Plan made
 MATRICES_NAME = "plan.safetensors"  # beside it
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 # Lists of entries, and how deep they are: one for the model, one of each layer, one of each expert of each layer.
 KEPT = {"kept_layers": 0, "kept_hidden": 0, "kept_moe_ffn": 2}
 KEPT |= dict.fromkeys(("kept_ffn", "kept_groups", "kept_heads", "kept_experts", "kept_shared_ffn"), 1)
@@ -48,8 +48,9 @@ class Plan:
     of the embedding; what writes the stream has its rows multiplied by P^T, and what reads it has matrices that undo P.
 
     `norm_scales` gives norms of the student, by name, a factor on their gains. `matrices` maps tensors of the student
-    to what their columns are multiplied by, and norms to the gain that they get; `directory` is where their file lies.
-    What reads the same norm, as a router and all experts do, is multiplied by one matrix, that of the first reader.
+    to what their columns are multiplied by, and gains and biases of norms to what they become; `directory` is where
+    their file lies. What reads the same norm, as a router and all experts do, is multiplied by one matrix, that of the
+    first reader.
 
     `gaps` records, per cut (`hidden_size`, `ffn_hidden_size/3`: of source layer 3), the relative difference between the
     worst score kept and the best score dropped: where it is below the accuracy of the Scores, another layout may choose
@@ -79,15 +80,15 @@ class Plan:
             object.__setattr__(self, name, _entries(getattr(self, name), depth))
         check(self)
 
-    def has_gain(self, name: str) -> bool:
-        """Whether a tensor of the target is a norm whose gain is in the file of matrices."""
-        return name in self.matrices and self.matrices[name].kind == GAIN
+    def gives(self, name: str) -> bool:
+        """Whether a tensor of the target, a norm's gain or bias, is itself in the file of matrices."""
+        return name in self.matrices and self.matrices[name].of_norm
 
     def matrix_of(self, tensor: NamedTensor) -> str | None:
         """Name of the matrix by which the columns of a tensor of the target are multiplied; None for none."""
         first = self._first_readers.get(tensor.spec.name)
         name = tensor.name if first is None else first.format(layer=tensor.layer)
-        return name if name in self.matrices and not self.has_gain(name) else None
+        return name if name in self.matrices and not self.gives(name) else None
 
     @cached_property
     def _first_readers(self) -> dict[str, str]:

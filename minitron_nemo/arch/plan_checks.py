@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import TYPE_CHECKING
 
@@ -10,8 +10,8 @@ import numpy as np
 
 from minitron_nemo.arch.axes import Axis
 from minitron_nemo.arch.family import family
-from minitron_nemo.arch.matrix import ADD, GAIN, REPLACE, Matrix
-from minitron_nemo.arch.tensors import NamedTensor, tensors
+from minitron_nemo.arch.matrix import ADD, BIAS, GAIN, REPLACE, Matrix
+from minitron_nemo.arch.tensors import NamedTensor, bias_of, tensors
 from minitron_nemo.errors import UserError
 
 if TYPE_CHECKING:
@@ -106,9 +106,8 @@ def _check_repairs(plan: Plan) -> None:
     """Raise UserError for a norm or a matrix that does not fit the student."""
     if not (plan.norm_scales or plan.matrices):
         return
-    gains = [name for name, matrix in plan.matrices.items() if matrix.kind == GAIN]
-    if (plan.norm_scales or gains) and not family(plan.source.family).rescales_norms:
-        raise UserError(f"plan: norm_scales and gains are not for the norms of {plan.source.family}")
+    if plan.norm_scales and not family(plan.source.family).rescales_norms:
+        raise UserError(f"plan: norm_scales are not for the norms of {plan.source.family}")
     found = {tensor.name: tensor for tensor in tensors(plan.target)}
     for name in (*plan.norm_scales, *plan.matrices):
         if name not in found:
@@ -116,12 +115,9 @@ def _check_repairs(plan: Plan) -> None:
     for name, factor in plan.norm_scales.items():
         if found[name].spec.part != "norm" or not isfinite(factor) or factor <= 0:
             raise UserError(f"plan: norm_scales: {name}: {factor} is no factor on a norm's gain")
-    for name in gains:
-        wanted = (1, *found[name].spec.shape(plan.target))
-        if found[name].spec.part != "norm" or name in plan.norm_scales or plan.matrices[name].shape != wanted:
-            raise UserError(f"plan: matrices: {name}: not the gain of a norm, or of another size, or scaled as well")
+    _check_norms(plan, found)
     for name, matrix in plan.matrices.items():
-        if name not in gains:
+        if not matrix.of_norm:
             _check_columns(plan, found[name], matrix)
 
 
@@ -136,17 +132,33 @@ def _check_columns(plan: Plan, tensor: NamedTensor, matrix: Matrix) -> None:
         raise UserError(f"plan: matrices: {tensor.name}: {matrix.kind} {list(matrix.shape)} does not fit its columns")
 
 
+def _check_norms(plan: Plan, found: Mapping[str, NamedTensor]) -> None:
+    """Raise UserError for a gain or a bias that is given to what has none, and for half a LayerNorm."""
+    given = [name for name, matrix in plan.matrices.items() if matrix.of_norm]
+    for name in given:
+        kind, wanted = plan.matrices[name].kind, (1, *found[name].spec.shape(plan.target))
+        its_kind = found[name].spec.part == "norm" and name.endswith({GAIN: "weight", BIAS: "bias"}[kind])
+        if not its_kind or name in plan.norm_scales or plan.matrices[name].shape != wanted:
+            raise UserError(f"plan: matrices: {name}: not the {kind} of a norm, or of another size, or scaled as well")
+    if family(plan.source.family).normalization == "LayerNorm":
+        gains = {bias_of(name) for name in given if plan.matrices[name].kind == GAIN}
+        for name in gains ^ {name for name in given if plan.matrices[name].kind == BIAS}:
+            raise UserError(f"plan: matrices: {name}: a LayerNorm gets a gain and a bias, and one of them is missing")
+
+
 def _check_output_and_rotation(plan: Plan) -> None:
     """Raise UserError for an output that cannot be tied, and where not all that has hidden channels is rotated."""
     if plan.target.share_embeddings_and_output_weights and not plan.source.share_embeddings_and_output_weights:
         raise UserError("plan: the target's output is its embedding, but the source's has a weight of its own")
+    if plan.rotated and not family(plan.source.family).rescales_norms:
+        raise UserError(f"plan: rotated, but the norms of {plan.source.family} are not RMSNorms with gains as they are")
     if not (plan.rotated and plan.matrices):
         return
     if plan.kept_hidden is not None or plan.target.share_embeddings_and_output_weights:
         raise UserError("plan: rotated, but it keeps hidden channels as they are, or a tied output")
     for tensor in tensors(plan.target):
         axes = [Axis.HIDDEN in dim.axes for dim in tensor.spec.dims]
-        if axes == [True] and not plan.has_gain(tensor.name):
+        if axes == [True] and not plan.gives(tensor.name):
             raise UserError(f"plan: rotated, but {tensor.name} keeps the source's gain")
         if axes == [False, True]:
             matrix = plan.matrix_of(tensor)

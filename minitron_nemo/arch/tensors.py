@@ -110,6 +110,11 @@ def residual_norms(architecture: Architecture) -> list[str]:
     return list(norm_readers(architecture))
 
 
+def bias_of(norm: str) -> str:
+    """Name of the bias of the norm whose gain is called `norm`."""
+    return norm.removesuffix("weight") + "bias"
+
+
 def tensors(architecture: Architecture) -> Iterator[NamedTensor]:
     """Every tensor of the model, in the order of the forward pass."""
     specs = table(architecture)

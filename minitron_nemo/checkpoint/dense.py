@@ -119,8 +119,8 @@ class DenseMaps:
         self._count(2 * len(block) * matrix.shape[0] * matrix.shape[1], start)
         return result
 
-    def gain(self, name: str, entries: slice) -> torch.Tensor:
-        """These entries of a norm's gain, fp32 [entries]."""
+    def given(self, name: str, entries: slice) -> torch.Tensor:
+        """These entries of a norm's gain or bias, fp32 [entries]."""
         return _read(self.stored[name], 0, 1)[0, entries]
 
     def add_rotated(self, result: torch.Tensor, block: torch.Tensor, first: int, rows: slice) -> None:

@@ -35,8 +35,8 @@ class Slicer:
 
     def __call__(self, chunk: Chunk) -> torch.Tensor:
         name, plan = chunk.tensor.name, self.plan
-        if plan.has_gain(name):
-            return self.maps.gain(name, slice(chunk.start, chunk.stop)).to(self.dtypes[name])
+        if plan.gives(name):
+            return self.maps.given(name, slice(chunk.start, chunk.stop)).to(self.dtypes[name])
         rows, *others = self._selections(chunk.tensor)
         columns = others[0] if others else None
         if (matrix := plan.matrix_of(chunk.tensor)) is not None:

@@ -105,8 +105,8 @@ class Again:
     def rows(self, chunk: Chunk) -> Tensor:
         """A block of the student, before it is rounded to the type that is stored."""
         tensor, plan = chunk.tensor, self.plan
-        if plan.has_gain(tensor.name):
-            return self.maps.gain(tensor.name, slice(chunk.start, chunk.stop))
+        if plan.gives(tensor.name):
+            return self.maps.given(tensor.name, slice(chunk.start, chunk.stop))
         kept = plan.kept(tensor.layer, tensor.expert)
         selections = [dim.select(plan.source, kept) for dim in tensor.spec.dims]
         columns = selections[1] if len(selections) > 1 else None

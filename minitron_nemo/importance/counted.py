@@ -85,11 +85,14 @@ class Norm(NamedTuple):
 
 
 def norm_of(norm: nn.Module, fused: nn.Module | None, traits: Family) -> Norm:
-    """The parameters of a norm: its own, or those of the linear layer that TransformerEngine fused it into."""
+    """The parameters of a norm: its own, or those of the linear layer that TransformerEngine fused it into.
+
+    A gain that is stored minus one is fp32, as its sum with one is no number of a shorter type.
+    """
     module, prefix = (norm, "") if hasattr(norm, "weight") else (fused, "layer_norm_")
     gain = getattr(module, prefix + "weight").detach()
     bias = getattr(module, prefix + "bias").detach() if traits.normalization == "LayerNorm" else None
-    return Norm(gain + 1 if traits.layernorm_zero_centered_gamma else gain, bias)
+    return Norm(gain.float() + 1 if traits.layernorm_zero_centered_gamma else gain, bias)
 
 
 def layer_norms(layer: TransformerLayer, traits: Family) -> tuple[Norm, Norm]:

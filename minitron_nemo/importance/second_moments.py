@@ -13,6 +13,11 @@ too. The linear_fc2 of an expert reads the tokens that are routed to it, each ti
 Megatron-core has it; what a shared expert's reads is multiplied here by its gate. So x is weighted by what it adds to
 the residual stream, and an expert that no token comes to has the plain cut.
 
+Behind a LayerNorm the means of x and y over tokens are not 0, and a tensor reads a bias as well: x is near M y + b. A
+1 behind both x and y brings their sums and the number of tokens into the products; A and X are of what is left without
+the means, and b = mean x - M mean y. The entries of such a y sum to 0: of a vector (a, a, ..., a) A is 0, the ridge
+alone makes the system regular, and what M makes of it, c S's part, has no bearing.
+
 The rotation keeps as much as k channels can of the sum over all norms of E[x x^T], x as above: its columns are the
 eigenvectors with the largest eigenvalues. Of the raw stream a few channels, large everywhere and normalised away, would
 decide.
@@ -31,13 +36,14 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, distributed, nn
+from torch.nn import functional
 
 from minitron_nemo.arch import Architecture, Axis, Plan
 from minitron_nemo.arch.axes import Indices
 from minitron_nemo.arch.family import family
 from minitron_nemo.arch.tensors import norm_readers
 from minitron_nemo.errors import UserError
-from minitron_nemo.importance.counted import Current, final_norm, layer_norms, norm_of, transformer_layers
+from minitron_nemo.importance.counted import Current, Norm, final_norm, layer_norms, norm_of, transformer_layers
 from minitron_nemo.importance.experts import Routing, shared_expert_hooks
 from minitron_nemo.importance.scores import FINAL_NORM
 
@@ -71,10 +77,18 @@ class Place:
         return self.norm is not None and ".mlp." in self.name
 
     def rows(self, source: Architecture, tp_size: int) -> int:
-        """Rows of the sums that a rank holds: y and x behind a norm, a tensor-parallel rank's slice of x otherwise."""
+        """Rows of the sums that a rank holds: y and x behind a norm, a tensor-parallel rank's slice of x otherwise.
+
+        Those of the 1 behind a LayerNorm are left out.
+        """
         if self.norm is not None:
             return self.columns + source.hidden_size
         return source.size(self.axis) // tp_size
+
+
+def has_means(architecture: Architecture) -> bool:
+    """Whether its norms are LayerNorms, so that the sums behind them have a 1 behind x and y."""
+    return family(architecture.family).normalization == "LayerNorm"
 
 
 def places(plan: Plan, *, ffn: bool, hidden: bool, rotation: Tensor | None = None) -> list[Place]:
@@ -188,6 +202,8 @@ class Watch(ABC):
             self.handles.append(module.mlp.linear_fc2.register_forward_pre_hook(on_ffn))
 
     def _normalised(self, states: Tensor) -> Tensor:
+        if has_means(self.architecture):
+            return functional.layer_norm(states, states.shape[-1:], eps=self.architecture.layernorm_epsilon)
         return states * torch.rsqrt(states.square().mean(dim=-1, keepdim=True) + self.architecture.layernorm_epsilon)
 
 
@@ -226,20 +242,21 @@ class NormCovariance(Watch):
 class Moments(Watch):
     """Sums of A and X over the tokens of a pass, fp64.
 
-    `sums[name]` is [rows, k]: [A; X] of a norm over this rank's tokens, X of linear_fc2 over this rank's rows.
+    `sums[name]` is [rows, k]: [A; X] of a norm over this rank's tokens, X of linear_fc2 over this rank's rows. Behind a
+    LayerNorm [rows + 1, k + 1]: the last row and column are of the 1 behind x and y.
     """
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
-        self.sums = {
-            place.name: torch.zeros(
-                place.rows(self.architecture, self.tp_size), place.columns, dtype=torch.float64, device=self.device
-            )
-            for place in self.places
-        }
+        self.sums = {place.name: self._zeros(place) for place in self.places}
 
     def add(self, place: Place, tokens: Tensor) -> None:
         (self._add_ffn if place.norm is None else self._add_norm)(place, tokens)
+
+    def _zeros(self, place: Place) -> Tensor:
+        more = place.norm is not None and has_means(self.architecture)
+        rows, columns = place.rows(self.architecture, self.tp_size) + more, place.columns + more
+        return torch.zeros(rows, columns, dtype=torch.float64, device=self.device)
 
     def _add_ffn(self, place: Place, tokens: Tensor) -> None:
         for part in _spans(tokens):  # [t, f/tp]
@@ -250,14 +267,17 @@ class Moments(Watch):
         for part in _spans(tokens):  # [t, h]
             states = part.float()
             few = self._normalised(_shrunk(states, place.cut))
-            both = torch.cat([few, self._normalised(states)], dim=1)  # [t, k + h]
-            self.sums[place.name] += both.t() @ few
+            both = [few, self._normalised(states)]
+            if has_means(self.architecture):
+                ones = few.new_ones(len(few), 1)
+                few, both = torch.cat([few, ones], dim=1), [*both, ones]
+            self.sums[place.name] += torch.cat(both, dim=1).t() @ few  # [t, k + h (+ 1)]
 
     def totals(self) -> Iterator[tuple[Place, Tensor]]:
         """This rank's share of the stage's places, each with its sums over all tokens and rows; `sums` is consumed.
 
-        [A; X] of a norm, [k + h, k], X [f, k] of linear_fc2, whose rows `kept` are A. Collective over the tensor- and
-        data-parallel ranks of the stage, which get the places in turn.
+        [A; X] of a norm, [k + h, k], and the last row and column of a LayerNorm's; X [f, k] of linear_fc2, whose rows
+        `kept` are A. Collective over the tensor- and data-parallel ranks of the stage, which get the places in turn.
         """
         group = parallel_state.get_tensor_and_data_parallel_group()
         for number, place in enumerate(self.places):
@@ -273,13 +293,22 @@ class Moments(Watch):
 
 
 def fit(place: Place, totals: Tensor, ridge: float) -> Tensor:
-    """The map M [n, k], fp64, of a place with its `Moments.totals`. Raises UserError where they are not finite."""
+    """The map M [n, k], fp64, of a place with its `Moments.totals`; [M, b] [n, k + 1] behind a LayerNorm.
+
+    `totals` is used up. Raises UserError where it is not finite.
+    """
     if not bool(totals.isfinite().all()):
         raise UserError(f"repair: what {place.name} reads is not finite everywhere; does the model give finite logits?")
     if place.norm is None:
         return least_squares(totals, _shrunk(totals.t(), place.cut).t(), place.cut, ridge)
     count = place.columns
-    return least_squares(totals[count:], totals[:count], place.cut, ridge)
+    if totals.shape[1] == count:
+        return least_squares(totals[count:], totals[:count], place.cut, ridge)
+    sums, tokens = totals[:, -1].clone(), totals[-1, -1].clamp(min=1.0)
+    means = sums / tokens
+    totals.addr_(means, totals[-1].clone(), alpha=-1.0)  # of x and y without their means
+    fitted = least_squares(totals[count:-1, :count], totals[:count, :count], place.cut, ridge)
+    return torch.cat([fitted, (means[count:-1] - fitted @ means[:count])[:, None]], dim=1)
 
 
 def least_squares(cross: Tensor, second: Tensor, cut: Cut, ridge: float) -> Tensor:
@@ -323,14 +352,14 @@ def owners(chunk: nn.Module, architecture: Architecture) -> dict[int, Any]:
     return found if last is None else found | {architecture.num_layers: last}
 
 
-def gain_of(place: Place, chunks: Sequence[nn.Module], architecture: Architecture) -> Tensor:
-    """The gain [h] of the norm that a place of this rank reads."""
+def norm_read(place: Place, chunks: Sequence[nn.Module], architecture: Architecture) -> Norm:
+    """The norm that a place of this rank reads."""
     (module,) = [found[place.layer] for chunk in chunks if place.layer in (found := owners(chunk, architecture))]
     traits = family(architecture.family)
     if place.norm == FINAL_NORM:
-        return norm_of(module, None, traits).gain
+        return norm_of(module, None, traits)
     input_norm, pre_mlp_norm = layer_norms(module, traits)
-    return pre_mlp_norm.gain if place.before_mlp else input_norm.gain
+    return pre_mlp_norm if place.before_mlp else input_norm
 
 
 def _spans(tokens: Tensor) -> Iterator[Tensor]:

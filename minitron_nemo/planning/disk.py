@@ -56,11 +56,14 @@ def disk(job: Job) -> list[Kept]:
 
 
 def matrix_bytes(source: Architecture, target: Architecture, config: PruneConfig) -> int:
-    """Of a Plan's file, in fp32: behind each norm that is fitted a map [h_s, h_t] and a gain [h_t], for each linear_fc2
-    (of a mixture each expert's) the rows of the neurons that go, [f_s - f_t, f_t]; and a rotation [h_s, h_t].
+    """Of a Plan's file, in fp32: behind each norm that is fitted a map [h_s, h_t], a gain [h_t] and a LayerNorm's bias
+    [h_t], for each linear_fc2 (of a mixture each expert's) the rows of the neurons that go, [f_s - f_t, f_t]; and a
+    rotation [h_s, h_t].
     """
     places = [place for run in stage_passes(source, target, config.repair, Layout(), 0) for place in run]
-    elements = sum((each.rows - each.columns + (each.axis == Axis.HIDDEN)) * each.columns for each in places)
+    elements = sum(
+        (each.rows - each.columns + (each.axis == Axis.HIDDEN) + each.means) * each.columns for each in places
+    )
     if rotates(target, source, config):
         elements += source.hidden_size * target.hidden_size
     return elements * SIZES["float32"]

@@ -15,13 +15,14 @@ import numpy as np
 
 from minitron_nemo.arch import Architecture, Axis, Plan
 from minitron_nemo.arch.entries import Entries
+from minitron_nemo.arch.family import family
 from minitron_nemo.arch.tensors import residual_norms
 from minitron_nemo.config import PruneConfig
 from minitron_nemo.errors import UserError
 from minitron_nemo.importance.scores import Array, Scores
 from minitron_nemo.pruning import depth
 from minitron_nemo.pruning.depth_scores import DepthScores
-from minitron_nemo.pruning.target import NEURONS, explicit_layers, repairs_of, rotates, target_architecture
+from minitron_nemo.pruning.target import NEURONS, explicit_layers, rotates, target_architecture
 
 
 def make_plan(
@@ -39,10 +40,10 @@ def make_plan(
 
     Where hidden channels are rotated, the Plan has no matrices yet: `minitron repair` makes them.
 
-    Raises UserError for Scores of another architecture and for what `target_architecture` and `repairs_of` refuse.
+    Raises UserError for Scores of another architecture and for what `target_architecture` refuses.
     """
     _check_measured("scores", scores.architecture, source)
-    target, repairs = target_architecture(source, config), repairs_of(source, config.repair)
+    target = target_architecture(source, config)
     gaps: dict[str, float] = {}
     if depth_scores is not None:
         _check_measured("depth scores", depth_scores.architecture, source)
@@ -54,7 +55,7 @@ def make_plan(
     if target.hidden_size < source.hidden_size and not rotated:
         channels = entry_scores(scores, Axis.HIDDEN, chosen)
         kept_hidden, gaps[Axis.HIDDEN.value] = _best(channels, target.hidden_size)
-        if repairs.norm_scale:
+        if config.repair.norm_scale is not False and family(source.family).rescales_norms:
             norm_scales = _norm_scales(scores, source, kept_layers, kept_hidden)
     kept_ffn: list[Sequence[int]] = []
     kept_shared_ffn: list[Sequence[int]] = []
@@ -67,7 +68,7 @@ def make_plan(
     heads: dict[str, Any] = {}
     if target.num_attention_heads < source.num_attention_heads:
         of_heads = entry_scores(scores, Axis.HEADS, chosen)
-        heads = _heads(of_heads, kept_layers, source, target, repairs.merge_heads, gaps)
+        heads = _heads(of_heads, kept_layers, source, target, config.repair.merge_heads, gaps)
     return Plan(
         source=source,
         target=target,

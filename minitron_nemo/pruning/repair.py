@@ -20,13 +20,25 @@ from torch import Tensor, distributed
 from minitron_nemo.arch import Architecture, Axis, Plan
 from minitron_nemo.arch.blocks import EMBEDDING
 from minitron_nemo.arch.counts import forward_flops_per_token
-from minitron_nemo.arch.matrix import ADD, GAIN, REPLACE, Matrix
+from minitron_nemo.arch.family import family
+from minitron_nemo.arch.matrix import ADD, BIAS, GAIN, REPLACE, Matrix
 from minitron_nemo.arch.plan import FILE_NAME
+from minitron_nemo.arch.tensors import bias_of
 from minitron_nemo.checkpoint.dense import MatrixFile
 from minitron_nemo.checkpoint.files import commit_partial
 from minitron_nemo.config import PruneConfig, Recipe, RepairConfig
 from minitron_nemo.data.sampler import Microbatch
-from minitron_nemo.importance.second_moments import Moments, NormCovariance, Place, Watch, fit, gain_of, owners, places
+from minitron_nemo.importance.second_moments import (
+    Moments,
+    NormCovariance,
+    Place,
+    Watch,
+    fit,
+    has_means,
+    norm_read,
+    owners,
+    places,
+)
 from minitron_nemo.models.build import Model
 from minitron_nemo.models.forward import forward_only
 from minitron_nemo.parallel import launch
@@ -34,8 +46,9 @@ from minitron_nemo.parallel.device import current_device
 from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.progress import Progress
 from minitron_nemo.pruning.calibrate import open_calibration, without_logits
+from minitron_nemo.pruning.norm_maps import student_norm
 from minitron_nemo.pruning.repair_state import RepairState
-from minitron_nemo.pruning.target import NEURONS, repairs_of, rotates
+from minitron_nemo.pruning.target import NEURONS, rotates
 
 W = TypeVar("W", bound=Watch)
 
@@ -43,17 +56,13 @@ TOKENS_PER_COLUMN = 16  # fewer get a warning; 2 made things worse on tokens tha
 
 
 def fits(source: Architecture, target: Architecture, config: RepairConfig) -> bool:
-    """Whether this cut asks for least-squares repairs, which take passes over the teacher.
-
-    Raises UserError for repairs that the family has not.
-    """
+    """Whether this cut asks for least-squares repairs, which take passes over the teacher."""
     return bool(_fitted(source, target, config))
 
 
 def _fitted(source: Architecture, target: Architecture, config: RepairConfig) -> list[Axis]:
     """The axes that are cut and fitted."""
-    repairs = repairs_of(source, config)
-    asked = {Axis.HIDDEN: repairs.hidden} | dict.fromkeys(NEURONS, repairs.ffn)
+    asked = {Axis.HIDDEN: config.hidden} | dict.fromkeys(NEURONS, config.ffn)
     return [axis for axis, on in asked.items() if on and target.size(axis) < source.size(axis)]
 
 
@@ -87,16 +96,17 @@ def _seen(source: Architecture, axis: Axis) -> tuple[int, int]:
 class Sums(NamedTuple):
     """The second moments of a place on one rank, [rows, columns]; of linear_fc2 its own rows alone.
 
-    The columns are entries of `axis`.
+    The columns are entries of `axis`. With the `means` of a LayerNorm's there is a row and a column more.
     """
 
     rows: int
     columns: int
     axis: Axis
+    means: bool = False
 
     @property
     def nbytes(self) -> int:
-        return self.rows * self.columns * torch.float64.itemsize
+        return (self.rows + self.means) * (self.columns + self.means) * torch.float64.itemsize
 
 
 def stage_passes(
@@ -107,7 +117,7 @@ def stage_passes(
     At most: as if the layers that stay were all on the stage that has most of them.
     """
     axes = _fitted(source, target, config)
-    norm = Sums(source.hidden_size + target.hidden_size, target.hidden_size, Axis.HIDDEN)
+    norm = Sums(source.hidden_size + target.hidden_size, target.hidden_size, Axis.HIDDEN, means=has_means(source))
     layer = [norm, norm] * (Axis.HIDDEN in axes)
     for axis in (axis for axis in NEURONS if axis in axes):
         neurons = source.size(axis) // layout.tensor_model_parallel_size
@@ -133,7 +143,9 @@ def planned(
     passes = max(map(len, stages))
     axes = _fitted(source, target, config.repair)
     hidden, columns, layers = source.hidden_size, target.hidden_size, target.num_layers
-    norm = (hidden + columns) * columns if Axis.HIDDEN in axes else 0  # elements of the sums of a place
+    means = has_means(source)
+    # Elements of the sums of a place:
+    norm = (hidden + columns + means) * (columns + means) if Axis.HIDDEN in axes else 0
     neurons = [axis for axis in axes if axis != Axis.HIDDEN]
     ffn = sum(source.size(axis) * target.size(axis) * _seen(source, axis)[0] for axis in neurons)
     multiplied = layers * (2 * norm + ffn) + norm * (not target.share_embeddings_and_output_weights)
@@ -161,8 +173,7 @@ def repair_plan(
 
     `key` stands for the teacher, the samples and the settings.
     """
-    config = repairs_of(plan.source, config)
-    wanted = partial(places, plan, ffn=bool(config.ffn), hidden=bool(config.hidden))
+    wanted = partial(places, plan, ffn=config.ffn, hidden=config.hidden)
     size = (plan.source.hidden_size, plan.target.hidden_size)
     shapes: dict[str, tuple[int, int]] = {}
     for place in wanted(rotation=torch.empty(size) if plan.rotated else None):
@@ -246,24 +257,21 @@ def _watch(kind: type[W], model: Model, batches: Sequence[Microbatch], watched: 
 
 
 def _write(file: MatrixFile, place: Place, fitted: Tensor, model: Model) -> dict[str, Matrix]:
-    """A fitted map [n, k] in the form in which the Plan keeps it.
-
-    Behind a norm of gain g, diag(g) M = N diag(g') with columns of N of length 1, as those of a selection are: N is the
-    readers' matrix and g' the student's gain. So weights keep the size that the teacher's have. With g' = 1 and gains
-    as small as usual they would be several times smaller, and an optimizer whose updates have a size of their own, as
-    Adam's, would move them as many times as far as a plain cut's (docs/evidence/cuts.md).
-    """
+    """What `fit` found, in the form in which the Plan keeps it."""
     if place.norm is None:
         removed = torch.ones(len(fitted), dtype=torch.bool)
         removed[place.cut] = False  # the kept neurons' rows are the identity
         return {place.name: file.write(place.name, ADD, fitted[removed.to(fitted.device)].float().cpu())}
-    folded = gain_of(place, model.chunks, model.architecture).double()[:, None] * fitted
-    gain = folded.norm(dim=0, keepdim=True)  # [1, k]
-    gain = gain.where(gain > 0, 1.0)  # of a column of zeros
-    return {
-        place.name: file.write(place.name, REPLACE, (folded / gain).float().cpu()),
-        place.norm: file.write(place.norm, GAIN, gain.float().cpu()),
+    norm, traits = norm_read(place, model.chunks, model.architecture), family(model.architecture.family)
+    found = student_norm(fitted, norm, zero_centered_gamma=traits.layernorm_zero_centered_gamma)
+    written = {
+        place.name: file.write(place.name, REPLACE, found.readers.float().cpu()),
+        place.norm: file.write(place.norm, GAIN, found.gain.float().cpu()),
     }
+    if found.bias is not None:
+        bias = bias_of(place.norm)
+        written[bias] = file.write(bias, BIAS, found.bias.float().cpu())
+    return written
 
 
 def _shapes(place: Place, plan: Plan) -> dict[str, tuple[int, int]]:
@@ -271,7 +279,8 @@ def _shapes(place: Place, plan: Plan) -> dict[str, tuple[int, int]]:
     kept = place.columns
     if place.norm is None:
         return {place.name: (plan.source.size(place.axis) - kept, kept)}
-    return {place.name: (plan.source.hidden_size, kept), place.norm: (1, kept)}
+    found = {place.name: (plan.source.hidden_size, kept), place.norm: (1, kept)}
+    return found | ({bias_of(place.norm): (1, kept)} if has_means(plan.source) else {})
 
 
 def _passes(model: Model, wanted: Sequence[Place], budget: int) -> list[list[Place]]:
@@ -279,8 +288,12 @@ def _passes(model: Model, wanted: Sequence[Place], budget: int) -> list[list[Pla
     source, tp_size = model.architecture, model.layout.tensor_model_parallel_size
     here = {layer for chunk in model.chunks for layer in owners(chunk, source)}
     mine = [place for place in wanted if place.layer in here]
-    sums = [Sums(place.rows(source, tp_size), place.columns, place.axis) for place in mine]
-    return [mine[run] for run in _runs([each.nbytes for each in sums], budget)]
+    return [mine[run] for run in _runs([_sums(place, source, tp_size).nbytes for place in mine], budget)]
+
+
+def _sums(place: Place, source: Architecture, tp_size: int) -> Sums:
+    means = place.norm is not None and has_means(source)
+    return Sums(place.rows(source, tp_size), place.columns, place.axis, means)
 
 
 def _runs(sums: Sequence[int], budget: int) -> list[slice]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from minitron_nemo.arch import Architecture, Axis
 from minitron_nemo.arch.family import family
-from minitron_nemo.config import PruneConfig, RepairConfig
+from minitron_nemo.config import PruneConfig
 from minitron_nemo.errors import UserError
 from minitron_nemo.importance.scores import AGGREGATED, AGGREGATIONS
 from minitron_nemo.pruning import depth
@@ -18,7 +18,7 @@ PAIR = "{sequence: mean, batch: l2}"  # an example of one
 
 
 def target_architecture(source: Architecture, config: PruneConfig) -> Architecture:
-    """The student's architecture. Raises UserError, naming the key, for a size or score that the source cannot have."""
+    """The student's architecture. Raises UserError, naming the key, for what the source cannot have."""
     sizes = _sizes(source, config)
     if config.drop_layers is not None:
         if config.num_layers is not None:
@@ -37,6 +37,11 @@ def target_architecture(source: Architecture, config: PruneConfig) -> Architectu
         target = replace(target, share_embeddings_and_output_weights=False)
     if rotates(target, source, config):
         _check_rotation(target, config)
+    if config.repair.norm_scale and not family(source.family).rescales_norms:
+        raise UserError(
+            f"prune.repair.norm_scale: needs RMSNorm with gains stored as they are, which {source.family} has not; "
+            "leave it out"
+        )
     return target
 
 
@@ -106,26 +111,10 @@ def _check_rotation(target: Architecture, config: PruneConfig) -> None:
             f"prune.hidden_method: rotate needs an output weight of its own, and the source's is its embedding; set "
             f"prune.untie to true, at {target.vocab_size * target.hidden_size:,} parameters, or use select"
         )
-    if config.repair.hidden is False:
+    if not config.repair.hidden:
         raise UserError(
             "prune.repair.hidden: false is not for hidden_method rotate, where every reader is fitted; leave it out"
         )
-
-
-def repairs_of(source: Architecture, config: RepairConfig) -> RepairConfig:
-    """`config` with what it leaves to the family decided. Raises UserError for a repair that the family has not."""
-    traits = family(source.family)
-    lacking: dict[str, list[str]] = {"norm_scale": [], "hidden": [], "ffn": []}
-    if not traits.rescales_norms:
-        for key in ("norm_scale", "hidden"):
-            lacking[key].append(f"needs RMSNorm with gains stored as they are, which {source.family} has not")
-    decided = {}
-    for key, reasons in lacking.items():
-        asked: bool | None = getattr(config, key)
-        if asked and reasons:
-            raise UserError(f"prune.repair.{key}: {reasons[0]}; leave it out")
-        decided[key] = not reasons if asked is None else asked
-    return replace(config, **decided)
 
 
 def explicit_layers(source: Architecture, drop_layers: list[int]) -> set[int]:

@@ -286,7 +286,9 @@ def test_the_disk_of_stages_has_the_converted_model_once_and_a_total(capsys: pyt
     assert kept[0] == ["teacher, converted", *kept[1]]
     assert main(["plan", str(recipe)]) == 0
     rows = (24576 - 16384) * 16384 + (16384 - 9216) * 9216  # of removed neurons, in each of 32 layers' matrices
-    total = 15.629 * 2 + (8.272 + 4.191) * (3 * 2 + 3 * 14) + 32 * rows * 4 / 1e9
+    # Behind two norms of each layer and the last one a matrix, a gain and a bias.
+    norms = (6144 + 2) * 4096 + (4096 + 2) * 3072
+    total = 15.629 * 2 + (8.272 + 4.191) * (3 * 2 + 3 * 14) + (32 * rows + 65 * norms) * 4 / 1e9
     assert f"\n{'disk':<26}{total:.3g} GB (arithmetic)\n" in capsys.readouterr().out.partition("all stages")[2]
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from minitron_nemo.arch import Architecture, Axis, Plan
-from minitron_nemo.arch.matrix import GAIN, Matrix
 from minitron_nemo.config import CalibrationConfig, PruneConfig, RepairConfig
 from minitron_nemo.errors import UserError
 from minitron_nemo.importance.scores import Scores
@@ -106,31 +105,20 @@ def test_every_norm_of_the_student_gets_the_factor_of_its_source() -> None:
     assert off.norm_scales == {} and plan(scores_from(values, shape), ffn_hidden_size=5).norm_scales == {}
 
 
-NO_RMS_NORM = [
-    ({"repair": RepairConfig(norm_scale=True)}, "prune.repair.norm_scale: needs RMSNorm .* nemotron has not"),
-    ({"repair": RepairConfig(hidden=True)}, "prune.repair.hidden: needs RMSNorm .* nemotron has not"),
-]
-
-
-@pytest.mark.parametrize("config, message", NO_RMS_NORM)
-def test_what_needs_rms_norm_is_off_by_default_and_refused_by_key_for_another_norm(
-    config: dict[str, Any], message: str
-) -> None:
+def test_what_needs_rms_norm_is_off_by_default_and_refused_by_key_for_another_norm() -> None:
     shape = architecture(family="nemotron", model_type="nemotron")
     scores = scores_from(random_values(shape), shape)
     assert plan(scores, hidden_size=4).norm_scales == {}
-    with pytest.raises(UserError, match=message) as error:
-        plan(scores, hidden_size=4, **config)
+    with pytest.raises(UserError, match="prune.repair.norm_scale: needs RMSNorm .* nemotron has not") as error:
+        plan(scores, hidden_size=4, repair=RepairConfig(norm_scale=True))
     assert "\n" not in str(error.value)
 
 
-def test_a_plan_that_scales_or_replaces_gains_stored_minus_one_is_refused() -> None:
+def test_a_plan_that_scales_gains_stored_minus_one_is_refused() -> None:
     shape = architecture(family="nemotron", model_type="nemotron")
     made = plan(scores_from(random_values(shape), shape), hidden_size=4)
-    final = "decoder.final_layernorm.weight"
-    for change in ({"norm_scales": {final: 1.1}}, {"matrices": {final: Matrix(GAIN, (1, 4), "")}}):
-        with pytest.raises(UserError, match="plan: norm_scales and gains are not for the norms of nemotron"):
-            replace(made, **change)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="plan: norm_scales are not for the norms of nemotron"):
+        replace(made, norm_scales={"decoder.final_layernorm.weight": 1.1})
 
 
 @pytest.mark.parametrize("seed", range(5))
