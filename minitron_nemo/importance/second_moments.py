@@ -16,7 +16,8 @@ the residual stream, and an expert that no token comes to has the plain cut.
 Behind a LayerNorm the means of x and y over tokens are not 0, and a tensor reads a bias as well: x is near M y + b. A
 1 behind both x and y brings their sums and the number of tokens into the products; A and X are of what is left without
 the means, and b = mean x - M mean y. The entries of such a y sum to 0: of a vector (a, a, ..., a) A is 0, the ridge
-alone makes the system regular, and what M makes of it, c S's part, has no bearing.
+alone makes the system regular, and what M makes of it, c S's part, has no bearing. What is left without the means is a
+small difference of large sums, so that these are fp64 throughout.
 
 The rotation keeps as much as k channels can of the sum over all norms of E[x x^T], x as above: its columns are the
 eigenvectors with the largest eigenvalues. Of the raw stream a few channels, large everywhere and normalised away, would
@@ -47,7 +48,7 @@ from minitron_nemo.importance.counted import Current, Norm, final_norm, layer_no
 from minitron_nemo.importance.experts import Routing, shared_expert_hooks
 from minitron_nemo.importance.scores import FINAL_NORM
 
-SPAN_TOKENS = 2048  # multiplied at once, in fp32; spans are added up in fp64
+SPAN_TOKENS = 2048  # multiplied at once, in fp32, behind LayerNorms in fp64; spans are added up in fp64
 
 Cut = Indices | Tensor  # S of the formula: the kept columns of a selection [k], or the columns of a rotation [n, k]
 
@@ -265,10 +266,11 @@ class Moments(Watch):
 
     def _add_norm(self, place: Place, tokens: Tensor) -> None:
         for part in _spans(tokens):  # [t, h]
-            states = part.float()
+            means = has_means(self.architecture)
+            states = part.double() if means else part.float()
             few = self._normalised(_shrunk(states, place.cut))
             both = [few, self._normalised(states)]
-            if has_means(self.architecture):
+            if means:
                 ones = few.new_ones(len(few), 1)
                 few, both = torch.cat([few, ones], dim=1), [*both, ones]
             self.sums[place.name] += torch.cat(both, dim=1).t() @ few  # [t, k + h (+ 1)]

@@ -1,6 +1,6 @@
 """Memory of the ranks in `repair`: the source, second moments of the places of a pass, and what solving a place takes.
 
-pass      second moments of the fullest pass, in fp64; one layer's forward pass; a place's product, in fp32
+pass      second moments of the fullest pass, in fp64; one layer's forward pass; a place's product, in fp32 or fp64
 solve     the same moments, less the place's own; all that least squares hold of the largest place, in fp64
 rotate    of a rotated cut: one matrix of all norms and, on rank 0, its eigenvectors with LAPACK's workspace
 """
@@ -42,10 +42,11 @@ def repair_moments(job: Job, own: Activations, rank: int) -> dict[str, dict[str,
 
 
 def _span(place: Sums, job: Job, own: Activations) -> int:
-    """Tokens in fp32, what is kept of them, and their product."""
+    """Tokens in fp32, behind a LayerNorm in fp64, what is kept of them, and their product."""
     tokens = min(own.tokens, SPAN_TOKENS)
     width = job.source.size(place.axis) * (2 if place.axis == Axis.HIDDEN else 1)
-    return FP32 * (tokens * (width + place.rows + place.columns) + place.rows * place.columns)
+    entries = tokens * (width + place.rows + place.columns) + place.rows * place.columns
+    return (FP64 if place.means else FP32) * entries
 
 
 def _solving(place: Sums, job: Job) -> int:

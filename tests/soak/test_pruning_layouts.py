@@ -90,7 +90,7 @@ def test_no_layout_scores_or_keeps_or_writes_anything_else(
 
 
 @pytest.mark.parametrize("layout", REPAIRED, ids=str)
-@pytest.mark.parametrize(("family", "places"), [("llama", 3), ("nemotron", 3), ("qwen2_moe", 6)])
+@pytest.mark.parametrize(("family", "places"), [("llama", 3), ("nemotron", 2), ("qwen2_moe", 6)])
 def test_no_layout_repairs_or_writes_anything_else(family: str, places: int, layout: Layout, tmp_path: Path) -> None:
     """Eight processes fit the maps that one does; students cut by them have the same bits from one and from eight."""
     convert(write_tiny(family, tmp_path / "hf", num_layers=8), tmp_path / "teacher", "megatron", progress=False)
