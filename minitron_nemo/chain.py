@@ -8,7 +8,6 @@ A recipe with stages has the steps from `calibrate` on once for each: a stage cu
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -19,7 +18,7 @@ import torch
 
 from minitron_nemo.arch import Plan
 from minitron_nemo.arch.plan import FILE_NAME as PLAN_FILE
-from minitron_nemo.checkpoint.files import write_atomic
+from minitron_nemo.checkpoint.files import to_json, write_atomic
 from minitron_nemo.checkpoint.fingerprint import fingerprint
 from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.config import RECIPE_FILE, Recipe, TrainConfig
@@ -337,7 +336,7 @@ class Chain:
     def _evaluate(self, key: str) -> None:
         evaluation = evaluate_models(self._models(), self.prepared, self.recipe, self.plan.layout)
         if launch.rank() == 0:
-            write_atomic(self.evaluation, json.dumps(evaluation, indent=2) + "\n")
+            write_atomic(self.evaluation, to_json(evaluation) + "\n")
             print(table(evaluation), flush=True)
 
     def _measure_tasks(self, key: str) -> None:

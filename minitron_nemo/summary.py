@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from minitron_nemo.evaluation.report import ORDER
+from minitron_nemo.evaluation.report import ORDER, read_evaluation
 from minitron_nemo.manifest import Manifest
 from minitron_nemo.progress import clock
 
@@ -27,7 +26,7 @@ def print_summary(run_dir: Path, stages: Mapping[str | None, Path], console: Con
     steps = Manifest(run_dir).steps
     for stage, directory in stages.items():
         prefix = "" if stage is None else f"{stage}/"
-        evaluation = json.loads((directory / "evaluation.json").read_text())
+        evaluation = read_evaluation(directory / "evaluation.json")
         console.print(_models(evaluation, stage))
         places = Table.grid(padding=(0, 2, 0, 0))
         for label, path in _places(directory, steps, prefix):

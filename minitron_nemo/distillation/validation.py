@@ -7,6 +7,7 @@ these documents are computed once, by the teacher that trains the student, and s
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -99,7 +100,7 @@ class BestCheckpoint:
         """
         best = self._recorded(newest)
         loss = self._losses.get(newest)
-        if loss is not None and (best is None or loss < best[1]):
+        if loss is not None and math.isfinite(loss) and (best is None or loss < best[1]):
             best = newest, loss
             record = {"checkpoint": f"iter_{newest:07d}", "iteration": newest, "validation_loss": loss}
             write_atomic(self.directory / BEST, json.dumps(record) + "\n")

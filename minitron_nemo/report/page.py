@@ -40,7 +40,7 @@ def page(run: Run) -> str:
         loader=PackageLoader("minitron_nemo.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters["printable"] = printable
-    plan = _plan(run)
+    plan, drawn = _plan(run), results.with_loss(run.evaluation)
     return environment.get_template("page.html").render(
         run=run,
         state=_state(run.status),
@@ -50,7 +50,7 @@ def page(run: Run) -> str:
         verdict="" if run.outdated else results.verdict(run.evaluation),
         headlines=[] if run.outdated else results.headlines(run.evaluation),
         models=results.table(run.evaluation) if run.evaluation else None,
-        model_charts=[results.chart(run.evaluation)] if run.evaluation else [],
+        model_charts=[results.chart(drawn)] if drawn else [],
         roles=results.ROLES,
         plan=plan,
         cut=run.plan is not None,
@@ -114,7 +114,9 @@ def _trainings(run: Run) -> dict[str, Any]:
     found = run.trainings
     distilled, corrected = (found.get(name) for name in ("distilled", "corrected"))
     weight = run.recipe.distill.logits_weight if run.recipe else 1.0
-    levels = {name: model["loss"] for name, model in run.evaluation.items() if name not in run.outdated}
+    levels = {
+        name: model["loss"] for name, model in results.with_loss(run.evaluation).items() if name not in run.outdated
+    }
     versus = training.versus(distilled, run.baseline) if distilled and run.baseline else None
     return {
         "distillation": training.distillation_charts(distilled, levels, weight) if distilled else [],

@@ -30,6 +30,7 @@ from minitron_nemo.distillation.state import TRACKER
 from minitron_nemo.distillation.status import FILE_NAME as STATUS
 from minitron_nemo.distillation.status import write_failure, write_status
 from minitron_nemo.errors import Failed, SaidByRankZero, UserError
+from minitron_nemo.evaluation.report import read_evaluation
 from minitron_nemo.parallel import launch
 from minitron_nemo.preflight import preflight
 from minitron_nemo.pruning.score_depth import score_depth
@@ -187,7 +188,7 @@ def _known(trial: Trial) -> Result | None:
 def _record(trial: Trial) -> Result:
     """Keep a finished trial's result; its training checkpoints have served."""
     assert trial.key is not None, "a trial that ended well read teacher, text and Scores"
-    evaluation = json.loads(trial.chain.evaluation.read_text())
+    evaluation = read_evaluation(trial.chain.evaluation)
     result = save_result(trial.result_file, trial.key, trial.steps, evaluation)
     for training in (trial.directory / "training").glob("distilled-*"):
         (training / TRACKER).unlink(missing_ok=True)

@@ -234,9 +234,11 @@ def test_without_a_teacher_only_the_loss_is_measured_and_the_best_checkpoint_sta
 
 
 def test_the_best_checkpoint_is_one_that_was_measured_and_is_there(tmp_path: Path) -> None:
-    for iteration in (10, 20, 30):
+    for iteration in (5, 10, 20, 30):
         (tmp_path / f"iter_{iteration:07d}").mkdir()
     best = BestCheckpoint(tmp_path)
+    best.measured(5, float("nan"))  # which no later loss is lower than
+    assert best.published(5) is None
     best.measured(10, 3.0)
     assert best.published(10) == 10
     best.measured(15, 1.0)  # no checkpoint of it

@@ -15,7 +15,7 @@ from minitron_nemo.arch import Architecture
 from minitron_nemo.config import EvaluateConfig, Recipe, SearchConfig, ServingConfig, load_recipe
 from minitron_nemo.search.candidates import candidate_recipe
 from minitron_nemo.search.costs import Costs
-from minitron_nemo.search.results import Result, Standing, pareto, ranked, survivors
+from minitron_nemo.search.results import Result, Standing, load_result, pareto, ranked, save_result, survivors
 from minitron_nemo.search.shapes import Candidate
 from minitron_nemo.search.table import rows, write_table
 from tests.e2e.chain import write_recipe
@@ -143,6 +143,22 @@ def test_a_candidate_without_a_loss_is_last_and_in_nobodys_way(tmp_path: Path) -
     (tmp_path / "run/search/best.yaml").unlink()
     write_table(recipe, standings[:3], (0, 10))
     assert not (tmp_path / "run/search/best.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("loss", "perplexity", "failure"), [(800.0, math.inf, None), (math.nan, math.nan, "not finite")]
+)
+def test_a_result_that_is_not_finite_is_kept_as_json(
+    tmp_path: Path, loss: float, perplexity: float, failure: str | None
+) -> None:
+    figures = {"loss": loss, "perplexity": perplexity, "kl_to_teacher": loss, "generation_tokens_per_second": 9.0}
+    record = {**figures, "loss_se": None, "losses_per_document": [loss, loss]}
+    saved = save_result(tmp_path / "result_0.json", "key", 0, {"pruned": record})
+    held = json.loads((tmp_path / "result_0.json").read_text(), parse_constant=pytest.fail)
+    assert held["evaluation"]["pruned"]["perplexity"] is None
+    found = load_result(tmp_path / "result_0.json", "key")
+    assert found is not None and repr(found) == repr(saved)  # nan is not equal to itself
+    assert found.finite == (failure is None) and (failure or "") in (found.failure or "")
 
 
 def test_the_tables_say_the_same_and_the_best_is_a_section_of_a_recipe(tmp_path: Path) -> None:
