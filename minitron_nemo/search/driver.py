@@ -47,9 +47,10 @@ from minitron_nemo.search.results import (
     save_failure,
     save_result,
     survivors,
+    usable,
 )
 from minitron_nemo.search.shapes import Candidate
-from minitron_nemo.search.table import write_table
+from minitron_nemo.search.table import BEST, forget, write_table
 from minitron_nemo.steps import Stopped, stopped_by_signals
 
 # What turns a search that starts processes or jobs into its own first task: all candidates cut and measured in one job.
@@ -90,6 +91,7 @@ def search(recipe: Recipe, path: Path, overrides: Sequence[str]) -> None:
     plan = launch.from_rank_0(lambda: plan_search(preflight(recipe, size)))
     place = driver_directory(recipe) if outside else Path(recipe.run_dir)
     with claimed(place), _told(place):
+        launch.from_rank_0(partial(forget, recipe))
         _say(f"{len(plan.candidates)} candidates within the budget, of {plan.grid_size:,} in the grid")
         if outside:
             launcher: Launcher = SlurmJobs(config.jobs)
@@ -136,8 +138,8 @@ def _rungs(plan: SearchPlan, launcher: Launcher | None) -> list[Standing]:
             break
     standings = ranked([*entrants, *out])
     if launch.rank() == 0:
-        winner = f"\n-> {search_directory(plan.recipe) / 'best.yaml'}" if standings[0].last.finite else ""
-        print(f"{text}{winner}", flush=True)
+        winner = search_directory(plan.recipe) / BEST
+        print(f"{text}\n-> {winner}" if winner.exists() else text, flush=True)
     return standings
 
 
@@ -151,12 +153,11 @@ def _check(standings: Sequence[Standing]) -> None:
 def _admitted(standings: Sequence[Standing], plan: SearchPlan) -> list[Standing]:
     """Those that have a loss and generate fast enough and, of them, the `top_k` with the lowest losses as cut."""
     least = plan.recipe.search.budget.min_tokens_per_second
-    finite = [each for each in standings if each.last.finite]
-    fast = [each for each in finite if least is None or (each.last.tokens_per_second or 0.0) >= least]
+    fast, finite = usable(standings, least), usable(standings, None)
     if finite and not fast:
-        fastest = max(each.last.tokens_per_second or 0.0 for each in finite)
+        fastest = max(each.tokens_per_second or 0.0 for each in finite)
         raise UserError(f"search.budget.min_tokens_per_second: {least:g}, and the fastest makes {fastest:.1f}")
-    return ranked(fast)[: plan.recipe.search.top_k]
+    return fast[: plan.recipe.search.top_k]
 
 
 def _measured(plan: SearchPlan, standings: Sequence[Standing], steps: int, launcher: Launcher | None) -> list[Standing]:

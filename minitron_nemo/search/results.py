@@ -143,6 +143,12 @@ def ranked(standings: Sequence[Standing]) -> list[Standing]:
     return sorted(standings, key=lambda each: (not each.last.finite, -each.last.steps, each.last.loss))
 
 
+def usable(standings: Sequence[Standing], min_tokens_per_second: float | None) -> list[Standing]:
+    """Those that have a loss and generate so fast, best first."""
+    least = min_tokens_per_second or 0.0
+    return [each for each in ranked(standings) if each.last.finite and (each.tokens_per_second or 0.0) >= least]
+
+
 def survivors(standings: Sequence[Standing], keep: float) -> list[Standing]:
     """The share `keep` of these, rounded up, with the lowest losses; none without a loss."""
     return [each for each in ranked(standings)[: ceil(len(standings) * keep)] if each.last.finite]

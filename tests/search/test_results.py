@@ -140,8 +140,21 @@ def test_a_candidate_without_a_loss_is_last_and_in_nobodys_way(tmp_path: Path) -
     assert by_layers[0]["losses"] == {"0": None} and by_layers[0]["delta"] is None
     assert text.count("failed") == 3 and "nan" not in text and "inf" not in text
     assert f"{standings[3].candidate.name}, loss 2.0000" in (tmp_path / "run/search/best.yaml").read_text()
-    (tmp_path / "run/search/best.yaml").unlink()
     write_table(recipe, standings[:3], (0, 10))
+    assert not (tmp_path / "run/search/best.yaml").exists()  # that of the rung before is nobody's best any more
+
+
+def test_the_best_generates_as_fast_as_the_budget_asks_for(tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(tmp_path), ["search.budget.min_tokens_per_second=20"])
+    (tmp_path / "run" / "search").mkdir(parents=True)
+    costs = (1, 1, 1, 1.0)
+    slow, fast, worse = (
+        standing(number, costs, {0: loss}, speed=speed)
+        for number, (loss, speed) in enumerate([(1.0, 19.0), (2.0, 20.0), (3.0, 30.0)])
+    )
+    write_table(recipe, [worse, slow, fast], (0,))
+    assert f"{fast.candidate.name}, loss 2.0000" in (tmp_path / "run/search/best.yaml").read_text()
+    write_table(recipe, [slow], (0,))
     assert not (tmp_path / "run/search/best.yaml").exists()
 
 
