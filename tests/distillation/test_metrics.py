@@ -275,7 +275,7 @@ def test_what_a_full_disk_refuses_follows_when_there_is_room(tmp_path: Path, mon
 
 
 def test_tensorboard_goes_on_after_a_full_disk(small_disk: Path) -> None:
-    """Its writer does not survive one: what comes later is in another file."""
+    """With all that was written meanwhile, and in the same file, whose last record was cut off."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventsFile(small_disk, 0)
@@ -283,14 +283,16 @@ def test_tensorboard_goes_on_after_a_full_disk(small_disk: Path) -> None:
     with suppress(OSError), (small_disk / "ballast").open("wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
-    values = {f"train/{number}": 0.0 for number in range(1000)}
-    assert any("No space left" in (events.append(update, values) or "") for update in range(2, 12))
+    values = {f"train/{number}": 0.5 for number in range(1000)}
+    assert all("No space left" in events.append(update, values) for update in range(2, 12))
     (small_disk / "ballast").unlink()
     assert events.append(20, {"train/loss": 20.0}) is None
     events.close()
     found = EventAccumulator(str(small_disk))
     found.Reload()
-    assert [event.step for event in found.Scalars("train/loss")] == [1, 20]
+    assert [(event.step, event.value) for event in found.Scalars("train/loss")] == [(1, 1.0), (20, 20.0)]
+    for tag in values:
+        assert [(event.step, event.value) for event in found.Scalars(tag)] == [(update, 0.5) for update in range(2, 12)]
 
 
 def test_a_run_that_starts_over_forgets_all_metrics(tmp_path: Path) -> None:
