@@ -3,13 +3,14 @@
     convert -> prepare -> (correct) -> calibrate -> (score-depth) -> (repair) -> prune -> (cache-teacher) -> (distill)
         -> evaluate -> (export) -> (tasks) -> report
 
-A recipe with stages has the steps from `calibrate` on once for each: a stage cuts the student of the one before.
+A recipe with stages has the steps from `calibrate` on once for each: a stage cuts the student of the one before. In the
+end comes a page that leads to those of the stages.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ from minitron_nemo.pruning.prune import prune
 from minitron_nemo.pruning.repair import fits, repair
 from minitron_nemo.pruning.score_depth import score_depth
 from minitron_nemo.report.page import FILE_NAME as REPORT_FILE
-from minitron_nemo.report.page import write_report
+from minitron_nemo.report.page import write_page, write_report
+from minitron_nemo.report.read import read_run
 from minitron_nemo.stages import stage_directory
 from minitron_nemo.steps import Step, Stopped, inputs_of, is_done
 
@@ -364,6 +366,19 @@ def chains(found: list[Preflight]) -> list[Chain]:
     for plan in found:
         result.append(Chain(plan, result[-1] if result else None))
     return result
+
+
+def leading_page(walked: Sequence[Chain]) -> list[Step]:
+    """What a run with stages ends with: the page that leads to those of the stages."""
+    if walked[0].plan.stage is None:
+        return []
+    run_dir = walked[0].run_dir
+    pages = {str(chain.plan.stage): chain.directory / REPORT_FILE for chain in walked}
+
+    def write(key: str) -> None:
+        launch.from_rank_0(lambda: write_page(read_run(run_dir)))
+
+    return [Step("report", {"recipe": run_dir / RECIPE_FILE, **pages}, {}, run_dir / REPORT_FILE, write)]
 
 
 def unchanged(chain: Chain) -> bool:

@@ -28,10 +28,10 @@ def print_summary(run_dir: Path, stages: Mapping[str | None, Path], console: Con
         prefix = "" if stage is None else f"{stage}/"
         evaluation = read_evaluation(directory / "evaluation.json")
         console.print(_models(evaluation, stage))
-        places = Table.grid(padding=(0, 2, 0, 0))
-        for label, path in _places(directory, steps, prefix):
-            places.add_row(Text(label, style="dim"), Text(str(path), overflow="fold"))
-        console.print(places)
+        console.print(_grid(_places(directory, steps, prefix)))
+        console.print()
+    if None not in stages:
+        console.print(_grid([("all stages", run_dir / PLACES["report"])]))
         console.print()
     console.print(_times(steps))
 
@@ -53,6 +53,13 @@ def _models(evaluation: Mapping[str, Mapping[str, Any]], stage: str | None) -> T
             style="bold" if name == "distilled" else None,
         )
     return table
+
+
+def _grid(places: Sequence[tuple[str, Path]]) -> Table:
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for label, path in places:
+        grid.add_row(Text(label, style="dim"), Text(str(path), overflow="fold"))
+    return grid
 
 
 def _places(directory: Path, steps: Mapping[str, Mapping[str, Any]], prefix: str) -> Sequence[tuple[str, Path]]:

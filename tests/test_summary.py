@@ -66,3 +66,4 @@ def test_every_stage_has_its_own(tmp_path: Path) -> None:
         assert [name] in lines
         assert ["checkpoints", str(directory / "training" / "distilled-01234567")] in lines
         assert any(line[:1] == [f"{name}/distill"] for line in lines)
+    assert ["all", "stages", str(tmp_path / "run" / "report.html")] in lines

@@ -26,10 +26,16 @@ def write_report(run_dir: Path, baseline: Path | None = None) -> Path:
     this one's. Raises UserError for what is no run directory, for damaged files in one, and for a baseline that cannot
     be compared.
     """
-    path, run = run_dir / FILE_NAME, read_run(run_dir, baseline)
+    run = read_run(run_dir, baseline)
     for directory in run.stages.values():
         if directory.is_dir():
             write_report(directory)
+    return write_page(run)
+
+
+def write_page(run: Run) -> Path:
+    """Write the page of `run` alone: of a run with stages, the one that links those that are there."""
+    path = run.directory / FILE_NAME
     write_atomic(path, page(run))
     return path
 
