@@ -1,4 +1,4 @@
-"""What this process says that nobody wrote: warnings left unsaid, and lines that a full disk does not take."""
+"""Standard output and error: warnings that are left unsaid, and lines that a full disk does not take."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ from minitron_nemo.chain import DEPTH_FILE, Chain, unchanged
 from minitron_nemo.checkpoint.files import write_atomic
 from minitron_nemo.claim import claimed
 from minitron_nemo.config import Recipe, recipe_yaml
+from minitron_nemo.distillation.checkpoints import TRACKER
 from minitron_nemo.distillation.nonfinite import Diverged
-from minitron_nemo.distillation.state import TRACKER
 from minitron_nemo.distillation.status import FILE_NAME as STATUS
 from minitron_nemo.distillation.status import write_failure, write_status
 from minitron_nemo.errors import Failed, SaidByRankZero, UserError

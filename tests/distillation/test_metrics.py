@@ -28,11 +28,11 @@ from minitron_nemo.config import (
     TrainConfig,
 )
 from minitron_nemo.data.prepare import prepare_data
+from minitron_nemo.distillation.checkpoints import BestCheckpoint
 from minitron_nemo.distillation.metrics import EventsFile, MetricsFile, consumed_tokens
 from minitron_nemo.distillation.phases import Segment
 from minitron_nemo.distillation.records import read_metrics
 from minitron_nemo.distillation.train import train
-from minitron_nemo.distillation.validation import BestCheckpoint
 from minitron_nemo.evaluation.heldout import HeldOut
 from minitron_nemo.evaluation.report import evaluate_models
 from minitron_nemo.parallel import launch
