@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from minitron_nemo.chain import DEPTH_FILE, Chain, unchanged
+from minitron_nemo.chain import Chain, unchanged
 from minitron_nemo.checkpoint.files import write_atomic
 from minitron_nemo.claim import claimed
 from minitron_nemo.config import Recipe, recipe_yaml
@@ -52,6 +52,7 @@ from minitron_nemo.search.results import (
 from minitron_nemo.search.shapes import Candidate
 from minitron_nemo.search.table import BEST, forget, write_table
 from minitron_nemo.steps import Stopped, stopped_by_signals
+from minitron_nemo.work import DEPTH_FILE
 
 # What turns a search that starts processes or jobs into its own first task: all candidates cut and measured in one job.
 FIRST = ("search.launcher=none", "search.rungs=[]")
