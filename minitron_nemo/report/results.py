@@ -233,6 +233,7 @@ def rotation(plan: Plan) -> str:
 
 
 def _comparable(evaluation: Evaluation) -> bool:
+    """Whether the distilled student is measured, and every model has a finite loss."""
     return {"teacher", "pruned", "distilled"} <= set(evaluation) and len(with_loss(evaluation)) == len(evaluation)
 
 

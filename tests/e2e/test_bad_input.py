@@ -17,7 +17,7 @@ from tests.tiny import write_tiny_llama
 
 
 def refused_by_process(*arguments: str) -> str:
-    """The same for commands that join a job."""
+    """As `refused`, in a process of its own, for commands that join a job."""
     command = [sys.executable, "-m", "minitron_nemo.cli", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 2, result.stdout + result.stderr
