@@ -123,7 +123,7 @@ def job_of(options: argparse.Namespace, processes: int, layout: Layout, recomput
     recipe.data.sequence_length = options.sequence_length
     recipe.distill.chunk_bytes = options.chunk_bytes
     student = teacher.resized({Axis.FFN: 1024})
-    return Job(recipe, teacher, teacher, student, layout, layout, processes)
+    return Job(recipe, teacher, teacher, teacher, student, layout, layout, processes)
 
 
 class Measured(NamedTuple):

@@ -18,6 +18,7 @@ from types import FrameType
 from minitron_nemo.command_line import WITHOUT_MODEL, parse
 from minitron_nemo.config import Recipe, load_recipe, recipe_of
 from minitron_nemo.errors import Failed, SaidByRankZero, UserError
+from minitron_nemo.parallel.console import outlive_a_full_disk, silence_known_warnings
 from minitron_nemo.processes import die_with_parent, launch_locally, launched
 
 EXIT_DIFFERS = EXIT_FAILED = 1
@@ -44,9 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from minitron_nemo.parallel import launch
-
-    launch.silence_known_warnings()
+    silence_known_warnings()
     from minitron_nemo.stages import plans, text, to_dict
 
     recipe = load_recipe(options.recipe, options.overrides)
@@ -68,9 +67,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _submit(options: argparse.Namespace) -> int:
-    from minitron_nemo.parallel import launch
-
-    launch.silence_known_warnings()
+    silence_known_warnings()
     from minitron_nemo.submit import submit
 
     print(submit(load_recipe(options.recipe, options.overrides), options.recipe, options.overrides, options.dry_run))
@@ -85,9 +82,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from minitron_nemo.parallel import launch
-
-    launch.silence_known_warnings()
+    silence_known_warnings()
     from minitron_nemo.report.page import write_report
 
     of_recipe = options.run.suffix in (".yaml", ".yml")
@@ -142,9 +137,7 @@ def _compare(options: argparse.Namespace) -> int:
     if options.data is None:
         if overrides:
             raise UserError(f"compare: {overrides[0]} changes what is measured, and nothing is without --data")
-        from minitron_nemo.parallel import launch
-
-        launch.silence_known_warnings()
+        silence_known_warnings()
         from minitron_nemo.measuring import compare_recorded
 
         print(compare_recorded(paths, options.against, options.json))
@@ -226,18 +219,16 @@ def _steps(options: argparse.Namespace) -> int:
     die_with_parent()
     in_job = options.verb != "search" or recipe.search.launcher == "none"
     if recipe.cluster.launcher == "local" and in_job and not launched():
-        from minitron_nemo.parallel import launch
-
-        launch.silence_known_warnings()
+        silence_known_warnings()
         from minitron_nemo.stages import check_choice, plans
 
         check_choice(recipe, None if options.verb in ("run", "search") else options.verb, options.until, options.stage)
         plans(recipe)  # wrong input is said here, once, before any process starts
         return launch_locally(recipe.cluster.processes_per_node, options.arguments, EXIT_STOPPED)
     _stop_outside_steps(Path(recipe.run_dir) if in_job else Path(recipe.run_dir) / "search" / "driver")
+    outlive_a_full_disk()
     from minitron_nemo.parallel import launch
 
-    launch.outlive_a_full_disk()
     computes = in_job and options.verb not in WITHOUT_MODEL
     # Before what imports Megatron-core, whose warnings it silences.
     launch.join_job(gpu=recipe.cluster.gpu if computes else None)

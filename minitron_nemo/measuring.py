@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from minitron_nemo.checkpoint.files import to_json
 from minitron_nemo.config import Recipe
 from minitron_nemo.errors import UserError, on_every_rank
 from minitron_nemo.evaluation import compare, tasks
@@ -99,4 +99,4 @@ def _one_of(names: Sequence[str], against: str | None) -> str:
 
 
 def _shown(comparison: dict[str, object], as_json: bool) -> str:
-    return json.dumps(comparison, indent=2) if as_json else compare.table(comparison)
+    return to_json(comparison) if as_json else compare.table(comparison)

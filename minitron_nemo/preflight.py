@@ -51,6 +51,7 @@ class Preflight:
     """
 
     recipe: Recipe
+    original: Architecture  # of `model.source`: of a later stage it is evaluated, and may be the teacher
     source: Architecture  # what the student is cut out of
     teacher: Architecture  # what the student learns from: the source, or in a later stage the first one's
     student: Architecture
@@ -144,6 +145,7 @@ class Preflight:
     def job(self) -> Job:
         return Job(
             self.recipe,
+            self.original,
             self.source,
             self.teacher,
             self.student,
@@ -208,7 +210,7 @@ def preflight(
         world_size = recipe.cluster.nodes * recipe.cluster.processes_per_node
     if recipe.prune.scores is not None and not Path(recipe.prune.scores).is_file():
         raise UserError(f"prune.scores: {recipe.prune.scores}: no such file; leave it out to calibrate")
-    original = earlier[0].source if earlier else teacher_architecture(recipe)
+    original = earlier[0].original if earlier else teacher_architecture(recipe)
     source = earlier[-1].student if earlier else original
     teacher = source if recipe.teacher.model == "previous" else original
     student = target_architecture(source, recipe.prune)
@@ -235,6 +237,7 @@ def preflight(
     warnings += repair_warnings(source, student, recipe.prune.repair, recipe.data.sequence_length)
     return Preflight(
         recipe,
+        original,
         source,
         teacher,
         student,

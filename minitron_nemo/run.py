@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from minitron_nemo.chain import ABSENT, chains
+from minitron_nemo.chain import ABSENT, chains, leading_page
 from minitron_nemo.checkpoint.files import needing_room, write_atomic
 from minitron_nemo.claim import claimed
 from minitron_nemo.config import RECIPE_FILE, Recipe, recipe_yaml
@@ -34,7 +34,7 @@ def run_chain(recipe: Recipe, only: str | None = None, until: str | None = None,
 
     walked = chains(launch.from_rank_0(planned))
     run_dir = Path(recipe.run_dir)
-    steps = [step for chain in walked for step in chain.steps()]
+    steps = [*(step for chain in walked for step in chain.steps()), *leading_page(walked)]
     steps = [step for step in steps if only in (None, step.name) and stage in (None, step.stage)]
     if until is not None:
         steps = steps[: [step.name for step in steps].index(until) + 1]

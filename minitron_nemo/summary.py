@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from minitron_nemo.evaluation.report import ORDER
+from minitron_nemo.evaluation.report import ORDER, read_evaluation
 from minitron_nemo.manifest import Manifest
 from minitron_nemo.progress import clock
 
@@ -27,12 +26,12 @@ def print_summary(run_dir: Path, stages: Mapping[str | None, Path], console: Con
     steps = Manifest(run_dir).steps
     for stage, directory in stages.items():
         prefix = "" if stage is None else f"{stage}/"
-        evaluation = json.loads((directory / "evaluation.json").read_text())
+        evaluation = read_evaluation(directory / "evaluation.json")
         console.print(_models(evaluation, stage))
-        places = Table.grid(padding=(0, 2, 0, 0))
-        for label, path in _places(directory, steps, prefix):
-            places.add_row(Text(label, style="dim"), Text(str(path), overflow="fold"))
-        console.print(places)
+        console.print(_grid(_places(directory, steps, prefix)))
+        console.print()
+    if None not in stages:
+        console.print(_grid([("all stages", run_dir / PLACES["report"])]))
         console.print()
     console.print(_times(steps))
 
@@ -54,6 +53,13 @@ def _models(evaluation: Mapping[str, Mapping[str, Any]], stage: str | None) -> T
             style="bold" if name == "distilled" else None,
         )
     return table
+
+
+def _grid(places: Sequence[tuple[str, Path]]) -> Table:
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for label, path in places:
+        grid.add_row(Text(label, style="dim"), Text(str(path), overflow="fold"))
+    return grid
 
 
 def _places(directory: Path, steps: Mapping[str, Mapping[str, Any]], prefix: str) -> Sequence[tuple[str, Path]]:

@@ -45,6 +45,16 @@ def test_the_summary_has_models_places_and_times(tmp_path: Path, width: int, ter
     ]
 
 
+def test_a_model_without_a_finite_loss_is_listed(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", updates=4)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["pruned"] |= {"loss": None, "loss_se": None, "perplexity": None}
+    write_json(run / "evaluation.json", evaluation)
+    stream = io.StringIO()
+    print_summary(run, {None: run}, Console(file=stream, width=120))
+    assert next(line.split()[2] for line in stream.getvalue().splitlines() if "pruned" in line) == "nan"
+
+
 def test_every_stage_has_its_own(tmp_path: Path) -> None:
     stages = {name: write_run(tmp_path / "run" / "stages" / name) for name in ("half", "quarter")}
     steps = {f"{name}/distill": record() for name in stages}
@@ -56,3 +66,4 @@ def test_every_stage_has_its_own(tmp_path: Path) -> None:
         assert [name] in lines
         assert ["checkpoints", str(directory / "training" / "distilled-01234567")] in lines
         assert any(line[:1] == [f"{name}/distill"] for line in lines)
+    assert ["all", "stages", str(tmp_path / "run" / "report.html")] in lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -73,6 +74,19 @@ def read_json(path: Path, mend: str = "copy it again") -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a JSON object; {mend}")
     return data
+
+
+def to_json(content: Any) -> str:
+    """Text for a file. JSON has neither NaN nor infinity: what is not finite becomes null."""
+    return json.dumps(_finite(content), indent=2, allow_nan=False)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def fsync(path: Path) -> None:

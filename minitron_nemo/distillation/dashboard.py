@@ -54,7 +54,7 @@ CHARTS: Mapping[str, Mapping[str, Sequence[str]]] = {
 
 
 def layout() -> dict[str, dict[str, list[str | list[str]]]]:
-    """What `SummaryWriter.add_custom_scalars` takes. TensorBoard matches tags from their beginning, as patterns."""
+    """What torch's `custom_scalars` takes. TensorBoard matches tags from their beginning, as patterns."""
     return {
         category: {chart: ["Multiline", [f"{re.escape(tag)}$" for tag in tags]] for chart, tags in charts.items()}
         for category, charts in CHARTS.items()

@@ -3,7 +3,7 @@
     {"iteration": 40, "time": 1764000000.1, "train/loss": 2.31, "train/lr": 1e-4, ...}
 
 One JSON object per report, written when it is made. A run that goes on after update N keeps what the file says up to
-N and forgets the rest, as TensorBoard does by `purge_step`: those updates are made again.
+N and forgets the rest, as TensorBoard does where a file says that a session starts: those updates are made again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,10 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import param_is_not_shared
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard.summary import custom_scalars
 
 from minitron_nemo.arch import Architecture
 from minitron_nemo.arch.counts import forward_flops_per_token
@@ -36,27 +38,21 @@ from minitron_nemo.parallel.device import Stopwatch, current_device, memory
 Figures = Callable[[int], Mapping[str, float]]
 
 
-class MetricsFile:
-    """Appends to metrics.jsonl. What a full disk refuses is kept and written with the next record."""
+class GrowingFile:
+    """What is added to a file by and by. What a full disk refuses is kept, and written before what comes next."""
 
-    def __init__(self, path: Path, done: int) -> None:
-        """Forget what `path` says of updates after `done`, and lines that are no record: a crash can leave half of one.
-
-        Raises OSError.
-        """
+    def __init__(self, path: Path) -> None:
+        """Raises OSError."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            kept = "".join(_line(record) for record in read_metrics(path) if record["iteration"] <= done)
-            if kept != path.read_text(errors="replace"):
-                write_atomic(path, kept)
-        self.path = path
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._pending = b""
 
-    def append(self, iteration: int, values: Mapping[str, float]) -> str | None:
-        """Write one record; why it could not be written, if so. Values that are not finite become null."""
-        finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
-        self._pending += _line({"iteration": iteration, "time": round(time.time(), 3), **finite}).encode()
+    def write(self, content: bytes) -> None:
+        """Have the next `flush` write it."""
+        self._pending += content
+
+    def flush(self) -> str | None:
+        """Write what is pending; why that could not be done, if so."""
         try:
             while self._pending:
                 self._pending = self._pending[os.write(self._file, self._pending) :]
@@ -65,41 +61,67 @@ class MetricsFile:
         return None
 
     def close(self) -> None:
+        """Write what is pending, if the disk takes it."""
+        self.flush()
         os.close(self._file)
 
 
-class EventsFile:
-    """TensorBoard's scalars. A full disk costs those of a while: a new file is begun when there is room again."""
+class MetricsFile:
+    """Appends to metrics.jsonl."""
 
     def __init__(self, path: Path, done: int) -> None:
-        """Have TensorBoard forget what earlier files in `path` say of updates after `done`. Raises OSError."""
+        """Forget what `path` says of updates after `done`, and lines that are no record: a crash can leave half of one.
+
+        Raises OSError.
+        """
+        if path.exists():
+            kept = "".join(_line(record) for record in read_metrics(path) if record["iteration"] <= done)
+            if kept != path.read_text(errors="replace"):
+                write_atomic(path, kept)
         self.path = path
-        self._writer: SummaryWriter | None = None
-        self._open(purge_step=done + 1)
+        self._file = GrowingFile(path)
 
     def append(self, iteration: int, values: Mapping[str, float]) -> str | None:
-        """Add scalars; why that could not be done, if so. A thread writes, so the reason may be of earlier ones."""
-        try:
-            writer = self._writer or self._open()
-            for tag, value in values.items():
-                writer.add_scalar(tag, value, iteration)
-        except OSError as error:
-            self.close()
-            return error.strerror
-        return None
-
-    def _open(self, purge_step: int | None = None) -> SummaryWriter:
-        """A new file, which begins with how its scalars are grouped."""
-        self._writer = writer = SummaryWriter(str(self.path), purge_step=purge_step)
-        writer.add_custom_scalars(layout())
-        return writer
+        """Write one record; why it could not be written yet, if so. Values that are not finite become null."""
+        finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
+        self._file.write(_line({"iteration": iteration, "time": round(time.time(), 3), **finite}).encode())
+        return self._file.flush()
 
     def close(self) -> None:
-        """Write what is left, if the disk takes it."""
-        with suppress(OSError):
-            if self._writer is not None:
-                self._writer.close()
-        self._writer = None
+        self._file.close()
+
+
+class EventsFile:
+    """TensorBoard's scalars.
+
+    In its format, but not by its writer: that hands them to a thread, which ends with a traceback on the console when
+    the disk is full, and takes with it what it had not written.
+    """
+
+    def __init__(self, directory: Path, done: int) -> None:
+        """A new file that has TensorBoard forget what earlier ones in `directory` say of updates after `done`.
+
+        It begins with how its scalars are grouped. Raises OSError.
+        """
+        # TensorBoard reads the files of a directory in the order of their names.
+        self.path = directory / f"events.out.tfevents.{time.time():.6f}.{os.uname().nodename}.{os.getpid()}"
+        self._file = GrowingFile(self.path)
+        self._records = RecordWriter(self._file)
+        self._add(file_version="brain.Event:2")
+        self._add(step=done + 1, session_log=SessionLog(status=SessionLog.START))
+        self._add(summary=custom_scalars(layout()))
+
+    def append(self, iteration: int, values: Mapping[str, float]) -> str | None:
+        """Add scalars; why they could not be written yet, if so."""
+        scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._add(step=iteration, summary=Summary(value=scalars))
+        return self._file.flush()
+
+    def _add(self, **content: Any) -> None:
+        self._records.write(Event(wall_time=time.time(), **content).SerializeToString())
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def figures(

@@ -56,10 +56,7 @@ class Progress:
         """A record of metrics.jsonl and TensorBoard's scalars."""
         self.panel.record(iteration, values)
         for file in self._files:
-            problem = file.append(iteration, values)
-            self.refused(file.path, problem)
-            if problem is not None:  # TensorBoard's thread would print a traceback
-                return
+            self.refused(file.path, file.append(iteration, values))
 
     def saving(self, iteration: int | None) -> None:
         """The checkpoint of this update is being written; None: it could not be."""

@@ -1,11 +1,11 @@
 """Training checkpoints: everything an interrupted run needs to go on as if it had not been interrupted.
 
-    DIR/latest_checkpointed_iteration.txt   "10", written last: what it names is complete
-    DIR/iter_0000010/                       torch_dist: model, optimizer (main parameters, moments), common.pt
-                     training.json          iteration, data position, skipped updates, settings, layout
-                     random_00003.pt        random state of rank 3, used again on the same layout only
-                     checksums.json         sizes and checksums of the files above
-    DIR/iter_0000020.partial/               being written, or what a killed job left; never read, removed at the start
+    DIR/iter_0000010/                  torch_dist: model, optimizer (main parameters, moments), common.pt
+                     training.json     iteration, data position, skipped updates, settings, layout
+                     random_00003.pt   random state of rank 3, used again on the same layout only
+                     checksums.json    sizes and checksums of the files above
+
+Which of them there are, and which are loaded, is for `checkpoints` to say.
 
 A save is collective and can fail on any rank at any byte. Every part of it reports its outcome to all ranks before
 the next begins, so they agree: either the tracker names the new checkpoint, or the partial one is removed on all and
@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -40,16 +38,15 @@ from megatron.core.tensor_parallel import random as megatron_random
 from minitron_nemo.checkpoint.files import commit_partial, make_partial, partial_path, write_atomic
 from minitron_nemo.checkpoint.safe_pickle import check_metadata
 from minitron_nemo.distillation.background import BackgroundWrite, Part, Task
-from minitron_nemo.distillation.integrity import checksum, find_damage, write_checksums
+from minitron_nemo.distillation.checkpoints import Checkpoints, damage, iteration_of
+from minitron_nemo.distillation.integrity import checksum, write_checksums
 from minitron_nemo.distillation.intermediate import IntermediateLoss
-from minitron_nemo.distillation.validation import BestCheckpoint
 from minitron_nemo.errors import UserError
 from minitron_nemo.models.build import Model
 from minitron_nemo.models.checkpoint import sharded_states
 from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.device import current_device
 
-TRACKER = "latest_checkpointed_iteration.txt"
 TRAINING = "training.json"
 SCHEMA_VERSION = 1
 # Every parameter's optimizer state under its own name: readable on any layout. Gathered over gloo on the first
@@ -107,13 +104,11 @@ class TrainingState:
         keep_last: int,
         intermediate: IntermediateLoss | None = None,
     ) -> None:
-        self.directory = directory
+        self.checkpoints = Checkpoints(directory, keep_last)
         self.student = student
         self.optimizer = optimizer
         self.settings = dict(settings)
-        self.keep_last = keep_last
         self.intermediate = intermediate
-        self.best = BestCheckpoint(directory)
         self._pending: _Pending | None = None
 
     def save(self, iteration: int, state: Mapping[str, Any]) -> None:
@@ -124,7 +119,7 @@ class TrainingState:
         """
         assert self._pending is None, "the checkpoint before is not finished"
         start = time.perf_counter()
-        final = self.directory / f"iter_{iteration:07d}"
+        final = self.checkpoints.of(iteration)
         training = {
             "schema_version": SCHEMA_VERSION,
             "iteration": iteration,
@@ -169,7 +164,7 @@ class TrainingState:
     def _advance(self, pending: _Pending) -> Saved | None:
         """Wait for the present stage, let all ranks agree on it, begin the next; what was published after the last."""
         start = time.perf_counter()
-        final = self.directory / f"iter_{pending.iteration:07d}"
+        final = self.checkpoints.of(pending.iteration)
         stage: Task[Any] = pending.publishing or pending.write.task
         results: list[Any] = []
         try:
@@ -203,16 +198,18 @@ class TrainingState:
         Removes what a killed save left. A checkpoint that is damaged is passed over for the one before, and stays.
         Collective. Raises UserError for a checkpoint of a run with other settings, or where all are damaged.
         """
-        agreed(_on_rank_0(self._clean))
-        found = self._candidates()
+        agreed(_on_rank_0(self.checkpoints.clean))
+        found = self.checkpoints.candidates()
         damaged: list[str] = []
         for directory in found:
-            problem = self._damage(directory)
+            problem = damage(directory)
             if problem is None:
                 return self._load(directory)._replace(damaged=damaged)
             damaged.append(problem)
         if found:
-            raise UserError(f"{'; '.join(damaged)}; no other checkpoint is left: remove {self.directory} to start over")
+            raise UserError(
+                f"{'; '.join(damaged)}; no other checkpoint is left: remove {self.checkpoints.directory} to start over"
+            )
         return None
 
     def roll_back(self, before: int | None) -> Resumed | None:
@@ -221,10 +218,10 @@ class TrainingState:
         `before`: and is older than this iteration. Nothing may be pending. Collective.
         """
         damaged = []
-        for directory in self._candidates():
-            if before is not None and _iteration(directory) >= before:
+        for directory in self.checkpoints.candidates():
+            if before is not None and iteration_of(directory) >= before:
                 continue
-            if problem := self._damage(directory):
+            if problem := damage(directory):
                 damaged.append(problem)
             elif not self._training(directory)["skips"]["in_a_row"]:
                 return self._load(directory)._replace(damaged=damaged)
@@ -252,35 +249,11 @@ class TrainingState:
         files |= {path.name: checksum(path) for path in partial.iterdir() if path.name not in files}
         write_checksums(partial, files)
         commit_partial(final)
-        write_atomic(self.directory / TRACKER, f"{pending.iteration}\n")
-        self._drop_old(pending.iteration)
+        self.checkpoints.published(pending.iteration)
 
     def _discard(self, final: Path, error: SaveError) -> SaveError:
         agreed(_on_rank_0(lambda: shutil.rmtree(partial_path(final), ignore_errors=True)))
-        return SaveError(f"the checkpoint after update {_iteration(final)} could not be written: {error}")
-
-    def _candidates(self) -> list[Path]:
-        """Checkpoints to load from, newest first: what the tracker names, and those before. Collective.
-
-        Without a readable tracker all count: a job may have been killed, or the disk full, between the two renames.
-        """
-
-        def find() -> list[Path]:
-            present = self._present()
-            try:
-                newest = int((self.directory / TRACKER).read_text())
-                present[newest] = self.directory / f"iter_{newest:07d}"
-            except (FileNotFoundError, ValueError):
-                newest = max(present, default=0)
-            return [present[iteration] for iteration in sorted(present, reverse=True) if iteration <= newest]
-
-        return launch.from_rank_0(find)
-
-    def _damage(self, directory: Path) -> str | None:
-        """What is wrong with a checkpoint's files, the same on every rank; each reads a part of them. Collective."""
-        found: list[str | None] = [None] * launch.world_size()
-        torch.distributed.all_gather_object(found, find_damage(directory, launch.rank(), launch.world_size()))
-        return next((problem for problem in found if problem), None)
+        return SaveError(f"the checkpoint after update {iteration_of(final)} could not be written: {error}")
 
     def _load(self, found: Path) -> Resumed:
         training = self._training(found)
@@ -321,35 +294,8 @@ class TrainingState:
             if saved.get(key) != self.settings.get(key):
                 raise UserError(
                     f"{path}: {key} was {saved.get(key)!r} when this run was interrupted and is "
-                    f"{self.settings.get(key)!r} now; restore it, or remove {self.directory} to start over"
+                    f"{self.settings.get(key)!r} now; restore it, or remove {self.checkpoints.directory} to start over"
                 )
-
-    def _clean(self) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        for partial in self.directory.glob("*.partial"):
-            if partial.is_dir():
-                shutil.rmtree(partial)
-            else:
-                partial.unlink()
-
-    def _present(self) -> dict[int, Path]:
-        names = [path.name for path in self.directory.iterdir() if re.fullmatch(r"iter_\d{7,}", path.name)]
-        return {_iteration(Path(name)): self.directory / name for name in names}
-
-    def _drop_old(self, newest: int) -> None:
-        """Keep the best and the last `keep_last` checkpoints up to `newest`; later ones are of an abandoned future."""
-        found = self._present()
-        last = sorted(iteration for iteration in found if iteration <= newest)[-self.keep_last :]
-        kept = {*last, self.best.published(newest)}
-        for iteration, path in found.items():
-            if iteration not in kept:
-                # Renamed first: a removal that is interrupted must not look like a checkpoint.
-                os.rename(path, partial_path(path))
-                shutil.rmtree(partial_path(path))
-
-
-def _iteration(directory: Path) -> int:
-    return int(directory.name.removeprefix("iter_"))
 
 
 def agreed(work: Callable[[], object]) -> None:

@@ -243,7 +243,7 @@ class Trainer:
         self._wait_for_parameters()
         with self.watchdog.paused(), self.meter.paused():
             found = self.validation()
-        self.state.best.measured(self.iteration, found["loss"])
+        self.state.checkpoints.best.measured(self.iteration, found["loss"])
         progress.scalars(self.iteration, {f"validation/{name}": value for name, value in found.items()})
         progress.say(f"validation after update {self.iteration}: {summary(found)}")
 

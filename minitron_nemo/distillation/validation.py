@@ -1,4 +1,4 @@
-"""Validation in the middle of a training run, without effect on it, and the checkpoint it finds best.
+"""Validation in the middle of a training run, without effect on it.
 
 Held-out documents come from outside, with whatever measures a model on them (`Measures`). The teacher's states of
 these documents are computed once, by the teacher that trains the student, and stay in host memory.
@@ -6,21 +6,16 @@ these documents are computed once, by the teacher that trains the student, and s
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
-from minitron_nemo.checkpoint.files import write_atomic
 from minitron_nemo.data.sampler import Microbatch
 from minitron_nemo.distillation.teacher import ColocatedTeacher
 from minitron_nemo.models.build import Model
 from minitron_nemo.models.states import gather_sequence
 from minitron_nemo.parallel.device import current_device
-
-BEST = "best_checkpoint.json"
 
 
 class Measures(Protocol):
@@ -76,44 +71,3 @@ def summary(found: Mapping[str, float]) -> str:
     if "kl_to_teacher" not in found:
         return loss
     return f"{loss}, KL to the teacher {found['kl_to_teacher']:.4f}, top-1 agreement {found['top1_agreement']:.1%}"
-
-
-class BestCheckpoint:
-    """Which checkpoint had the lowest validation loss: best_checkpoint.json beside the checkpoints. Rank 0 alone.
-
-    A checkpoint is judged by the validation after its own update; one that had none is never the best.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._losses: dict[int, float] = {}
-
-    def measured(self, iteration: int, loss: float) -> None:
-        """The loss after update `iteration`, of which a checkpoint may or may not be made."""
-        self._losses[iteration] = loss
-
-    def published(self, newest: int) -> int | None:
-        """The best of the checkpoints up to the one after update `newest`, which is there now; None if unknown.
-
-        May run in a thread of its own, beside `measured` of later updates.
-        """
-        best = self._recorded(newest)
-        loss = self._losses.get(newest)
-        if loss is not None and (best is None or loss < best[1]):
-            best = newest, loss
-            record = {"checkpoint": f"iter_{newest:07d}", "iteration": newest, "validation_loss": loss}
-            write_atomic(self.directory / BEST, json.dumps(record) + "\n")
-        for iteration in [*self._losses]:  # a copy in one step: training may be measuring meanwhile
-            if iteration <= newest:
-                del self._losses[iteration]
-        return None if best is None else best[0]
-
-    def _recorded(self, newest: int) -> tuple[int, float] | None:
-        """What the file says, unless that checkpoint is gone or of updates that are made again."""
-        path = self.directory / BEST
-        if not path.exists():
-            return None
-        record = json.loads(path.read_text())
-        if record["iteration"] > newest or not (self.directory / record["checkpoint"]).is_dir():
-            return None
-        return record["iteration"], record["validation_loss"]

@@ -82,7 +82,7 @@ def compared(evaluation: Mapping[str, Mapping[str, Any]], against: str) -> dict[
     other = evaluation[against]
     models = {}
     for name, record in evaluation.items():
-        if "documents" not in record or "documents" not in other:
+        if not all({"documents", "losses_per_document"} <= each.keys() for each in (record, other)):
             raise UserError(
                 f"{name}: its {EVALUATION} does not say on what it was measured; run `minitron evaluate` again"
             )

@@ -5,14 +5,14 @@ documents do not outvote short ones and documents are the independent observatio
 documents, and differences between models are paired by document. KL and agreement are averaged the same way, and so
 is KL within each bucket of positions (`kl_by_position`), over the documents that have tokens there.
 `samples` are continuations of the beginnings of held-out documents, as text; `documents` stands for what was measured
-on, token by token.
+on, token by token. In the file, null stands for what is not finite.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from math import exp, sqrt
+from math import exp, inf, nan, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ from minitron_nemo.parallel.layout import Layout
 
 # Paired differences of loss that a model's record holds, where both models were measured.
 DELTAS = {"pruned": ("teacher",), "distilled": ("teacher", "pruned")}
+
+# Figures of a record that are there as numbers or not at all: their null is one that is not finite.
+NUMBERS = ("loss", "kl_to_teacher", "top1_agreement", "delta_vs_teacher", "delta_vs_pruned")
 
 ORDER = ("source", "corrected", "teacher", "intermediate", "pruned", "distilled")
 
@@ -89,7 +92,7 @@ def summarise(measured: Mapping[str, Measured]) -> Evaluation:
             "loss": loss,
             "loss_se": error,
             "losses_per_document": losses[name].tolist(),
-            "perplexity": exp(loss),
+            "perplexity": perplexity(loss),
             "parameters": parameters(model.architecture),
             "non_embedding_parameters": non_embedding_parameters(model.architecture),
             "generation": [asdict(speed) for speed in model.speeds],
@@ -105,12 +108,40 @@ def summarise(measured: Mapping[str, Measured]) -> Evaluation:
     return result
 
 
+def perplexity(loss: float) -> float:
+    """e to the loss in nats; infinite where that is more than a float holds, from about 709.8 nats on."""
+    try:
+        return exp(loss)
+    except OverflowError:
+        return inf
+
+
 def read_evaluation(path: Path) -> Evaluation:
-    """An evaluation.json. Raises UserError for a damaged one."""
+    """An evaluation.json, with numbers again where it has null for what is not finite.
+
+    Raises UserError for a damaged one.
+    """
     content: Evaluation = read_json(path, "run `minitron evaluate` again")
-    if not all(isinstance(record, dict) and "losses_per_document" in record for record in content.values()):
-        raise UserError(f"{path}: not what `minitron evaluate` writes; give a run directory")
-    return content
+    if not all(isinstance(record, dict) for record in content.values()):
+        raise UserError(f"{path}: not what `minitron evaluate` writes; run it again")
+    return with_numbers(content)
+
+
+def with_numbers(stored: Mapping[str, Mapping[str, Any]]) -> Evaluation:
+    """What JSON holds of an evaluation, with NaN for the null of a figure; a perplexity is that of its loss."""
+    return {name: _with_numbers(record) for name, record in stored.items()}
+
+
+def _with_numbers(stored: Mapping[str, Any]) -> dict[str, Any]:
+    record: dict[str, Any] = {key: nan if key in NUMBERS and value is None else value for key, value in stored.items()}
+    if record.get("perplexity", 0.0) is None:
+        record["perplexity"] = perplexity(record["loss"])
+    if "losses_per_document" in record:
+        record["losses_per_document"] = [nan if loss is None else loss for loss in record["losses_per_document"]]
+    if "kl_by_position" in record:
+        parts = record["kl_by_position"]
+        record["kl_by_position"] = [{**part, "kl": nan if part["kl"] is None else part["kl"]} for part in parts]
+    return record
 
 
 def samples(model: Measured, tokenizer: Tokenizer) -> list[dict[str, str]]:
@@ -176,7 +207,8 @@ def _by_position(model: Measured) -> list[dict[str, Any]]:
 
 def mean_with_error(values: NDArray[np.float64]) -> tuple[float, float | None]:
     """Mean and its standard error, None of a single value."""
-    error = float(values.std(ddof=1)) / sqrt(len(values)) if len(values) > 1 else None
+    with np.errstate(invalid="ignore"):  # infinite ones have a mean, and NaN for its error
+        error = float(values.std(ddof=1)) / sqrt(len(values)) if len(values) > 1 else None
     return float(values.mean()), error
 
 

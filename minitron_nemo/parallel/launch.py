@@ -7,17 +7,11 @@ it. `rank` and `world_size` are those of the world, `job_rank` and `job_size` th
 
 from __future__ import annotations
 
-import errno
-import io
 import json
 import os
 import queue
-import subprocess
-import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,27 +20,17 @@ from torch import distributed
 
 from minitron_nemo.errors import SaidByRankZero, UserError, on_every_rank
 from minitron_nemo.parallel import device, optimizer_fixes
+from minitron_nemo.parallel.console import silence_known_warnings
+from minitron_nemo.parallel.environment import Job, job_from_environment
 from minitron_nemo.parallel.layout import Layout
 
-# Long enough for one rank to read or write a large checkpoint while the others wait at a barrier.
 T = TypeVar("T")
 
+# Long enough for one rank to read or write a large checkpoint while the others wait at a barrier.
 TIMEOUT = timedelta(minutes=30)
 # Ranks wait for each other's work on files here: one of them may tokenise for hours. A rank that dies ends the wait at
 # once, since its connections close.
 WAIT = timedelta(days=7)
-
-# Said once per process by every run and nobody's fault: advice for CUDA streams, fall-backs that are chosen here, and
-# deprecations between Megatron-core and torch.
-KNOWN_WARNINGS = (
-    "Transformer Engine and Apex are not installed",
-    "Apex is not installed",
-    "When using (async grad allreduce|sequence parallelism) it is recommended",
-    "full scope is deprecated",
-    "`load_state_dict` is deprecated",
-    "Please use DTensor instead",
-    "`torch.distributed.*` is deprecated",
-)
 
 
 class Rendezvous(NamedTuple):
@@ -61,114 +45,6 @@ _active_layout: Layout | None = None
 _waiting_group: distributed.ProcessGroup | None = None
 _joined: Rendezvous | None = None
 _worlds = 0  # entered so far: each has keys of its own in the store
-
-
-@dataclass(frozen=True)
-class Job:
-    """This process's place in its job. `local_size` counts the job's processes on this machine."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_size: int
-    master_address: str
-    master_port: int
-
-
-def job_from_environment(environment: Mapping[str, str]) -> Job | None:
-    """Read the job from torchrun's or srun's variables; None for a process that nobody launched.
-
-    A batch script's own shell carries SLURM_PROCID as well, but only an srun step has SLURM_STEP_ID: a plain call in
-    the script is a process of its own. Raises UserError for an incomplete environment.
-    """
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        return _torchrun_job(environment)
-    if "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
-        return _srun_job(environment)
-    return None
-
-
-def _torchrun_job(environment: Mapping[str, str]) -> Job:
-    world_size = _integer(environment, "WORLD_SIZE")
-    return Job(
-        rank=_integer(environment, "RANK"),
-        world_size=world_size,
-        local_rank=_integer(environment, "LOCAL_RANK"),
-        local_size=int(environment.get("LOCAL_WORLD_SIZE", world_size)),
-        master_address=_required(environment, "MASTER_ADDR"),
-        master_port=_integer(environment, "MASTER_PORT"),
-    )
-
-
-def _srun_job(environment: Mapping[str, str]) -> Job:
-    world_size = _integer(environment, "SLURM_NTASKS")
-    nodes = int(environment.get("SLURM_NNODES", 1))
-    return Job(
-        rank=_integer(environment, "SLURM_PROCID"),
-        world_size=world_size,
-        local_rank=_integer(environment, "SLURM_LOCALID"),
-        local_size=-(-world_size // nodes),
-        master_address=environment.get("MASTER_ADDR") or _first_host(environment),
-        master_port=int(environment.get("MASTER_PORT") or _port(environment)),
-    )
-
-
-def _first_host(environment: Mapping[str, str]) -> str:
-    """First host of the step, which is where rank 0 runs; the job's first host where the step has no list."""
-    hosts = environment.get("SLURM_STEP_NODELIST") or _required(environment, "SLURM_JOB_NODELIST")
-    try:
-        listing = subprocess.run(
-            ["scontrol", "show", "hostnames", hosts], check=True, capture_output=True, text=True, timeout=30
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise UserError(f"environment: MASTER_ADDR is not set and scontrol cannot list {hosts!r}: {error}") from None
-    return listing.stdout.split()[0]
-
-
-def _port(environment: Mapping[str, str]) -> int:
-    """A port every task derives alike, another for other jobs and steps on the machine, below the ephemeral range."""
-    job, step = _integer(environment, "SLURM_JOB_ID"), _integer(environment, "SLURM_STEP_ID")
-    return 15000 + (job * 17 + step) % 15000
-
-
-def _required(environment: Mapping[str, str], name: str) -> str:
-    if not environment.get(name):
-        raise UserError(f"environment: {name} is not set; start the job with torchrun or srun, or without either")
-    return environment[name]
-
-
-def _integer(environment: Mapping[str, str], name: str) -> int:
-    text = _required(environment, name)
-    try:
-        return int(text)
-    except ValueError:
-        raise UserError(f"environment: {name} is {text!r}, not a whole number") from None
-
-
-def silence_known_warnings() -> None:
-    """Leave KNOWN_WARNINGS unsaid from here on; most come with Megatron-core's import."""
-    for message in KNOWN_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
-
-
-class _Log(io.FileIO):
-    """A file that forgets what a full disk does not take."""
-
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data) or 0
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            return len(data)
-
-
-def outlive_a_full_disk() -> None:
-    """Let standard output and error lose lines where their file's disk is full: a training must not end of that."""
-    for name in ("stdout", "stderr"):
-        old = getattr(sys, name)
-        log = io.BufferedWriter(_Log(old.fileno(), "w", closefd=False))
-        setattr(sys, name, io.TextIOWrapper(log, old.encoding, old.errors, write_through=True, line_buffering=True))
 
 
 def join_job(rendezvous: Rendezvous | None = None, gpu: str | None = None) -> None:

@@ -19,9 +19,13 @@ from minitron_nemo.parallel.layout import Layout
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe, or one of its stages. `source` is cut and corrected, `teacher` teaches."""
+    """A recipe, or one of its stages. `source` is cut and corrected, `teacher` teaches.
+
+    `original` is the recipe's own model; of a later stage it may be neither, and is evaluated all the same.
+    """
 
     recipe: Recipe
+    original: Architecture
     source: Architecture
     teacher: Architecture
     student: Architecture

@@ -101,7 +101,7 @@ def _layouts(job: Job) -> Iterator[Layout]:
 def _runs(job: Job, layout: Layout) -> bool:
     recipe, longest = job.recipe, job.teacher.max_position_embeddings
     try:
-        for model in (job.source, job.teacher, job.student):  # which run on it in all processes of the job
+        for model in (job.original, job.source, job.student):  # which run on it in all processes of the job
             layout.check(model, job.world_size)
         layout.check_processes(job.students)
         check_phases(recipe.train, recipe.data, layout, job.students, longest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import sqrt
+from math import isfinite, sqrt
 from typing import Any
 
 from minitron_nemo.report.charts import Chart, Row, colours, draw, error_bars, interval, with_error
@@ -79,6 +79,7 @@ def position_charts(evaluation: Evaluation) -> list[Chart]:
         }
         for name in names
         for part in evaluation[name]["kl_by_position"]
+        if isfinite(part["kl"])
     ]
     if not rows:
         return []

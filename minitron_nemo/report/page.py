@@ -26,10 +26,16 @@ def write_report(run_dir: Path, baseline: Path | None = None) -> Path:
     this one's. Raises UserError for what is no run directory, for damaged files in one, and for a baseline that cannot
     be compared.
     """
-    path, run = run_dir / FILE_NAME, read_run(run_dir, baseline)
+    run = read_run(run_dir, baseline)
     for directory in run.stages.values():
         if directory.is_dir():
             write_report(directory)
+    return write_page(run)
+
+
+def write_page(run: Run) -> Path:
+    """Write the page of `run` alone: of a run with stages, the one that links those that are there."""
+    path = run.directory / FILE_NAME
     write_atomic(path, page(run))
     return path
 
@@ -40,7 +46,7 @@ def page(run: Run) -> str:
         loader=PackageLoader("minitron_nemo.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters["printable"] = printable
-    plan = _plan(run)
+    plan, drawn = _plan(run), results.with_loss(run.evaluation)
     return environment.get_template("page.html").render(
         run=run,
         state=_state(run.status),
@@ -50,7 +56,7 @@ def page(run: Run) -> str:
         verdict="" if run.outdated else results.verdict(run.evaluation),
         headlines=[] if run.outdated else results.headlines(run.evaluation),
         models=results.table(run.evaluation) if run.evaluation else None,
-        model_charts=[results.chart(run.evaluation)] if run.evaluation else [],
+        model_charts=[results.chart(drawn)] if drawn else [],
         roles=results.ROLES,
         plan=plan,
         cut=run.plan is not None,
@@ -114,7 +120,9 @@ def _trainings(run: Run) -> dict[str, Any]:
     found = run.trainings
     distilled, corrected = (found.get(name) for name in ("distilled", "corrected"))
     weight = run.recipe.distill.logits_weight if run.recipe else 1.0
-    levels = {name: model["loss"] for name, model in run.evaluation.items() if name not in run.outdated}
+    levels = {
+        name: model["loss"] for name, model in results.with_loss(run.evaluation).items() if name not in run.outdated
+    }
     versus = training.versus(distilled, run.baseline) if distilled and run.baseline else None
     return {
         "distillation": training.distillation_charts(distilled, levels, weight) if distilled else [],

@@ -18,6 +18,7 @@ from minitron_nemo.distillation.records import read_metrics
 from minitron_nemo.distillation.status import FILE_NAME as STATUS_FILE
 from minitron_nemo.errors import UserError
 from minitron_nemo.evaluation import tasks
+from minitron_nemo.evaluation.report import read_evaluation
 from minitron_nemo.importance.scores import Scores
 from minitron_nemo.manifest import FILE_NAME as MANIFEST_FILE
 from minitron_nemo.pruning.depth_scores import DepthScores
@@ -109,7 +110,8 @@ def read_run(directory: Path, baseline: Path | None = None) -> Run:
     record = _record(directory)
     own = step_of(record.stage, "")
     scores = directory / "scores.npz"
-    evaluation = _json(directory / "evaluation.json")
+    measured = directory / "evaluation.json"
+    evaluation = read_evaluation(measured) if measured.exists() else {}
     on_tasks = tasks.read_tasks(directory / tasks.FILE_NAME)
     plans = [directory / name / PLAN_FILE for name in ("pruned", "plan")]
     return Run(
@@ -202,16 +204,11 @@ def _training(record: Record, stage: str | None, name: str) -> Training | None:
     return Training(records) if paths and (records := read_metrics(paths[-1])) else None
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file, nothing where there is none."""
-    return read_json(path, "run the step that writes it again") if path.exists() else {}
-
-
 def _candidates(path: Path) -> list[Candidate]:
     """What `minitron search` has ranked so far; of its columns those that are shown."""
     known = Candidate.__dataclass_fields__
     try:
-        rows = _json(path)["candidates"] if path.exists() else []
+        rows = read_json(path, "search again")["candidates"] if path.exists() else []
         return [Candidate(**{key: value for key, value in row.items() if key in known}) for row in rows]
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: not a table of candidates ({error}); search again") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -87,8 +88,8 @@ def made_since(outdated: Mapping[str, str]) -> str:
 
 
 def verdict(evaluation: Evaluation) -> str:
-    """The result in two sentences; "" while the distilled student is not measured."""
-    if not {"teacher", "pruned", "distilled"} <= set(evaluation):
+    """The result in two sentences; "" while the distilled student is not measured, or where a loss is not finite."""
+    if not _comparable(evaluation):
         return ""
     teacher, distilled = (evaluation[name] for name in ("teacher", "distilled"))
     kept = distilled["non_embedding_parameters"] / teacher["non_embedding_parameters"]
@@ -109,8 +110,8 @@ def verdict(evaluation: Evaluation) -> str:
 
 
 def headlines(evaluation: Evaluation) -> list[tuple[str, str]]:
-    """The result in a few large figures, each with its words; none while the distilled student is not measured."""
-    if not {"teacher", "pruned", "distilled"} <= set(evaluation):
+    """The result in a few large figures, each with its words; none where there is no `verdict`."""
+    if not _comparable(evaluation):
         return []
     teacher, distilled = (evaluation[name] for name in ("teacher", "distilled"))
     kept = distilled["non_embedding_parameters"] / teacher["non_embedding_parameters"]
@@ -147,8 +148,13 @@ def table(evaluation: Evaluation) -> Table:
     return Table(names, [row for row in rows if any(cell.text for cell in row[1])])
 
 
+def with_loss(evaluation: Evaluation) -> Evaluation:
+    """The models whose held-out loss is finite."""
+    return {name: record for name, record in evaluation.items() if isfinite(record["loss"])}
+
+
 def chart(evaluation: Evaluation) -> Chart:
-    """Losses of the models with their standard errors."""
+    """Losses of the models, all finite, with their standard errors."""
     names = models(evaluation)
     rows = [
         {
@@ -225,6 +231,11 @@ def rotation(plan: Plan) -> str:
     words = f"Rotated: {plan.target.hidden_size} combinations of {plan.source.hidden_size} channels"
     keeps = plan.provenance.get("rotation_keeps")  # not there before `minitron repair` has found the rotation
     return f"{words}." if keeps is None else f"{words}, which keep {keeps:.1%} of the squares behind the norms."
+
+
+def _comparable(evaluation: Evaluation) -> bool:
+    """Whether the distilled student is measured, and every model has a finite loss."""
+    return {"teacher", "pruned", "distilled"} <= set(evaluation) and len(with_loss(evaluation)) == len(evaluation)
 
 
 def _cost(evaluation: Evaluation) -> tuple[float, float | None]:

@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from minitron_nemo.chain import SEARCH
 from minitron_nemo.config import EvaluateConfig, PruneConfig, Recipe, SearchConfig
 from minitron_nemo.search.shapes import Candidate, sizes
+from minitron_nemo.work import SEARCH
 
 
 def search_directory(recipe: Recipe) -> Path:

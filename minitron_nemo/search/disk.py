@@ -27,7 +27,7 @@ def search_disk(
     for number, each in enumerate(candidates):
         steps = config.rungs[-1] if number < trained else 0
         own = candidate_recipe(recipe, each, steps)
-        for kept in disk(Job(own, teacher, teacher, each.architecture, layout, layout, world_size)):
+        for kept in disk(Job(own, teacher, teacher, teacher, each.architecture, layout, layout, world_size)):
             if not kept.what.startswith("teacher"):
                 found.setdefault(kept.what, []).append(kept.total)
     if CHECKPOINTS in found:

@@ -11,67 +11,35 @@ schedule are what the ranking is about, and in the midst of a longer one, at a h
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from minitron_nemo.chain import DEPTH_FILE, Chain, unchanged
-from minitron_nemo.checkpoint.files import write_atomic
+from minitron_nemo.chain import unchanged
 from minitron_nemo.claim import claimed
-from minitron_nemo.config import Recipe, recipe_yaml
+from minitron_nemo.config import Recipe
 from minitron_nemo.distillation.nonfinite import Diverged
-from minitron_nemo.distillation.state import TRACKER
-from minitron_nemo.distillation.status import FILE_NAME as STATUS
 from minitron_nemo.distillation.status import write_failure, write_status
 from minitron_nemo.errors import Failed, SaidByRankZero, UserError
 from minitron_nemo.parallel import launch
 from minitron_nemo.preflight import preflight
 from minitron_nemo.pruning.score_depth import score_depth
 from minitron_nemo.run import run_chain
-from minitron_nemo.search.candidates import candidate_recipe, driver_directory, search_directory
+from minitron_nemo.search.candidates import driver_directory, search_directory
 from minitron_nemo.search.launchers import Launcher, LocalProcesses, SlurmJobs, Task, gpu_shares
 from minitron_nemo.search.plan import SearchPlan, plan_search
-from minitron_nemo.search.results import (
-    Result,
-    Standing,
-    load_result,
-    ranked,
-    result_key,
-    save_failure,
-    save_result,
-    survivors,
-)
-from minitron_nemo.search.shapes import Candidate
-from minitron_nemo.search.table import write_table
+from minitron_nemo.search.results import Result, Standing, ranked, save_failure, survivors, usable
+from minitron_nemo.search.table import BEST, forget, write_table
+from minitron_nemo.search.trials import Trial, ended_well, known, mark, reason, record, trial_of, write_recipe
 from minitron_nemo.steps import Stopped, stopped_by_signals
+from minitron_nemo.work import DEPTH_FILE
 
 # What turns a search that starts processes or jobs into its own first task: all candidates cut and measured in one job.
 FIRST = ("search.launcher=none", "search.rungs=[]")
 AGAIN = "mend that and call the search again, which goes on with what is left"
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A candidate's chain for some updates. Its `key` is None while there is nothing to cut it from."""
-
-    candidate: Candidate
-    steps: int
-    chain: Chain
-    key: str | None
-
-    @property
-    def directory(self) -> Path:
-        return self.chain.run_dir
-
-    @property
-    def result_file(self) -> Path:
-        return self.directory / f"result_{self.steps}.json"
 
 
 def search(recipe: Recipe, path: Path, overrides: Sequence[str]) -> None:
@@ -89,6 +57,7 @@ def search(recipe: Recipe, path: Path, overrides: Sequence[str]) -> None:
     plan = launch.from_rank_0(lambda: plan_search(preflight(recipe, size)))
     place = driver_directory(recipe) if outside else Path(recipe.run_dir)
     with claimed(place), _told(place):
+        launch.from_rank_0(partial(forget, recipe))
         _say(f"{len(plan.candidates)} candidates within the budget, of {plan.grid_size:,} in the grid")
         if outside:
             launcher: Launcher = SlurmJobs(config.jobs)
@@ -111,7 +80,7 @@ def _measure_depths(plan: SearchPlan) -> None:
     """
     by_depth = {each.architecture.num_layers: each for each in plan.candidates}
     for _, candidate in sorted(by_depth.items()):
-        chain = _trial(plan, candidate, 0).chain
+        chain = trial_of(plan, candidate, 0).chain
         if chain.plan.drop:
             measured = search_directory(plan.recipe) / DEPTH_FILE
             with stopped_by_signals():
@@ -135,8 +104,8 @@ def _rungs(plan: SearchPlan, launcher: Launcher | None) -> list[Standing]:
             break
     standings = ranked([*entrants, *out])
     if launch.rank() == 0:
-        winner = f"\n-> {search_directory(plan.recipe) / 'best.yaml'}" if standings[0].last.finite else ""
-        print(f"{text}{winner}", flush=True)
+        winner = search_directory(plan.recipe) / BEST
+        print(f"{text}\n-> {winner}" if winner.exists() else text, flush=True)
     return standings
 
 
@@ -150,50 +119,27 @@ def _check(standings: Sequence[Standing]) -> None:
 def _admitted(standings: Sequence[Standing], plan: SearchPlan) -> list[Standing]:
     """Those that have a loss and generate fast enough and, of them, the `top_k` with the lowest losses as cut."""
     least = plan.recipe.search.budget.min_tokens_per_second
-    finite = [each for each in standings if each.last.finite]
-    fast = [each for each in finite if least is None or (each.last.tokens_per_second or 0.0) >= least]
+    fast, finite = usable(standings, least), usable(standings, None)
     if finite and not fast:
-        fastest = max(each.last.tokens_per_second or 0.0 for each in finite)
+        fastest = max(each.tokens_per_second or 0.0 for each in finite)
         raise UserError(f"search.budget.min_tokens_per_second: {least:g}, and the fastest makes {fastest:.1f}")
-    return ranked(fast)[: plan.recipe.search.top_k]
+    return fast[: plan.recipe.search.top_k]
 
 
 def _measured(plan: SearchPlan, standings: Sequence[Standing], steps: int, launcher: Launcher | None) -> list[Standing]:
     """The standings with their results after `steps` updates; what is known already is not done again."""
-    trials = {each.candidate.name: _trial(plan, each.candidate, steps) for each in standings}
-    results = {name: found for name, trial in trials.items() if (found := _known(trial)) is not None}
+    trials = {each.candidate.name: trial_of(plan, each.candidate, steps) for each in standings}
+    results = {name: found for name, trial in trials.items() if (found := known(trial)) is not None}
     missing = [trial for name, trial in trials.items() if name not in results]
     for trial, failure in _here(missing) if launcher is None else _outside(missing, launcher):
         name = trial.candidate.name
         if failure is None:
-            results[name] = launch.from_rank_0(partial(_record, trial))
+            results[name] = launch.from_rank_0(partial(record, trial))
             _say(f"{name}: loss {results[name].loss:.4f} after {steps} updates")
         else:
             results[name] = Result.failed(steps, failure)
             _say(f"{name}: failed before {steps} updates: {failure}")
     return [replace(each, results=(*each.results, results[each.candidate.name])) for each in standings]
-
-
-def _trial(plan: SearchPlan, candidate: Candidate, steps: int) -> Trial:
-    recipe = candidate_recipe(plan.recipe, candidate, steps)
-    chain = Chain(launch.from_rank_0(lambda: preflight(recipe, plan.world_size)))
-    return Trial(candidate, steps, chain, result_key(chain))
-
-
-def _known(trial: Trial) -> Result | None:
-    return launch.from_rank_0(lambda: load_result(trial.result_file, trial.key))
-
-
-def _record(trial: Trial) -> Result:
-    """Keep a finished trial's result; its training checkpoints have served."""
-    assert trial.key is not None, "a trial that ended well read teacher, text and Scores"
-    evaluation = json.loads(trial.chain.evaluation.read_text())
-    result = save_result(trial.result_file, trial.key, trial.steps, evaluation)
-    for training in (trial.directory / "training").glob("distilled-*"):
-        (training / TRACKER).unlink(missing_ok=True)
-        for checkpoint in training.glob("iter_*"):
-            shutil.rmtree(checkpoint)
-    return result
 
 
 def _here(trials: Sequence[Trial]) -> Iterator[tuple[Trial, str | None]]:
@@ -203,7 +149,7 @@ def _here(trials: Sequence[Trial]) -> Iterator[tuple[Trial, str | None]]:
     separate teacher's processes lose a training that diverges: that is recorded, and the next call goes past it.
     """
     for trial in trials:
-        launch.from_rank_0(partial(_write, trial))
+        launch.from_rank_0(partial(write_recipe, trial))
         failure = None
         try:
             run_chain(trial.chain.recipe)
@@ -224,63 +170,32 @@ def _outside(trials: Sequence[Trial], launcher: Launcher) -> Iterator[tuple[Tria
         if unchanged(trial.chain):  # it ended while nobody was there to record it
             yield trial, None
         else:
-            file = _write(trial)
-            name = f"{trial.chain.recipe.name}-{_mark(trial.directory, trial.key)}"
+            file = write_recipe(trial)
+            name = f"{trial.chain.recipe.name}-{mark(trial.directory, trial.key)}"
             tasks[name] = trial, Task(name, "run", (str(file),), trial.chain.recipe, file.with_suffix(".log"))
     for name in launcher.run([task for _, task in tasks.values()]):
         trial, task = tasks[name]
-        well = _ended_well(trial, launcher.patience)
-        yield trial, None if well else f"{_reason(trial.directory)}, see {task.log}"
+        well = ended_well(trial, launcher.patience)
+        yield trial, None if well else f"{reason(trial.directory)}, see {task.log}"
 
 
 def _first_outside(plan: SearchPlan, launcher: Launcher, path: Path, overrides: Sequence[str]) -> None:
     """Have one process or job make teacher, text and Scores, and cut and measure all candidates."""
 
     def missing() -> bool:
-        return any(_known(_trial(plan, candidate, 0)) is None for candidate in plan.candidates)
+        return any(known(trial_of(plan, candidate, 0)) is None for candidate in plan.candidates)
 
     if not missing():
         return
     run_dir, arguments = Path(plan.recipe.run_dir), (str(path), *overrides, *FIRST)
-    name = f"{plan.recipe.name}-search-{_mark(run_dir, None)}"  # one at a time, whatever its settings
+    name = f"{plan.recipe.name}-search-{mark(run_dir, None)}"  # one at a time, whatever its settings
     log = driver_directory(plan.recipe) / "first.log"
     for _ in launcher.run([Task(name, "search", arguments, plan.recipe, log)]):
         deadline = time.monotonic() + launcher.patience
         while missing():
             if time.monotonic() > deadline:
-                raise Failed(f"{name}, the cuts of all candidates: {_reason(run_dir)}, see {log}; {AGAIN}")
+                raise Failed(f"{name}, the cuts of all candidates: {reason(run_dir)}, see {log}; {AGAIN}")
             time.sleep(1)
-
-
-def _ended_well(trial: Trial, patience: float) -> bool:
-    deadline = time.monotonic() + patience
-    while not unchanged(trial.chain):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(1)
-    return True
-
-
-def _write(trial: Trial) -> Path:
-    """The file of the trial's recipe."""
-    path = trial.directory / f"{trial.steps}.yaml"
-    trial.directory.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, recipe_yaml(trial.chain.recipe))
-    return path
-
-
-def _mark(directory: Path, key: str | None) -> str:
-    """What tells a task from those of other run directories and other settings."""
-    return hashlib.sha256(f"{directory.absolute()} {key}".encode()).hexdigest()[:8]
-
-
-def _reason(run_dir: Path) -> str:
-    """What a run says of its end, if it says anything."""
-    with suppress(FileNotFoundError):
-        status = json.loads((run_dir / STATUS).read_text())
-        if status["state"] in ("failed", "stopped"):
-            return f"{status['state']}: {status['reason']}"
-    return "it did not come to its end"
 
 
 @contextmanager

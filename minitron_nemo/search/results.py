@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from minitron_nemo.chain import Chain
-from minitron_nemo.checkpoint.files import write_atomic
+from minitron_nemo.checkpoint.files import to_json, write_atomic
+from minitron_nemo.evaluation.report import with_numbers
 from minitron_nemo.manifest import step_key
 from minitron_nemo.parallel import launch
 from minitron_nemo.search.costs import Costs
@@ -96,20 +97,20 @@ def load_result(path: Path, key: str | None) -> Result | None:
         return None
     if "failure" in data:
         return Result.failed(data["steps"], data["failure"])
-    return Result.of(data["steps"], data["evaluation"])
+    return Result.of(data["steps"], with_numbers(data["evaluation"]))
 
 
 def save_result(path: Path, key: str, steps: int, evaluation: Mapping[str, Any]) -> Result:
     """Keep what evaluation.json says now."""
     content = {"schema_version": SCHEMA_VERSION, "key": key, "steps": steps, "evaluation": evaluation}
-    write_atomic(path, json.dumps(content, indent=2) + "\n")
+    write_atomic(path, to_json(content) + "\n")
     return Result.of(steps, evaluation)
 
 
 def save_failure(path: Path, key: str, steps: int, failure: str) -> None:
     """Keep that it failed, and will again with the same settings."""
     content = {"schema_version": SCHEMA_VERSION, "key": key, "steps": steps, "failure": failure}
-    write_atomic(path, json.dumps(content, indent=2) + "\n")
+    write_atomic(path, to_json(content) + "\n")
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,12 @@ class Standing:
 def ranked(standings: Sequence[Standing]) -> list[Standing]:
     """Best first: by the rung reached, then by the loss there; equal ones as they came, and last those without one."""
     return sorted(standings, key=lambda each: (not each.last.finite, -each.last.steps, each.last.loss))
+
+
+def usable(standings: Sequence[Standing], min_tokens_per_second: float | None) -> list[Standing]:
+    """Those that have a loss and generate so fast, best first."""
+    least = min_tokens_per_second or 0.0
+    return [each for each in ranked(standings) if each.last.finite and (each.tokens_per_second or 0.0) >= least]
 
 
 def survivors(standings: Sequence[Standing], keep: float) -> list[Standing]:

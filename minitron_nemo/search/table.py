@@ -1,7 +1,9 @@
 """The ranked table, as data and for people, and the section of a recipe that the winner is.
 
 RUN/search/table.json, table.tsv, table.md     every candidate, best first; in table.json those without a loss apart
-RUN/search/best.yaml                           the `prune` section that makes the best one
+RUN/search/best.yaml                           the `prune` section that makes the best one, where one is usable
+
+They are always of the search that was called last: it begins by removing those of others.
 """
 
 from __future__ import annotations
@@ -18,8 +20,11 @@ from minitron_nemo.arch import Axis
 from minitron_nemo.checkpoint.files import write_atomic
 from minitron_nemo.config import Recipe
 from minitron_nemo.search.candidates import pruning, search_directory
-from minitron_nemo.search.results import SCHEMA_VERSION, Standing, pareto, ranked
+from minitron_nemo.search.results import SCHEMA_VERSION, Standing, pareto, ranked, usable
 from minitron_nemo.search.shapes import sizes
+
+TABLES = ("table.json", "table.tsv", "table.md")
+BEST = "best.yaml"
 
 LABELS = {
     Axis.LAYERS: "layers",
@@ -31,6 +36,12 @@ LABELS = {
     Axis.HEADS: "heads",
     Axis.GROUPS: "groups",
 }
+
+
+def forget(recipe: Recipe) -> None:
+    """Remove the table and the winner of an earlier search, which may have had other settings."""
+    for name in (*TABLES, BEST):
+        (search_directory(recipe) / name).unlink(missing_ok=True)
 
 
 def rows(standings: Sequence[Standing], rungs: Sequence[int]) -> list[dict[str, Any]]:
@@ -70,11 +81,12 @@ def rows(standings: Sequence[Standing], rungs: Sequence[int]) -> list[dict[str, 
 
 
 def write_table(recipe: Recipe, standings: Sequence[Standing], rungs: Sequence[int]) -> str:
-    """Write the table's files and, where a candidate has a loss, best.yaml; returns the table as markdown.
+    """Write the table's files, and best.yaml if a candidate is `usable`; returns the table as markdown.
 
     `rungs` begin with 0, before training.
     """
     directory, found = search_directory(recipe), rows(standings, rungs)
+    as_json, as_tsv, as_markdown = (directory / name for name in TABLES)
     content = {
         "schema_version": SCHEMA_VERSION,
         "recipe": recipe.name,
@@ -83,15 +95,16 @@ def write_table(recipe: Recipe, standings: Sequence[Standing], rungs: Sequence[i
         "candidates": [row for row in found if row["loss"] is not None],
         "failed": [row for row in found if row["loss"] is None],
     }
-    write_atomic(directory / "table.json", json.dumps(content, indent=2) + "\n")
+    write_atomic(as_json, json.dumps(content, indent=2) + "\n")
     axes = list(sizes(standings[0].candidate.architecture))
     cells = [_header(axes, rungs), *(_cells(row, axes, rungs) for row in found)]
-    write_atomic(directory / "table.tsv", "".join("\t".join(line) + "\n" for line in cells))
+    write_atomic(as_tsv, "".join("\t".join(line) + "\n" for line in cells))
     markdown = _markdown(cells)
-    write_atomic(directory / "table.md", markdown + "\n")
-    winner = ranked(standings)[0]
-    if winner.last.finite:
-        write_atomic(directory / "best.yaml", best(recipe, winner, len(standings)))
+    write_atomic(as_markdown, markdown + "\n")
+    if winners := usable(standings, recipe.search.budget.min_tokens_per_second):
+        write_atomic(directory / BEST, best(recipe, winners[0], len(standings)))
+    else:
+        (directory / BEST).unlink(missing_ok=True)  # of an earlier rung
     return markdown
 
 

@@ -28,11 +28,11 @@ from minitron_nemo.config import (
     TrainConfig,
 )
 from minitron_nemo.data.prepare import prepare_data
+from minitron_nemo.distillation.checkpoints import BestCheckpoint
 from minitron_nemo.distillation.metrics import EventsFile, MetricsFile, consumed_tokens
 from minitron_nemo.distillation.phases import Segment
 from minitron_nemo.distillation.records import read_metrics
 from minitron_nemo.distillation.train import train
-from minitron_nemo.distillation.validation import BestCheckpoint
 from minitron_nemo.evaluation.heldout import HeldOut
 from minitron_nemo.evaluation.report import evaluate_models
 from minitron_nemo.parallel import launch
@@ -234,9 +234,11 @@ def test_without_a_teacher_only_the_loss_is_measured_and_the_best_checkpoint_sta
 
 
 def test_the_best_checkpoint_is_one_that_was_measured_and_is_there(tmp_path: Path) -> None:
-    for iteration in (10, 20, 30):
+    for iteration in (5, 10, 20, 30):
         (tmp_path / f"iter_{iteration:07d}").mkdir()
     best = BestCheckpoint(tmp_path)
+    best.measured(5, float("nan"))  # which no later loss is lower than
+    assert best.published(5) is None
     best.measured(10, 3.0)
     assert best.published(10) == 10
     best.measured(15, 1.0)  # no checkpoint of it
@@ -273,7 +275,7 @@ def test_what_a_full_disk_refuses_follows_when_there_is_room(tmp_path: Path, mon
 
 
 def test_tensorboard_goes_on_after_a_full_disk(small_disk: Path) -> None:
-    """Its writer does not survive one: what comes later is in another file."""
+    """With all that was written meanwhile, and in the same file, whose last record was cut off."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventsFile(small_disk, 0)
@@ -281,14 +283,16 @@ def test_tensorboard_goes_on_after_a_full_disk(small_disk: Path) -> None:
     with suppress(OSError), (small_disk / "ballast").open("wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
-    values = {f"train/{number}": 0.0 for number in range(1000)}
-    assert any("No space left" in (events.append(update, values) or "") for update in range(2, 12))
+    values = {f"train/{number}": 0.5 for number in range(1000)}
+    assert all("No space left" in events.append(update, values) for update in range(2, 12))
     (small_disk / "ballast").unlink()
     assert events.append(20, {"train/loss": 20.0}) is None
     events.close()
     found = EventAccumulator(str(small_disk))
     found.Reload()
-    assert [event.step for event in found.Scalars("train/loss")] == [1, 20]
+    assert [(event.step, event.value) for event in found.Scalars("train/loss")] == [(1, 1.0), (20, 20.0)]
+    for tag in values:
+        assert [(event.step, event.value) for event in found.Scalars(tag)] == [(update, 0.5) for update in range(2, 12)]
 
 
 def test_a_run_that_starts_over_forgets_all_metrics(tmp_path: Path) -> None:

@@ -57,6 +57,14 @@ def write_recipe(directory: Path, **sections: dict) -> Path:
     return path
 
 
+def refusal(stderr: str) -> str:
+    """The one line that a refused command prints."""
+    lines = [line for line in stderr.splitlines() if line.startswith("minitron: error: ")]
+    assert len(lines) == 1, stderr
+    assert "Traceback" not in stderr
+    return lines[0]
+
+
 class Command:
     """A `minitron` process, its output in a file, killed with all it started when the test ends."""
 

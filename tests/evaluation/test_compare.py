@@ -86,6 +86,22 @@ def test_the_table_has_a_row_for_each_model(runs: list[Path], capsys: pytest.Cap
     assert two[3] == "+0.2500 ± 0.1443" and two[6] == ""
 
 
+def test_a_model_whose_loss_is_not_finite_has_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = _run(tmp_path / "run", {"teacher": [1.0, 2.0], "pruned": [800.0, 900.0], "distilled": [1.5, 2.0]}, {})
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["pruned"]["perplexity"] = None  # which is infinite
+    evaluation["distilled"] |= {"loss": None, "losses_per_document": [1.5, None], "perplexity": None}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    assert main(["compare", str(run)]) == 0
+    pruned, distilled = (line.split("|") for line in capsys.readouterr().out.splitlines()[3:])
+    assert (pruned[3].strip(), pruned[4].strip()) == ("850.0000 ± 0.1000", "+848.5000 ± 49.5000")
+    assert distilled[4].strip() == "+nan ± nan"
+    assert main(["compare", str(run), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["models"]
+    assert (found[f"{run}/pruned"]["loss"], found[f"{run}/pruned"]["perplexity"]) == (850.0, None)
+    assert found[f"{run}/distilled"]["delta"] is None
+
+
 def test_what_cannot_be_paired_is_refused_in_one_line(runs: list[Path], tmp_path: Path) -> None:
     other = _run(tmp_path / "other", {"pruned": [1.0, 2.0, 3.0]}, {}, documents="e15e")
     with pytest.raises(UserError, match=r"other/pruned: measured on other documents than .*one/teacher, .*--data"):

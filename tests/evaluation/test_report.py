@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from minitron_nemo.checkpoint.files import to_json
 from minitron_nemo.errors import UserError
 from minitron_nemo.evaluation.evaluate import Measured
 from minitron_nemo.evaluation.generation import Speed
-from minitron_nemo.evaluation.report import summarise, table
+from minitron_nemo.evaluation.report import read_evaluation, summarise, table
 from tests.models.support import architecture
 
 KEYS = {
@@ -122,6 +125,25 @@ def test_one_document_has_no_standard_error() -> None:
     record = summarise(_measured(documents=1))["pruned"]
     assert record["loss_se"] is None and record["delta_vs_teacher_se"] is None
     assert "±" not in table(summarise(_measured(documents=1)))
+
+
+@pytest.mark.parametrize("loss", [800.0, math.inf, math.nan])
+def test_a_loss_beyond_all_perplexities_is_shown_and_kept(tmp_path: Path, loss: float) -> None:
+    """e^800 is no float; neither is what a model loses that gives no finite logits, and neither is JSON."""
+    measured = _measured()
+    measured["pruned"] = replace(measured["pruned"], ce=loss * measured["pruned"].weight)
+    evaluation = summarise(measured)
+    line = next(line for line in table(evaluation).splitlines() if "pruned" in line.split("|")[1])
+    assert line.split("|")[4].strip() == ("nan" if math.isnan(loss) else "inf")
+    file = tmp_path / "evaluation.json"
+    file.write_text(to_json(evaluation))
+    held = json.loads(file.read_text(), parse_constant=pytest.fail)
+    assert held["pruned"]["perplexity"] is None and held["source"] == evaluation["source"]
+    record, found = evaluation["pruned"], read_evaluation(file)["pruned"]
+    for key in ("loss", "losses_per_document", "delta_vs_teacher", "top1_agreement"):
+        exact = math.isfinite(loss) or key == "top1_agreement"
+        np.testing.assert_equal(found[key], record[key] if exact else np.full_like(record[key], np.nan))
+    np.testing.assert_equal(found["perplexity"], math.inf if math.isfinite(loss) else math.nan)
 
 
 def test_the_table_shows_every_model_and_its_numbers() -> None:

@@ -17,11 +17,12 @@ from nemo.lightning.io import pl as checkpoint_io
 
 from minitron_nemo.models.build import _block_spec
 from minitron_nemo.parallel import device, launch
+from minitron_nemo.parallel.console import silence_known_warnings
 
 
 def install() -> None:
     """Let NeMo's trainer run on the CPU, in this process from here on."""
-    launch.silence_known_warnings()
+    silence_known_warnings()
     device.install()
     launch._save_without_manager()
     # lightning/megatron_parallel.py:617: DDP is made on a stream of its own.

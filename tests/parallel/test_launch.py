@@ -15,7 +15,9 @@ from torch.distributed import PrefixStore
 
 from minitron_nemo.errors import UserError
 from minitron_nemo.parallel import launch
-from minitron_nemo.parallel.launch import Job, Rendezvous, job_from_environment, outlive_a_full_disk
+from minitron_nemo.parallel.console import outlive_a_full_disk
+from minitron_nemo.parallel.environment import Job, job_from_environment
+from minitron_nemo.parallel.launch import Rendezvous
 from tests.pool import run_distributed
 
 TORCHRUN = {

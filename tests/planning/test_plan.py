@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -159,6 +161,37 @@ def test_layouts_beside_a_separate_teacher_fit_the_whole_job_too() -> None:
     of_teacher = (f"teacher.layout.{key}" for key in ("tensor_model_parallel_size=8", "sequence_parallel=true"))
     found = plan("nemotron4_15b_to_minitron_8b", *teacher, *of_teacher).estimate.layouts
     assert {each.layout.model_parallel_size for each in found} == {1, 2, 4, 8, 16, 32}
+
+
+@pytest.mark.parametrize("teacher", ["source", "previous"])
+def test_layouts_of_a_later_stage_are_all_that_its_recipe_may_have(teacher: str) -> None:
+    """The 15B model, which every stage evaluates, has an FFN that three ranks share, and not nine as the others'."""
+    small = (
+        "cluster.nodes=1",
+        "cluster.processes_per_node=9",
+        "cluster.gpu_memory_bytes=1e15",
+        "parallel.tensor_model_parallel_size=1",
+        "parallel.sequence_parallel=false",
+        "data.sequence_length=4068",
+        "train.global_batch_size=36",
+        "teacher.correction.steps=0",
+        "stages.minitron_8b.prune.ffn_hidden_size=18432",
+        f"stages.minitron_4b.teacher.model={teacher}",
+    )
+
+    def stage(*keys: str) -> Preflight:
+        recipe = load_recipe(RECIPES / "nemotron4_15b_to_8b_to_4b.yaml", [*small, *keys])
+        return plans(recipe)[-1]
+
+    assert [model.ffn_hidden_size % 9 for model in (stage().original, stage().source, stage().student)] == [6, 0, 0]
+    accepted = set()
+    for tensor, pipeline, virtual in product((1, 3, 9), (1, 3, 9), (1, 2, 4, 8)):
+        sizes = {"tensor": tensor, "pipeline": pipeline, "virtual_pipeline": virtual}
+        keys = [f"stages.minitron_4b.parallel.{name}_model_parallel_size={size}" for name, size in sizes.items()]
+        with suppress(UserError):
+            accepted.add(stage(*keys, f"stages.minitron_4b.parallel.sequence_parallel={tensor > 1}").layout)
+    assert {each.layout for each in stage().estimate.layouts} == accepted
+    assert {each.tensor_model_parallel_size for each in accepted} == {1, 3}
 
 
 def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:

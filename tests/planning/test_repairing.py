@@ -57,7 +57,7 @@ def job_of(world_size: int, source: Architecture, cut: dict[str, Any], repair: d
     recipe.prune = PruneConfig(**cut, repair=RepairConfig(samples=2, **repair))
     recipe.prune.calibration.precision = "fp32"
     student = target_architecture(source, recipe.prune)
-    return Job(recipe, source, source, student, Layout(world_size), Layout(world_size), world_size)
+    return Job(recipe, source, source, source, student, Layout(world_size), Layout(world_size), world_size)
 
 
 def allocated(job: Job, directory: Path) -> int:

@@ -147,6 +147,26 @@ def test_the_headlines_are_those_of_the_evaluation(run: Path, page: str, tmp_pat
     )
 
 
+def test_a_model_without_a_finite_loss_is_in_the_table_and_nowhere_else(tmp_path: Path) -> None:
+    run = part_of_a_run(tmp_path / "run", "evaluation.json", "training", updates=4)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["teacher"] |= {"loss": 800.0, "perplexity": None}  # the perplexity is infinite
+    evaluation["pruned"] |= {"loss": None, "loss_se": None, "perplexity": None, "delta_vs_teacher": None}
+    evaluation["pruned"]["kl_by_position"][3] |= {"kl": None, "se": None}
+    write_json(run / "evaluation.json", evaluation)
+    page = html(write_report(run))
+    names = ("source", "teacher", "pruned", "distilled")
+    shown = {label: dict(zip(names, cells, strict=True)) for label, cells in rows(page, "result").items()}
+    assert shown["held-out loss, nats per token"]["pruned"] == "nan"
+    assert (shown["perplexity"]["teacher"], shown["perplexity"]["pruned"]) == ("inf", "nan")
+    assert headlines(page) == [] and 'class="verdict"' not in page
+    drawn = charts(page, "result") | charts(page, "training", "Distillation")
+    assert [said.split(":")[0] for said in drawn["Held-out loss"]] == ["source", "teacher", "distilled"]
+    assert "teacher: 800" in drawn["Cross-entropy"] and not any("pruned" in said for said in drawn["Cross-entropy"])
+    by_position = charts(page, "behaviour")["Divergence by position"]
+    assert sum(said.startswith("pruned") for said in by_position) == len(evaluation["pruned"]["kl_by_position"]) - 1
+
+
 def test_figures_of_an_earlier_student_are_no_verdict_on_this_one(tmp_path: Path) -> None:
     run = part_of_a_run(tmp_path / "run", "evaluation.json", "tasks.json", "training")
     write_metrics(run / "training" / "distilled-89abcdef", 7, np.random.default_rng(2), hidden=True)

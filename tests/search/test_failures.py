@@ -1,18 +1,18 @@
-"""A search goes on past a candidate whose training diverges, on all ranks of its job."""
+"""A search goes on past a candidate whose training diverges, on all ranks of its job; and leaves no other's results."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
 
 from minitron_nemo.config import Recipe, load_recipe
 from minitron_nemo.distillation.objective import DistillationObjective
-from minitron_nemo.errors import Failed, SaidByRankZero
+from minitron_nemo.errors import Failed, SaidByRankZero, UserError
 from minitron_nemo.run import run_chain
 from minitron_nemo.search import driver
 from tests.pool import run_distributed
@@ -67,3 +67,31 @@ def test_a_candidate_that_diverges_is_recorded_and_the_others_go_on(tmp_path: Pa
     assert (status["state"], status["step"]) == ("failed", "search") and last["failure"] in status["reason"]
     again, _, ran = run_distributed(2, _searched, recipe)[0]
     assert (again, ran) == (said, ["tiny"])  # as recorded; only what all candidates share is looked at
+
+
+def _begun(path: Path, *overrides: str) -> str:
+    """What a search says whose first step fails."""
+    broken = Mock(side_effect=Failed("calibrate: no room"))
+    with patch.multiple(driver, run_chain=broken, _first_outside=broken):
+        try:
+            driver.search(load_recipe(path, overrides), path, ())
+        except (UserError, Failed) as error:
+            return str(error)
+    raise AssertionError("it went on")
+
+
+@pytest.mark.parametrize("launcher", ["none", "local"])
+def test_an_earlier_search_s_results_are_gone_when_another_one_begins(tmp_path: Path, launcher: str) -> None:
+    """Whatever ends it before it has some of its own. One that is refused has not begun."""
+    recipe = write_search(tmp_path)
+    search = tmp_path / "run" / "search"
+    search.mkdir(parents=True)
+    names = {"table.json", "table.tsv", "table.md", "best.yaml"}
+    for name in (*names, "depth.npz"):
+        (search / name).write_text("of the earlier one")
+    override = f"search.launcher={launcher}"
+    [said] = run_distributed(1, _begun, recipe, override, "search.max_candidates=1")
+    assert "max_candidates" in said
+    assert {path.name for path in search.glob("*.*")} == names | {"depth.npz"}
+    assert run_distributed(1, _begun, recipe, override) == ["calibrate: no room"]
+    assert {path.name for path in search.glob("*.*")} == {"depth.npz"}

@@ -15,7 +15,7 @@ from minitron_nemo.arch import Architecture
 from minitron_nemo.config import EvaluateConfig, Recipe, SearchConfig, ServingConfig, load_recipe
 from minitron_nemo.search.candidates import candidate_recipe
 from minitron_nemo.search.costs import Costs
-from minitron_nemo.search.results import Result, Standing, pareto, ranked, survivors
+from minitron_nemo.search.results import Result, Standing, load_result, pareto, ranked, save_result, survivors
 from minitron_nemo.search.shapes import Candidate
 from minitron_nemo.search.table import rows, write_table
 from tests.e2e.chain import write_recipe
@@ -140,9 +140,38 @@ def test_a_candidate_without_a_loss_is_last_and_in_nobodys_way(tmp_path: Path) -
     assert by_layers[0]["losses"] == {"0": None} and by_layers[0]["delta"] is None
     assert text.count("failed") == 3 and "nan" not in text and "inf" not in text
     assert f"{standings[3].candidate.name}, loss 2.0000" in (tmp_path / "run/search/best.yaml").read_text()
-    (tmp_path / "run/search/best.yaml").unlink()
     write_table(recipe, standings[:3], (0, 10))
+    assert not (tmp_path / "run/search/best.yaml").exists()  # that of the rung before is nobody's best any more
+
+
+def test_the_best_generates_as_fast_as_the_budget_asks_for(tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(tmp_path), ["search.budget.min_tokens_per_second=20"])
+    (tmp_path / "run" / "search").mkdir(parents=True)
+    costs = (1, 1, 1, 1.0)
+    slow, fast, worse = (
+        standing(number, costs, {0: loss}, speed=speed)
+        for number, (loss, speed) in enumerate([(1.0, 19.0), (2.0, 20.0), (3.0, 30.0)])
+    )
+    write_table(recipe, [worse, slow, fast], (0,))
+    assert f"{fast.candidate.name}, loss 2.0000" in (tmp_path / "run/search/best.yaml").read_text()
+    write_table(recipe, [slow], (0,))
     assert not (tmp_path / "run/search/best.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("loss", "perplexity", "failure"), [(800.0, math.inf, None), (math.nan, math.nan, "not finite")]
+)
+def test_a_result_that_is_not_finite_is_kept_as_json(
+    tmp_path: Path, loss: float, perplexity: float, failure: str | None
+) -> None:
+    figures = {"loss": loss, "perplexity": perplexity, "kl_to_teacher": loss, "generation_tokens_per_second": 9.0}
+    record = {**figures, "loss_se": None, "losses_per_document": [loss, loss]}
+    saved = save_result(tmp_path / "result_0.json", "key", 0, {"pruned": record})
+    held = json.loads((tmp_path / "result_0.json").read_text(), parse_constant=pytest.fail)
+    assert held["evaluation"]["pruned"]["perplexity"] is None
+    found = load_result(tmp_path / "result_0.json", "key")
+    assert found is not None and repr(found) == repr(saved)  # nan is not equal to itself
+    assert found.finite == (failure is None) and (failure or "") in (found.failure or "")
 
 
 def test_the_tables_say_the_same_and_the_best_is_a_section_of_a_recipe(tmp_path: Path) -> None:
