@@ -46,7 +46,7 @@ class Run:
 
     def submit(self, *overrides: str, nodes: int = 3) -> None:
         script = REPOSITORY / "launch" / "distill.sh"
-        options = ("--partition=spare", f"--nodes={nodes}", "--ntasks-per-node=1", "--time=30", "--signal=USR1@60")
+        options = ("--partition=spare", f"--nodes={nodes}", "--ntasks-per-node=1", "--time=30", "--signal=USR1@120")
         arguments = (str(self.recipe), f"run_dir={self.run_dir}", *overrides)
         self.jobs.append(self.slurm.sbatch(*options, script, *arguments, cwd=self.directory, env=ENVIRONMENT))
 
@@ -176,8 +176,11 @@ def preempt(run: Run) -> Generator[None, None, None]:
 
 def time_limit(run: Run) -> Generator[None, None, None]:
     hours, minutes, _ = map(int, run.slurm.job(run.job)["RunTime"].split(":"))
-    # Slurm signals a minute before the limit: that is now, and not when the training is done.
-    run.slurm.run("scontrol", "update", f"JobId={run.job}", f"TimeLimit={60 * hours + minutes + 1}")
+    # Slurm signals two minutes before the limit, which is now. It looks twice a minute, so the training waits for it.
+    run.slurm.run("scancel", "--signal=STOP", str(run.job))
+    run.slurm.run("scontrol", "update", f"JobId={run.job}", f"TimeLimit={60 * hours + minutes + 2}")
+    time.sleep(35)
+    run.slurm.run("scancel", "--signal=CONT", str(run.job))
     run.wait_for(lambda: status(run.files)["state"] == "stopped")
     run.slurm.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=30")
     yield

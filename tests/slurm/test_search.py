@@ -6,6 +6,7 @@ import json
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,12 @@ class Driver:
                 stderr=subprocess.STDOUT,
             )
 
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 300
+        while not condition():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.2)
+
     def kill(self) -> None:
         self.slurm.run("kill", "-KILL", self.pid.read_text().strip())
         self.process.wait(30)
@@ -47,14 +54,18 @@ def jobs(slurm: Cluster) -> Counter[str]:
 
 def test_a_killed_driver_finds_its_jobs_again(slurm: Cluster, tmp_path: Path) -> None:
     write_search(tmp_path)
-    driver = Driver(slurm, tmp_path, "log1")
-    for expected, log in ((1, "log2"), (3, "log3")):  # the first part; the two trainings, side by side
-        deadline = time.monotonic() + 300
-        while len(jobs(slurm)) < expected:
-            assert driver.process.poll() is None and time.monotonic() < deadline, driver.log.read_text()
-            time.sleep(0.2)
+    slurm.run("scontrol", "update", "PartitionName=cpu", "State=DOWN")  # so that the first part stays in the queue
+    try:
+        driver = Driver(slurm, tmp_path, "log1")
+        driver.wait_for(lambda: len(jobs(slurm)) == 1)
         driver.kill()
-        driver = Driver(slurm, tmp_path, log)
+        driver = Driver(slurm, tmp_path, "log2")
+        driver.wait_for(lambda: "in the queue from an earlier start" in driver.log.read_text())
+    finally:
+        slurm.run("scontrol", "update", "PartitionName=cpu", "State=UP")
+    driver.wait_for(lambda: len(jobs(slurm)) == 3)  # the two trainings, side by side
+    driver.kill()
+    driver = Driver(slurm, tmp_path, "log3")
     assert driver.process.wait(300) == 0, driver.log.read_text()
     assert set(jobs(slurm).values()) == {1} and len(jobs(slurm)) == 3
     found = table(tmp_path)
@@ -63,7 +74,6 @@ def test_a_killed_driver_finds_its_jobs_again(slurm: Cluster, tmp_path: Path) ->
         run = tmp_path / "run/search" / row["name"]
         assert json.loads((run / "status.json").read_text())["state"] == "done"
         assert "distill.sh" not in (run / "2.log").read_text() and "[distill] done" in (run / "2.log").read_text()
-    assert "in the queue from an earlier start" in (tmp_path / "log2").read_text()
     again = Driver(slurm, tmp_path, "log4")
     assert again.process.wait(120) == 0, again.log.read_text()
     assert len(jobs(slurm)) == 3
