@@ -23,6 +23,7 @@ from minitron_nemo.errors import UserError
 from minitron_nemo.importance.second_moments import Moments, Place, fit, norm_read, places
 from minitron_nemo.models.forward import forward_only
 from minitron_nemo.parallel.layout import Layout
+from minitron_nemo.planning.disk import matrix_bytes
 from minitron_nemo.pruning import repair as step
 from minitron_nemo.pruning.norm_maps import StudentNorm, student_norm
 from minitron_nemo.pruning.prune import prune
@@ -30,7 +31,8 @@ from tests.families import write_tiny
 from tests.importance.hugging_face import activations, load
 from tests.importance.measuring import dealt_out, loaded
 from tests.importance.test_collect import LAYOUTS, batch
-from tests.importance.test_second_moments import LAYERS, a_plan, neurons
+from tests.importance.test_second_moments import LAYERS, a_plan, assert_solves, neurons
+from tests.importance.test_second_moments import reads as neurons_read
 from tests.pool import run_distributed
 from tests.pruning.slicing import slice_hugging_face
 from tests.pruning.test_norm_maps import regression
@@ -41,9 +43,11 @@ from tests.pruning.test_repair import (
     assert_made_again,
     gain_name,
     killed_repair,
+    maps,
     passes_of_repair,
     repair_together,
     repaired,
+    whole,
 )
 
 RIDGE = 0.01
@@ -149,6 +153,19 @@ def test_what_readers_see_is_the_least_squares_solution_on_hugging_faces_activat
             atol=1e-4 * np.abs(gain[:, None] * slopes).max(),
             err_msg=name,
         )
+
+
+def test_neurons_are_fitted_beside_the_norms(case: Repaired) -> None:
+    found = neurons_read(case.hugging_face, case.plain, *batch())
+    assert sorted(found) == maps(case.plain, "linear_fc2")
+    for layer, (name, (x, y)) in enumerate(found.items()):
+        assert_solves(x, y, np.array(neurons(case.plain, layer)), RIDGE, whole(name, case))
+
+
+def test_matrices_take_the_bytes_that_are_planned(case: Repaired) -> None:
+    values = load_file(case.directory / "plan.safetensors").values()
+    planned = matrix_bytes(case.plain.source, case.plain.target, PruneConfig())
+    assert sum(tensor.nbytes for tensor in values) == planned
 
 
 def test_columns_have_length_one_and_biases_the_size_of_the_constants(case: Repaired) -> None:
