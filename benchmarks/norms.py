@@ -39,7 +39,6 @@ TEACHER = Architecture(
     family="nemotron",
     model_type="nemotron",
 )
-TEACHER_STEPS = 400
 SHAPE, HIDDEN = "hidden 2/3", 128
 PLAIN = "plain"
 ARMS: dict[str, tuple[str, ...]] = {
@@ -51,10 +50,10 @@ ARMS: dict[str, tuple[str, ...]] = {
 
 
 class Norms(Bench):
-    def learn(self) -> None:
+    def learn(self, steps: int) -> None:
         """Make the teacher, unless it is there."""
         alone = ("distill.logits_weight=0", "distill.ce_weight=1", "distill.intermediate.pairs=[]")
-        recipe = self.recipe(*SMALL.scratch, *alone, f"train.steps={TEACHER_STEPS}")
+        recipe = self.recipe(*SMALL.scratch, *alone, f"train.steps={steps}")
         make_teacher(self.teacher.parent, recipe, TEACHER)
 
     def student(self, arm: str) -> Path:
@@ -82,23 +81,23 @@ class Norms(Bench):
         prune(self.teacher, plan, destination)
 
 
-def table(bench: Norms, seeds: int) -> str:
+def table(bench: Norms, options: argparse.Namespace) -> str:
     """Markdown: per arm and steps, loss minus the teacher's and minus the plain cut's."""
     teacher = bench.losses("teacher.json")
     if teacher is None:
         raise SystemExit(f"{bench.place}: the teacher's loss is not there; measure it first")
     columns = ("arm", "parameters", "updates", f"loss minus the teacher's {teacher.mean():.3f}", f"minus {PLAIN}")
     lines = [f"| {' | '.join(columns)} | seed by seed |", "|---|---|---|---|---|---|"]
-    for steps in (0, SMALL.steps):
-        plain = by_seed(bench, PLAIN, steps, seeds)
+    for steps in (0, options.steps):
+        plain = by_seed(bench, PLAIN, steps, options.seeds)
         for arm in ARMS:
-            own = by_seed(bench, arm, steps, seeds)
+            own = by_seed(bench, arm, steps, options.seeds)
             if not own:
                 continue
             size = f"{parameters(Architecture.load(bench.student(arm))) / 1e6:.2f} M"
             loss = paired(own, dict.fromkeys(own, teacher))
-            against = "|" if arm == PLAIN else f"{paired(own, plain)} | {each(own, plain)}"
-            lines.append(f"| {arm} | {size} | {steps} | {loss} | {against} |")
+            against = "" if arm == PLAIN else paired(own, plain)
+            lines.append(f"| {arm} | {size} | {steps} | {loss} | {against} | {each(own, plain)} |")
     return "\n".join(lines)
 
 
@@ -109,15 +108,17 @@ def by_seed(bench: Norms, arm: str, steps: int, seeds: int) -> dict[int, Array]:
 
 
 def each(own: dict[int, Array], others: dict[int, Array]) -> str:
-    """The mean difference of each seed, where there are several."""
+    """The mean difference of each seed, where seeds differ."""
     found = [f"{(own[seed] - others[seed]).mean():+.3f}" for seed in sorted(own.keys() & others.keys())]
-    return ", ".join(found) if len(found) > 1 else ""
+    return ", ".join(found) if len(set(found)) > 1 else ""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--place", type=Path, default=Path("runs/norms"), help="where teacher, students and cells go")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=SMALL.steps, help="of distillation, of 2048 tokens")
+    parser.add_argument("--teacher-steps", type=int, default=400, help="of the teacher's training")
     parser.add_argument("--measured", action="store_true", help="measure nothing more")
     options = parser.parse_args()
     base = options.place / "base"
@@ -125,14 +126,14 @@ def main() -> None:
     if not options.measured:
         launch.join_job()
         launch.initialize(Layout(), 0)
-        bench.learn()
+        bench.learn(options.teacher_steps)
         bench.measure("teacher.json", bench.teacher)
-        for steps, seeds in ((0, 1), (SMALL.steps, options.seeds)):
+        for steps, seeds in ((0, 1), (options.steps, options.seeds)):
             for seed in range(seeds):
                 for arm in ARMS:
                     bench.run(Cell(SHAPE, arm, seed, steps))
         launch.shutdown()
-    print(table(bench, options.seeds))
+    print(table(bench, options))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ CUTS: dict[str, tuple[int, Architecture, dict[str, Any], dict[str, Any], str]] =
     "neurons, a place a pass": (1, SOURCE, {"ffn_hidden_size": 640}, {"statistics_bytes": 1}, "solve"),
     "experts": (1, MIXTURE, {"num_moe_experts": 3, "moe_ffn_hidden_size": 640}, {}, "solve"),
     "channels": (1, SOURCE, {"hidden_size": 192}, {}, "solve"),
-    "channels behind LayerNorms": (1, LAYER_NORMED, {"hidden_size": 192}, {}, "solve"),
+    "channels behind LayerNorms": (1, LAYER_NORMED, {"hidden_size": 192}, {}, "pass"),
+    "most channels behind LayerNorms": (1, LAYER_NORMED, {"hidden_size": 248}, {}, "solve"),
     "few of many places": (1, DEEP, {"hidden_size": 16, "ffn_hidden_size": 32}, {}, "pass"),
     "rotation": (1, SOURCE, {"hidden_size": 32, "hidden_method": "rotate", "untie": True}, {}, "rotate"),
 }

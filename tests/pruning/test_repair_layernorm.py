@@ -20,20 +20,22 @@ from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.checkpoint.verify import verify
 from minitron_nemo.config import PruneConfig, RepairConfig
 from minitron_nemo.errors import UserError
-from minitron_nemo.importance.counted import Norm
 from minitron_nemo.importance.second_moments import Moments, Place, fit, norm_read, places
 from minitron_nemo.models.forward import forward_only
 from minitron_nemo.parallel.layout import Layout
+from minitron_nemo.planning.disk import matrix_bytes
 from minitron_nemo.pruning import repair as step
-from minitron_nemo.pruning.norm_maps import SMALLEST, StudentNorm, student_norm
+from minitron_nemo.pruning.norm_maps import StudentNorm, student_norm
 from minitron_nemo.pruning.prune import prune
 from tests.families import write_tiny
 from tests.importance.hugging_face import activations, load
 from tests.importance.measuring import dealt_out, loaded
 from tests.importance.test_collect import LAYOUTS, batch
-from tests.importance.test_second_moments import LAYERS, a_plan, neurons
+from tests.importance.test_second_moments import LAYERS, a_plan, assert_solves, neurons
+from tests.importance.test_second_moments import reads as neurons_read
 from tests.pool import run_distributed
 from tests.pruning.slicing import slice_hugging_face
+from tests.pruning.test_norm_maps import regression
 from tests.pruning.test_prune import logits_of, prune_together
 from tests.pruning.test_repair import (
     IN_PASSES,
@@ -41,9 +43,11 @@ from tests.pruning.test_repair import (
     assert_made_again,
     gain_name,
     killed_repair,
+    maps,
     passes_of_repair,
     repair_together,
     repaired,
+    whole,
 )
 
 RIDGE = 0.01
@@ -111,18 +115,6 @@ def parameters(case: Repaired, read: Read) -> tuple[np.ndarray, np.ndarray]:
     return (weights[f"{read.hf_norm}.weight"] + 1.0).double().numpy(), weights[f"{read.hf_norm}.bias"].double().numpy()
 
 
-def regression(x: np.ndarray, y: np.ndarray, kept: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
-    """M and b that minimise |x - y M^T - b|^2 + lam |M - c S|^2: one system for numpy, lam's rows below, b unknown."""
-    around = y - y.mean(axis=0)
-    constant = ((x[:, kept] - x[:, kept].mean(axis=0)) * around).sum() / (around**2).sum()
-    lam = ridge * (around**2).sum() / len(kept)
-    plain = np.zeros((x.shape[1], len(kept)))
-    plain[kept, np.arange(len(kept))] = constant
-    rows = np.block([[y, np.ones((len(y), 1))], [np.sqrt(lam) * np.eye(len(kept)), np.zeros((len(kept), 1))]])
-    solution = np.linalg.lstsq(rows, np.concatenate([x, np.sqrt(lam) * plain.T]), rcond=None)[0]
-    return solution[:-1].T, solution[-1]
-
-
 def bias_name(reader: str) -> str:
     return norm_name(reader).removesuffix("weight") + "bias"
 
@@ -161,6 +153,19 @@ def test_what_readers_see_is_the_least_squares_solution_on_hugging_faces_activat
             atol=1e-4 * np.abs(gain[:, None] * slopes).max(),
             err_msg=name,
         )
+
+
+def test_neurons_are_fitted_beside_the_norms(case: Repaired) -> None:
+    found = neurons_read(case.hugging_face, case.plain, *batch())
+    assert sorted(found) == maps(case.plain, "linear_fc2")
+    for layer, (name, (x, y)) in enumerate(found.items()):
+        assert_solves(x, y, np.array(neurons(case.plain, layer)), RIDGE, whole(name, case))
+
+
+def test_matrices_take_the_bytes_that_are_planned(case: Repaired) -> None:
+    values = load_file(case.directory / "plan.safetensors").values()
+    planned = matrix_bytes(case.plain.source, case.plain.target, PruneConfig())
+    assert sum(tensor.nbytes for tensor in values) == planned
 
 
 def test_columns_have_length_one_and_biases_the_size_of_the_constants(case: Repaired) -> None:
@@ -331,59 +336,6 @@ def test_a_killed_repair_goes_on_with_gains_and_biases_and_ends_with_the_same_bi
     run_distributed(1, killed_repair, "_watch", 2, *arguments, directory)
     assert run_distributed(1, passes_of_repair, *arguments, directory) == [passes - 2]
     assert_made_again(directory, tmp_path / "undisturbed")
-
-
-def random_norm(generator: torch.Generator, channels: int) -> Norm:
-    gain, bias = torch.rand(2, channels, generator=generator)
-    return Norm(gain + 0.1, bias - 0.5)
-
-
-def totals_of(states: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Normalised x [t, h] and y [t, k], and the sums of their products, a 1 behind each."""
-    x = functional.layer_norm(states, states.shape[-1:])
-    y = functional.layer_norm(states[:, kept], (len(kept),))
-    ones = torch.ones(len(states), 1, dtype=states.dtype)
-    return x, y, torch.cat([y, x, ones], dim=1).t() @ torch.cat([y, ones], dim=1)
-
-
-@pytest.mark.parametrize("ridge", [1e-6, 1e-2, 1e12])
-def test_sums_that_are_singular_along_the_ones_are_solved_at_any_ridge(ridge: float) -> None:
-    """Entries of y sum to 0: M makes of (1, ..., 1) what the plain cut makes of it, and the constant is met exactly."""
-    generator = torch.Generator().manual_seed(0)
-    mixing = torch.randn(12, 12, dtype=torch.float64, generator=generator)
-    states = torch.randn(500, 12, dtype=torch.float64, generator=generator) @ mixing + mixing[0]
-    kept = torch.tensor([0, 1, 4, 5, 7, 10])
-    x, y, totals = totals_of(states, kept)
-    place = Place("reader", 0, "norm", kept.numpy(), Axis.HIDDEN)
-    second = y.t() @ y - len(y) * torch.outer(y.mean(dim=0), y.mean(dim=0))
-    assert torch.linalg.eigvalsh(second)[0].abs() < 1e-9 * second.diagonal().mean()
-    fitted = fit(place, totals, ridge)
-    slopes, constant = regression(x.numpy(), y.numpy(), kept.numpy(), ridge)
-    np.testing.assert_allclose(fitted[:, -1], constant, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(fitted[:, :-1], slopes, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(slopes.sum(axis=1)[[2, 3]], 0, atol=1e-6)
-    norm = random_norm(generator, 12)
-    found = student_norm(fitted, norm, zero_centered_gamma=True)
-    assert found.bias is not None
-    actual = (y * (found.gain + 1) + found.bias) @ found.readers.t()
-    np.testing.assert_allclose(actual, (y @ fitted[:, :-1].t() + fitted[:, -1]) * norm.gain + norm.bias, atol=1e-9)
-
-
-@pytest.mark.parametrize("case_of", ["no token", "gains of zero", "nothing constant"])
-def test_a_norm_without_signal_keeps_the_plain_cut_or_nothing_and_is_finite(case_of: str) -> None:
-    kept = np.array([0, 2, 3])
-    place = Place("reader", 0, "norm", kept, Axis.HIDDEN)
-    norm = Norm(torch.full((5,), 0.5), torch.zeros(5))
-    fitted = fit(place, torch.zeros(9, 4, dtype=torch.float64), 0.01)
-    np.testing.assert_array_equal(fitted, np.eye(5)[:, [0, 2, 3, 1]] * [1, 1, 1, 0])
-    if case_of == "gains of zero":
-        norm = Norm(torch.zeros(5), torch.ones(5))
-    if case_of == "nothing constant":
-        norm = Norm(torch.full((5,), 0.001), torch.zeros(5))
-    found = student_norm(fitted, norm, zero_centered_gamma=True)
-    assert found.bias is not None and all(bool(part.isfinite().all()) for part in found)
-    np.testing.assert_allclose((found.bias @ found.readers.t())[0], norm.bias, atol=1e-12)
-    assert float(found.gain.min()) >= SMALLEST - 1  # stored minus one; at 0 the reader could not make up for it
 
 
 def test_a_tied_model_keeps_its_final_norm(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ ALONE = {
         "copy",
         "benchmarks/transform.py --layers 1 --vocab-size 1000 --repeat 1 --processes 2 --passes 'prune HF -> Megatron'",
     ),
+    "norms": ("readers", "-m benchmarks.norms --teacher-steps 2 --steps 1 --seeds 1"),
     "kernels": ("sm_90", "-m tests.kernels.aot"),
     "mixtures": ("both 2/3", "-m benchmarks.mixtures --teaching 1 --steps 0 --shapes 'both 2/3'"),
 }
