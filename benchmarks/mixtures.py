@@ -44,10 +44,16 @@ TEACHER = Architecture(
     family="qwen2_moe",
     model_type="qwen2_moe",
 )
+UPDATES = 300
 TEACHING = ("distill.logits_weight=0", "distill.ce_weight=1", *SMALL.scratch)
 NEURONS = ("prune.moe_ffn_hidden_size=128", "prune.moe_shared_expert_intermediate_size=128")
 HIDDEN = ("prune.hidden_size=96",)
-SHAPES = {"neurons 2/3": NEURONS, "hidden 2/3": HIDDEN, "both 2/3": (*NEURONS, *HIDDEN)}
+SHAPES: dict[str, tuple[str, ...]] = {
+    "neurons 2/3": NEURONS,
+    "neurons 1/6": ("prune.moe_ffn_hidden_size=32", "prune.moe_shared_expert_intermediate_size=32"),
+    "hidden 2/3": HIDDEN,
+    "both 2/3": (*NEURONS, *HIDDEN),
+}
 PLAIN, OURS = "ours, unrepaired", "ours"
 ARMS: dict[str, tuple[str, ...]] = {"(l2, mean)": (*ACTIVATION, *UNREPAIRED), PLAIN: UNREPAIRED, OURS: ()}
 
@@ -82,6 +88,13 @@ class Mixtures(Bench):
         return {seed: losses for seed, losses in found.items() if losses is not None}
 
 
+def bench_of(place: Path, updates: int = UPDATES) -> Mixtures:
+    """The bench at `place`, whose teacher is trained for so many updates of 2048 tokens if it is not there."""
+    bench = Mixtures(place / "base", place, samples=SMALL.samples, documents=SMALL.documents, overrides=SMALL.overrides)
+    make_teacher(place / "base", bench.recipe(*TEACHING, f"train.steps={updates}"), TEACHER)
+    return bench
+
+
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
     """What is asked for, in the order in which it is measured."""
     for steps in sorted({0, options.steps}):
@@ -93,8 +106,7 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
 def table(bench: Mixtures, options: argparse.Namespace) -> str:
     """Markdown: per shape, arm and training, loss minus the teacher's and minus that of the unrepaired cut."""
     teacher = bench.losses("teacher.json")
-    if teacher is None:
-        raise SystemExit(f"{bench.place}: the teacher's loss is not there; measure it first")
+    assert teacher is not None, "is measured first"
     lines = [
         f"| shape | arm | parameters | updates | loss minus the teacher's {teacher.mean():.3f} | minus {PLAIN} |",
         "|---|---|---|---|---|---|",
@@ -120,7 +132,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--teaching", type=int, default=300, help="updates of the teacher, of 2048 tokens")
+    parser.add_argument("--teaching", type=int, default=UPDATES, help="updates of the teacher, of 2048 tokens")
     parser.add_argument("--steps", type=int, default=40, help="of distillation, of 2048 tokens; 0: none")
     parser.add_argument("--measured", action="store_true", help="measure nothing more")
     return parser.parse_args()
@@ -128,16 +140,13 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    base = options.place / "base"
-    bench = Mixtures(base, options.place, samples=SMALL.samples, documents=SMALL.documents, overrides=SMALL.overrides)
-    if not options.measured:
-        launch.join_job()
-        launch.initialize(Layout(), 0)
-        make_teacher(base, bench.recipe(*TEACHING, f"train.steps={options.teaching}"), TEACHER)
-        bench.measure("teacher.json", bench.teacher)
-        for cell in cells(options):
-            bench.run(cell)
-        launch.shutdown()
+    launch.join_job()
+    launch.initialize(Layout(), 0)
+    bench = bench_of(options.place, options.teaching)
+    bench.measure("teacher.json", bench.teacher)
+    for cell in () if options.measured else cells(options):
+        bench.run(cell)
+    launch.shutdown()
     print(table(bench, options))
 
 

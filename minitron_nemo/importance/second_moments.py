@@ -11,7 +11,9 @@ rotation and c = <S^T x, y> / <y, y>,
 A large ridge gives the plain cut, c S. One M serves all tensors that read the same x: router and experts of a mixture,
 too. The linear_fc2 of an expert reads the tokens that are routed to it, each times the router's weight of it, as
 Megatron-core has it; what a shared expert's reads is multiplied here by its gate. So x is weighted by what it adds to
-the residual stream, and an expert that no token comes to has the plain cut.
+the residual stream. How many tokens t come to an expert nobody chooses: where they are fewer than its k columns, its
+ridge is (k / t)^3 times as large, since what is fitted to a few tokens may be worse than the plain cut on others
+(docs/evidence/cuts.md). An expert that no token comes to has the plain cut.
 
 Behind a LayerNorm the means of x and y over tokens are not 0, and a tensor reads a bias as well: x is near M y + b. A
 1 behind both x and y brings their sums and the number of tokens into the products; A and X are of what is left without
@@ -244,14 +246,18 @@ class Moments(Watch):
     """Sums of A and X over the tokens of a pass, fp64.
 
     `sums[name]` is [rows, k]: [A; X] of a norm over this rank's tokens, X of linear_fc2 over this rank's rows. Behind a
-    LayerNorm [rows + 1, k + 1]: the last row and column are of the 1 behind x and y.
+    LayerNorm [rows + 1, k + 1]: the last row and column are of the 1 behind x and y. `tokens[name]` counts the rows
+    that came to an expert's place on this rank and, after `totals`, in the job.
     """
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         self.sums = {place.name: self._zeros(place) for place in self.places}
+        self.tokens = {place.name: 0.0 for place in self.places if place.expert is not None}
 
     def add(self, place: Place, tokens: Tensor) -> None:
+        if place.expert is not None:
+            self.tokens[place.name] += len(tokens)
         (self._add_ffn if place.norm is None else self._add_norm)(place, tokens)
 
     def _zeros(self, place: Place) -> Tensor:
@@ -282,6 +288,9 @@ class Moments(Watch):
         `kept` are A. Collective over the tensor- and data-parallel ranks of the stage, which get the places in turn.
         """
         group = parallel_state.get_tensor_and_data_parallel_group()
+        tokens = torch.tensor(list(self.tokens.values()), dtype=torch.float64, device=self.device)
+        distributed.all_reduce(tokens, group=group)  # all tensor-parallel ranks have counted the same ones
+        self.tokens = dict(zip(self.tokens, (tokens / self.tp_size).tolist(), strict=True))
         for number, place in enumerate(self.places):
             mine = self.sums.pop(place.name)
             if place.norm is None:
@@ -292,6 +301,11 @@ class Moments(Watch):
             distributed.reduce(mine, dst=distributed.get_global_rank(group, owner), group=group)
             if group.rank() == owner:
                 yield place, mine
+
+    def ridge(self, place: Place, ridge: float) -> float:
+        """The ridge of a place after `totals`: `ridge`, or a larger one for an expert that few tokens have come to."""
+        few = place.columns / max(1.0, self.tokens.get(place.name, place.columns))
+        return ridge * max(1.0, few**3)
 
 
 def fit(place: Place, totals: Tensor, ridge: float) -> Tensor:

@@ -236,7 +236,8 @@ def _fit(
         moments = _watch(Moments, model, batches, now, f"repair, pass {number + 1} of {count}")
         for place, totals in moments.totals():
             if place.name not in before:
-                state.record(place.name, _write(state.file, place, fit(place, totals, config.ridge), model))
+                fitted = fit(place, totals, moments.ridge(place, config.ridge))
+                state.record(place.name, _write(state.file, place, fitted, model))
 
 
 def _watch(kind: type[W], model: Model, batches: Sequence[Microbatch], watched: Sequence[Place], label: str) -> W:

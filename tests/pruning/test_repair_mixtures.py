@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minitron_nemo.arch import Architecture, Axis, Plan
+from minitron_nemo.arch.counts import forward_flops_per_token
 from minitron_nemo.arch.matrix import REPLACE, Matrix
 from minitron_nemo.checkpoint.dense import DenseMaps
 from minitron_nemo.checkpoint.transform import convert
@@ -192,10 +193,11 @@ def test_maps_are_the_least_squares_solutions_on_hugging_faces_activations(
         if name in before:
             assert_solves(x, y, np.array(plan.kept_hidden), 0.01, maps[name] / before[name][:, None])
         else:
-            assert_solves(x, y, np.array(kept_neurons(plan, name)), 0.01, maps[name])
+            few = max(1.0, 56 / len(x)) if ".experts." in name else 1.0
+            assert_solves(x, y, np.array(kept_neurons(plan, name)), 0.01 * few**3, maps[name])
 
 
-LAYOUTS_OF = {
+LAYOUTS_OF = {  # the first of each are those that `make test` runs
     "mixtral": ["PP2", "TP2 SP", "DP2", "TP2 PP2 VPP2 SP"],
     "qwen2_moe": ["TP2 SP DP2", "TP2 SP", "DP2", "PP2", "TP2 PP2 VPP2 SP"],
 }
@@ -209,15 +211,14 @@ LAYOUTS_OF = {
         for number, layout in enumerate(layouts)
     ],
 )
-def test_maps_do_not_depend_on_the_layout(
-    family: str, layout: str, cases: Callable[[str], Repaired], tmp_path: Path
-) -> None:
-    """To 1e-5 of the largest entry. The first of each are those that `make test` runs."""
-    found = cases(family)
+def test_maps_do_not_depend_on_the_layout(family: str, layout: str, tmp_path: Path) -> None:
+    """To 1e-5 of the largest entry, where several tokens a column come to each expert; to 1.2e-5 where one does."""
+    text = batch(sequences=24)
+    found = repaired(tmp_path, family, text=text)
     processes, on = LAYOUTS[layout]
-    plan = a_plan(found.plan.source)
-    run_distributed(processes, repair_together, found.teacher, on, plan, RepairConfig(), tmp_path / "plan")
-    other = found._replace(directory=tmp_path / "plan")
+    arguments = found.teacher, on, a_plan(found.plan.source), RepairConfig(), tmp_path / "spread", text
+    run_distributed(processes, repair_together, *arguments)
+    other = found._replace(directory=tmp_path / "spread")
     assert replace(other.plan, matrices={}) == replace(found.plan, matrices={})
     maps = other.maps
     for name, matrix in found.maps.items():
@@ -352,7 +353,7 @@ def test_tokens_that_do_not_count_do_not_count_for_experts(cases: Callable[[str]
         added = np.delete(matrix, kept_neurons(plan, name), axis=0)
         if len(x):
             gone = np.delete(x[0], kept_neurons(plan, name))
-            own = np.outer(gone, y[0]) / (y @ y.T + 0.01 * (y**2).mean())
+            own = np.outer(gone, y[0]) / (y @ y.T + 0.01 * 56**3 * (y**2).mean())
             np.testing.assert_allclose(added, own, rtol=0, atol=1e-4 * np.abs(own).max())
         else:
             assert not added.any()
@@ -385,7 +386,11 @@ def test_a_small_byte_budget_takes_a_pass_for_a_few_experts_and_gives_the_same_b
     plan = a_plan(found.plan.source)
     [passes] = run_distributed(1, passes_of_repair, found.teacher, Layout(), plan, config, tmp_path / "plan")
     assert (tmp_path / "plan" / "plan.safetensors").read_bytes() == (found.directory / "plan.safetensors").read_bytes()
-    assert passes == step.planned(plan.source, plan.target, PruneConfig(repair=config), Layout(), 32)[0] > 4
+    planned, flops = step.planned(plan.source, plan.target, PruneConfig(repair=config), Layout(), 32)
+    assert passes == planned > 4
+    # Of a token in two layers: two norms, two of its experts at most, the shared one; and the output's norm.
+    products = 2 * (2 * (64 + 40) * 40 + 2 * 96 * 56 + 80 * 48) + (64 + 40) * 40
+    assert flops == passes * (forward_flops_per_token(plan.source, 32) - 2 * 259 * 64) + 2 * products
 
 
 def swapped(columns: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

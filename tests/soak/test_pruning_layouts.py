@@ -94,7 +94,7 @@ def test_no_layout_scores_or_keeps_or_writes_anything_else(
 def test_no_layout_repairs_or_writes_anything_else(family: str, places: int, layout: Layout, tmp_path: Path) -> None:
     """Eight processes fit the maps that one does; students cut by them have the same bits from one and from eight."""
     convert(write_tiny(family, tmp_path / "hf", num_layers=8), tmp_path / "teacher", "megatron", progress=False)
-    tokens = batch(sequences=8)
+    tokens = batch(sequences=24)  # several for each column of an expert
     scores = run_distributed(1, measured, tmp_path / "teacher", Layout(), *tokens)[0]
     plain = make_plan(scores, scores.architecture, PruneConfig(**TARGET, **cut_mlp(scores.architecture)))
     plans = []
