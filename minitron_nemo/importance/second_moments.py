@@ -320,8 +320,7 @@ def fit(place: Place, totals: Tensor, ridge: float) -> Tensor:
     count = place.columns
     if totals.shape[1] == count:
         return least_squares(totals[count:], totals[:count], place.cut, ridge)
-    sums, tokens = totals[:, -1].clone(), totals[-1, -1].clamp(min=1.0)
-    means = sums / tokens
+    means = totals[:, -1] / totals[-1, -1].clamp(min=1.0)
     totals.addr_(means, totals[-1].clone(), alpha=-1.0)  # of x and y without their means
     fitted = least_squares(totals[count:-1, :count], totals[:count, :count], place.cut, ridge)
     return torch.cat([fitted, (means[count:-1] - fitted @ means[:count])[:, None]], dim=1)
