@@ -78,14 +78,14 @@ class BridgeModel:
 class Family:
     """The named axes of a family's tensors and, in the names of Megatron-core's TransformerConfig, its layers.
 
-    `table` lists all tensors of an architecture in the order of the forward pass, what reads the residual stream behind
-    the norm that it reads. `hugging_face` maps each `model_type` that is this family to its configuration.
-    `normalization` is "RMSNorm" or "LayerNorm" (with a bias); gains are stored minus one under
-    `layernorm_zero_centered_gamma`. `activation` is "silu" or "squared_relu", of the gate where `gated_linear_unit` and
-    of the product itself otherwise. `nemo` and `bridge` map a `model_type` to its names there; without one it is not
-    written for NeMo, and written for Megatron-Bridge as a model that has no name. In a `mixture_of_experts` every
-    layer's MLP is a router and experts; no layer has an MLP beside them. With `moe_shared_expert_gate` there is one
-    more expert, which sees every token; its output is multiplied by a sigmoid.
+    `table` lists all tensors of an architecture in the order of the forward pass. `hugging_face` maps each `model_type`
+    that is this family to its configuration. `normalization` is "RMSNorm" or "LayerNorm" (with a bias); gains are
+    stored minus one under `layernorm_zero_centered_gamma`. `activation` is "silu" or "squared_relu", of the gate where
+    `gated_linear_unit` and of the product itself otherwise. `nemo` and `bridge` map a `model_type` to its names there;
+    without one it is not written for NeMo, and written for Megatron-Bridge as a model that has no name. In a
+    `mixture_of_experts` every layer's MLP is a router and experts; no layer has an MLP beside them. With
+    `moe_shared_expert_gate` there is one more expert, which sees every token; its output is multiplied by a sigmoid.
+    What reads the residual stream stands in `table` behind the norm that it reads.
     """
 
     table: Callable[[Architecture], tuple[TensorSpec, ...]]
