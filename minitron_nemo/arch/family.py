@@ -85,6 +85,7 @@ class Family:
     without one it is not written for NeMo, and written for Megatron-Bridge as a model that has no name. In a
     `mixture_of_experts` every layer's MLP is a router and experts; no layer has an MLP beside them. With
     `moe_shared_expert_gate` there is one more expert, which sees every token; its output is multiplied by a sigmoid.
+    What reads the residual stream stands in `table` behind the norm that it reads.
     """
 
     table: Callable[[Architecture], tuple[TensorSpec, ...]]

@@ -288,9 +288,10 @@ class Moments(Watch):
         `kept` are A. Collective over the tensor- and data-parallel ranks of the stage, which get the places in turn.
         """
         group = parallel_state.get_tensor_and_data_parallel_group()
-        tokens = torch.tensor(list(self.tokens.values()), dtype=torch.float64, device=self.device)
-        distributed.all_reduce(tokens, group=group)  # all tensor-parallel ranks have counted the same ones
-        self.tokens = dict(zip(self.tokens, (tokens / self.tp_size).tolist(), strict=True))
+        if self.tokens:
+            tokens = torch.tensor(list(self.tokens.values()), dtype=torch.float64, device=self.device)
+            distributed.all_reduce(tokens, group=group)  # all tensor-parallel ranks have counted the same ones
+            self.tokens = dict(zip(self.tokens, (tokens / self.tp_size).tolist(), strict=True))
         for number, place in enumerate(self.places):
             mine = self.sums.pop(place.name)
             if place.norm is None:

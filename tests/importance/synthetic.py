@@ -27,7 +27,7 @@ def architecture(**sizes: Any) -> Architecture:
 def scores_from(values: dict[str, np.ndarray], shape: Architecture, sequences: int = 7) -> Scores:
     """Scores from per-sequence values: `hidden` [sequences, 3, 2L, h], `ffn` and `heads` [sequences, 3, L, n].
 
-    `layers`, `squares` and `columns` are taken as they are.
+    `layers`, `squares`, `columns` and, where there are any, `experts` are taken as they are.
     """
     moments = {name: np.stack([values[name].sum(0), (values[name] ** 2).sum(0)]) for name in ("hidden", "ffn", "heads")}
     return Scores(
@@ -36,7 +36,7 @@ def scores_from(values: dict[str, np.ndarray], shape: Architecture, sequences: i
         norm_squares=values["squares"],
         ffn_column_norms=values["columns"],
         experts=values.get("experts", np.zeros((shape.num_layers, 0))),
-        routed=np.zeros((shape.num_layers, 0)),
+        routed=np.ones(values.get("experts", np.zeros((shape.num_layers, 0))).shape),
         shared_expert=np.zeros((2, 3, shape.num_layers, 0)),
         shared_expert_column_norms=np.zeros((shape.num_layers, 0)),
         sequences=sequences,
