@@ -42,7 +42,13 @@ ARMS: dict[str, tuple[str, ...]] = {
     "ours, unrepaired": ("prune.ffn_score=output", *UNREPAIRED),
     "ours, norm scale": ("prune.ffn_score=output", *UNREPAIRED, "prune.repair.norm_scale=true"),
     "ours, untied": ("prune.ffn_score=output", *REPAIRED, "prune.untie=true"),
+    "merged heads": (*UNREPAIRED, "prune.repair.merge_heads=true"),
     "rotation, untied": ("prune.ffn_score=output", *REPAIRED, "prune.untie=true", "prune.hidden_method=rotate"),
+}
+# Cuts of attention alone, beside those of bench.SHAPES: of 9 heads in 3 query groups.
+ATTENTION: dict[str, tuple[str, ...]] = {
+    "heads 6": ("prune.num_attention_heads=6",),
+    "groups 2": ("prune.num_query_groups=2",),
 }
 
 
@@ -65,9 +71,7 @@ class Cuts(Bench):
 
     def cut(self, cell: Cell, destination: Path) -> None:
         model, batches = self.calibration
-        hidden, ffn, layers = SHAPES[cell.shape]
-        shape = (f"prune.hidden_size={hidden}", f"prune.ffn_hidden_size={ffn}", f"prune.num_layers={layers}")
-        config = self.recipe(*shape, *ARMS[cell.arm]).prune
+        config = self.recipe(*sizes(cell.shape), *ARMS[cell.arm]).prune
         plan = make_plan(self.ranking(cell), model.architecture, config)
         if fits(plan.source, plan.target, config.repair):
             repair_plan(model, batches, plan, config.repair, self.place / "plan", destination.name)
@@ -78,6 +82,14 @@ class Cuts(Bench):
         if cell.arm == "random":
             return ranked(self.scores, *drawn(self.scores.architecture, cell.seed))
         return ranked(self.scores, *magnitudes(self.teacher)) if cell.arm == "magnitude" else self.scores
+
+
+def sizes(shape: str) -> tuple[str, ...]:
+    """What a shape sets in the recipe, whose own cut is of the FFN."""
+    if shape in ATTENTION:
+        return ("prune.ffn_hidden_size=null", *ATTENTION[shape])
+    hidden, ffn, layers = SHAPES[shape]
+    return f"prune.hidden_size={hidden}", f"prune.ffn_hidden_size={ffn}", f"prune.num_layers={layers}"
 
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
@@ -132,7 +144,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, default=Path("runs/quickstart"), help="a run with teacher and data")
     parser.add_argument("--place", type=Path, help="where students and measurements go; default: BASE_cuts")
-    parser.add_argument("--shapes", nargs="*", default=list(SHAPES)[:8], choices=list(SHAPES))
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES)[:8], choices=[*SHAPES, *ATTENTION])
     parser.add_argument("--arms", nargs="*", default=list(ARMS)[:4], choices=list(ARMS))
     parser.add_argument("--samples", type=int, default=64, help="calibration sequences of 256 tokens")
     parser.add_argument("--documents", type=int, default=32, help="held-out documents of 256 tokens")
