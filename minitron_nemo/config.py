@@ -71,7 +71,7 @@ class RepairConfig:
     # None is true where the family has the repair: norm_scale and hidden need RMSNorm.
     norm_scale: bool | None = None  # hidden_size: norm gains times a constant: the RMS of fewer channels differs
     # Least squares on activations of the teacher, in forward passes of their own (`minitron repair`):
-    ffn: bool | None = None  # ffn_hidden_size, experts' too: linear_fc2 makes up for the removed neurons
+    ffn: bool = True  # ffn_hidden_size, experts' too: linear_fc2 makes up for the removed neurons
     hidden: bool | None = None  # hidden_size: every reader of the residual stream does so for the removed channels
     # num_attention_heads: queries of kept heads take in those of dropped ones (2407.14679 section 2.3)
     merge_heads: bool = False

@@ -162,7 +162,7 @@ def repair_plan(
     `key` stands for the teacher, the samples and the settings.
     """
     config = repairs_of(plan.source, config)
-    wanted = partial(places, plan, ffn=bool(config.ffn), hidden=bool(config.hidden))
+    wanted = partial(places, plan, ffn=config.ffn, hidden=bool(config.hidden))
     size = (plan.source.hidden_size, plan.target.hidden_size)
     shapes: dict[str, tuple[int, int]] = {}
     for place in wanted(rotation=torch.empty(size) if plan.rotated else None):

@@ -115,7 +115,7 @@ def _check_rotation(target: Architecture, config: PruneConfig) -> None:
 def repairs_of(source: Architecture, config: RepairConfig) -> RepairConfig:
     """`config` with what it leaves to the family decided. Raises UserError for a repair that the family has not."""
     traits = family(source.family)
-    lacking: dict[str, list[str]] = {"norm_scale": [], "hidden": [], "ffn": []}
+    lacking: dict[str, list[str]] = {"norm_scale": [], "hidden": []}
     if not traits.rescales_norms:
         for key in ("norm_scale", "hidden"):
             lacking[key].append(f"needs RMSNorm with gains stored as they are, which {source.family} has not")
