@@ -28,17 +28,8 @@ from minitron_nemo.checkpoint.dense import MatrixFile
 from minitron_nemo.checkpoint.files import commit_partial
 from minitron_nemo.config import PruneConfig, Recipe, RepairConfig
 from minitron_nemo.data.sampler import Microbatch
-from minitron_nemo.importance.second_moments import (
-    Moments,
-    NormCovariance,
-    Place,
-    Watch,
-    fit,
-    has_means,
-    norm_read,
-    owners,
-    places,
-)
+from minitron_nemo.importance.places import Place, has_means, norm_read, owners, places
+from minitron_nemo.importance.second_moments import Moments, NormCovariance, Watch, fit
 from minitron_nemo.models.build import Model
 from minitron_nemo.models.forward import forward_only
 from minitron_nemo.parallel import launch

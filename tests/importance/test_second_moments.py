@@ -11,7 +11,8 @@ import torch
 from minitron_nemo.arch import Architecture, Axis, Plan
 from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.errors import UserError
-from minitron_nemo.importance.second_moments import Moments, Place, fit, least_squares, places
+from minitron_nemo.importance.places import Place, places
+from minitron_nemo.importance.second_moments import Moments, fit, least_squares
 from minitron_nemo.models.forward import forward_only
 from minitron_nemo.parallel.layout import Layout
 from tests.importance.hugging_face import activations, load, rms_normed

@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from minitron_nemo.arch import Axis
 from minitron_nemo.importance.counted import Norm
-from minitron_nemo.importance.second_moments import Place, fit
+from minitron_nemo.importance.places import Place
+from minitron_nemo.importance.second_moments import fit
 from minitron_nemo.pruning.norm_maps import SMALLEST, student_norm
 
 

@@ -24,7 +24,7 @@ from minitron_nemo.checkpoint.fingerprint import fingerprint
 from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.config import PruneConfig, RepairConfig
 from minitron_nemo.errors import UserError
-from minitron_nemo.importance.second_moments import places
+from minitron_nemo.importance.places import places
 from minitron_nemo.models.forward import forward_only
 from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.pruning import repair as step

@@ -20,7 +20,8 @@ from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.checkpoint.verify import verify
 from minitron_nemo.config import PruneConfig, RepairConfig
 from minitron_nemo.errors import UserError
-from minitron_nemo.importance.second_moments import Moments, Place, fit, norm_read, places
+from minitron_nemo.importance.places import Place, norm_read, places
+from minitron_nemo.importance.second_moments import Moments, fit
 from minitron_nemo.models.forward import forward_only
 from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.planning.disk import matrix_bytes
