@@ -160,7 +160,6 @@ def test_a_recipe_that_is_not_there_or_not_yaml(refused: Callable[..., str], tmp
     "override",
     [
         "prune.repair.norm_scale=true",
-        "prune.repair.hidden=true",
         "prune.hidden_method=rotate",
     ],
 )
