@@ -227,8 +227,9 @@ def _fit(
         moments = _watch(Moments, model, batches, now, f"repair, pass {number + 1} of {count}")
         for place, totals in moments.totals():
             if place.name not in before:
-                fitted = fit(place, totals, moments.ridge(place, config.ridge))
-                state.record(place.name, _write(state.file, place, fitted, model))
+                # No name for the map: it would stay until the next one is there.
+                matrices = _write(state.file, place, fit(place, totals, moments.ridge(place, config.ridge)), model)
+                state.record(place.name, matrices)
 
 
 def _watch(kind: type[W], model: Model, batches: Sequence[Microbatch], watched: Sequence[Place], label: str) -> W:
