@@ -311,7 +311,7 @@ def functions(directory: Path) -> dict[str, torch.Tensor]:
     "name",
     [
         "PP2 VPP2",
-        "TP2 SP DP2",
+        pytest.param("TP2 SP DP2", marks=pytest.mark.slow),
         *(pytest.param(name, marks=pytest.mark.soak) for name in LAYOUTS if name not in ("PP2 VPP2", "TP2 SP DP2")),
     ],
 )
@@ -375,6 +375,7 @@ def loss_of(student: Path, tokens: torch.Tensor) -> float:
     return float(functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))
 
 
+@pytest.mark.slow
 def test_a_repaired_cut_of_a_trained_model_loses_less_on_text_that_nothing_has_seen(tmp_path: Path) -> None:
     convert(trained(tmp_path / "hf", 150), tmp_path / "teacher", "megatron", progress=False)
     source = Architecture.load(tmp_path / "teacher")

@@ -206,7 +206,7 @@ LAYOUTS_OF = {  # the first of each are those that `make test` runs
 @pytest.mark.parametrize(
     ("family", "layout"),
     [
-        pytest.param(family, layout, marks=[pytest.mark.soak] * (number > 0))
+        pytest.param(family, layout, marks=pytest.mark.soak if number else pytest.mark.slow)
         for family, layouts in LAYOUTS_OF.items()
         for number, layout in enumerate(layouts)
     ],
