@@ -39,6 +39,14 @@ VALUES = {
     "prune.num_layers=20": "prune.num_layers=3",
     "prune.num_layers=32": "prune.num_layers=3",
     "prune.hidden_size=4096": "prune.hidden_size=48",
+    "search.num_layers=[20,24,30]": "search.num_layers=[3,4]",
+    "search.hidden_size=[504,576]": "search.hidden_size=[48,64]",
+    "search.ffn_hidden_size=[864,1048,1200,1536]": "search.ffn_hidden_size=[64,96]",
+    "search.budget={min_non_embedding_parameters: 69.0e+6, max_non_embedding_parameters: 73.0e+6}": (
+        "search.budget={min_non_embedding_parameters: 50.0e+3, max_non_embedding_parameters: 100.0e+3}"
+    ),
+    "search.rungs=[10,20]": "search.rungs=[1,2]",
+    "prune.calibration.samples=64": "prune.calibration.samples=4",
     "prune.calibration.samples=512": "prune.calibration.samples=4",
     "prune.calibration.first_sample=512": "prune.calibration.first_sample=4",
     "hellaswag": str(ROOT / "recipes" / "tasks" / "opposites.jsonl"),  # a task whose data is at hand
