@@ -46,8 +46,7 @@ def measure(bench: Claims, seeds: int) -> None:
     for seed in range(seeds):
         for arm in arms(claims(bench.setting)):
             bench.run(arm, seed)
-    if bench.setting is SMALL:
-        bench.learn_from_scratch()
+    bench.learn_from_scratch()
 
 
 def main() -> None:

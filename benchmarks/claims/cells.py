@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.bench import Bench
 from benchmarks.claims.arms import CE, CORRECTED, CUTS, PLAIN, RANDOM, SCRATCH, Arm
-from benchmarks.claims.models import TEACHER_STEPS, Setting
+from benchmarks.claims.models import Setting
 from benchmarks.claims.small import CURVE, learn, write_random
 from benchmarks.rankings import drawn, ranked
 from minitron_nemo.arch import Architecture
@@ -81,9 +81,9 @@ class Claims(Bench):
         return directory
 
     def scratch_recipe(self) -> Recipe:
-        """Cross-entropy alone, for as long as the small teacher is trained."""
+        """Cross-entropy alone: of the small teacher, and of a student's shape."""
         arm = Arm(self.setting.main, SCRATCH, CE)
-        return self.recipe(*arm.training_overrides(self.setting, layers=0), f"train.steps={TEACHER_STEPS}")
+        return self.recipe(*arm.training_overrides(self.setting, layers=0), f"train.steps={self.setting.scratch_steps}")
 
     def learn_from_scratch(self) -> None:
         """The main shape from random weights: how many tokens does it take?"""

@@ -28,6 +28,7 @@ class Setting:
     scratch: tuple[str, ...]
     steps: int
     tokens: int  # of a step
+    scratch_steps: int  # from random weights, to see how many tokens they take; the small teacher's, too
     samples: int
     documents: int
     correction: bool  # whether its teacher has not been trained on the text, so that correcting it means something
@@ -62,11 +63,11 @@ SMALL = Setting(
     scratch=("train.lr=3e-3", "train.min_lr=3e-4", "train.warmup_steps=10"),
     steps=60,
     tokens=2048,
+    scratch_steps=700,
     samples=256,
     documents=128,
     correction=False,
 )
-TEACHER_STEPS = 700  # of the small teacher, and of the student's shape from scratch
 
 SMOLLM2 = Setting(
     name="smollm2",
@@ -79,6 +80,7 @@ SMOLLM2 = Setting(
     scratch=("train.lr=1e-3", "train.min_lr=1e-4"),
     steps=20,
     tokens=512,
+    scratch_steps=400,
     samples=64,
     documents=32,
     correction=True,

@@ -49,7 +49,9 @@ def write_page(benches: Sequence[Claims], seeds: int, directory: Path) -> None:
         says = "two standard errors over documents on either side; open is what is not resolved"
         parts += [f"![{title}; {says}]({name}.svg)", ""]
     parts += ["## Comparison by comparison\n", details(everything), ""]
-    parts += [*_tokens(benches, seeds, directory), *_aggregations(benches)]
+    for bench in benches:
+        parts += _tokens(bench, seeds, directory)
+    parts += _aggregations(benches)
     for bench in benches:
         parts += _losses(bench, seeds)
     write_atomic(directory / f"{NAME}.md", "\n".join(parts))
@@ -60,21 +62,21 @@ def _rows(bench: Claims, seeds: int) -> list[Row]:
     return [row for number, claim in listed for row in rows(number, claim, bench.setting.title, bench, seeds)]
 
 
-def _tokens(benches: Sequence[Claims], seeds: int, directory: Path) -> list[str]:
-    """Of the model that is trained here, where its student was, too: tokens to the loss that distillation reaches."""
-    small = next((bench for bench in benches if bench.curve(bench.place)), None)
-    if small is None:
+def _tokens(bench: Claims, seeds: int, directory: Path) -> list[str]:
+    """Tokens that random weights take to the loss that distillation reaches."""
+    scratch = {
+        "the student's shape": bench.curve(bench.place),
+        "the teacher's shape": bench.curve(bench.teacher.parent),
+    }
+    scratch = {label: points for label, points in scratch.items() if points}
+    if not scratch:
         return []
-    setting = small.setting
-    distilled = small.by_seed(Arm(setting.main, PAPERS, KD), seeds)
+    setting = bench.setting
+    distilled = bench.by_seed(Arm(setting.main, PAPERS, KD), seeds)
     loss = sum(float(losses.mean()) for losses in distilled.values()) / len(distilled)
     spent = setting.steps * setting.tokens
-    scratch = {
-        "the student's shape": small.curve(small.place),
-        "the teacher's shape": small.curve(small.teacher.parent),
-    }
     lines = [
-        "## Tokens to the same loss\n",
+        f"## Tokens to the same loss: {setting.title}\n",
         f"{setting.main}, {PAPERS}, distilled on {spent:,} tokens: {loss:.3f}, the mean of {len(distilled)} seeds.\n",
         "| from random weights | tokens in all | loss at their end | tokens to that loss | times as many |",
         "|---|---|---|---|---|",
@@ -83,9 +85,10 @@ def _tokens(benches: Sequence[Claims], seeds: int, directory: Path) -> list[str]
         (total, last), tokens = points[-1], reached(points, loss)
         taken = f"{tokens:,.0f} | {tokens / spent:.1f}" if tokens else f"not reached | more than {total / spent:.1f}"
         lines.append(f"| {label} | {total:,.0f} | {last:.3f} | {taken} |")
+    name = f"{NAME}_tokens_{setting.name}.svg"
     picture = pictures.learning(scratch, {f"distilled on {spent / 1000:.0f} k": loss})
-    pictures.save(picture, directory / f"{NAME}_tokens.svg")
-    return [*lines, "", f"![{picture.title}, and what distillation reaches]({NAME}_tokens.svg)", ""]
+    pictures.save(picture, directory / name)
+    return [*lines, "", f"![{picture.title}, and what distillation reaches]({name})", ""]
 
 
 def _aggregations(benches: Sequence[Claims]) -> list[str]:

@@ -41,7 +41,7 @@ def forest(title: str, found: Sequence[Row]) -> Chart:
             }
         )
     scale = {"type": "symlog", "constant": 0.02}  # differences of 0.01 and of 2 nats in one picture
-    ticks = {"values": [-3, -1, -0.3, -0.1, -0.03, 0, 0.03, 0.1, 0.3, 1, 3]}
+    ticks = {"values": [-3, -0.3, -0.03, 0, 0.03, 0.3, 3], "format": "~g"}
     x = {"field": "x", "type": "quantitative", "title": "difference, nats per token", "scale": scale, "axis": ticks}
     shared = {
         "x": x,
