@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 # Before torch is imported anywhere: one thread a process, here and in everything the tests start.
@@ -22,9 +23,16 @@ def _rank(item: pytest.Item) -> int:
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     slurm = Path(__file__).parent / "slurm"
+    cases: Counter[str] = Counter()
     for item in items:
         if slurm in item.path.parents:
             item.add_marker("slurm")
+        fast = item.get_closest_marker("fast_cases")
+        if fast is not None and not _rank(item):
+            test = item.nodeid.split("[")[0]
+            cases[test] += 1
+            if cases[test] > fast.args[0]:
+                item.add_marker("slow")
     items.sort(key=_rank)
 
 

@@ -36,6 +36,7 @@ def verbs() -> dict:
     return choices
 
 
+@pytest.mark.slow
 def test_steps_are_listed_in_the_order_of_the_chain(steps: list[Step]) -> None:
     listed = re.search(r"in their order:\n  (.*)", EPILOG)
     assert listed is not None

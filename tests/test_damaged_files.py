@@ -105,6 +105,7 @@ def test_a_damaged_evaluation_is_named(tmp_path: Path, said: Callable[..., str],
 
 @pytest.mark.parametrize("content", DAMAGES)
 @pytest.mark.parametrize("name", ["manifest.json", "status.json", "evaluation.json", "tasks.json", "search/table.json"])
+@pytest.mark.fast_cases(13)
 def test_a_damaged_part_of_a_run_is_named(
     tmp_path: Path, said: Callable[..., str], name: str, content: str | None
 ) -> None:

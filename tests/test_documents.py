@@ -61,6 +61,7 @@ def test_fences_hide_no_command(document: Path) -> None:
 
 
 @pytest.mark.parametrize("shown", commands("minitron"), ids=str)
+@pytest.mark.fast_cases(20)
 def test_every_command_is_one_that_the_command_line_takes(shown: Shown) -> None:
     options = command_line().parse_args(
         ["plan" if word == "VERB" else word for word in shown.words[1:] if word != "..."]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 FOREIGN = ("nemo", "nemo_run", "lightning", "pytorch_lightning", "fiddle", "modelopt", "transformer_engine", "lm_eval")
 # The modules that the command line and every command of it begin with.
 EVERYTHING = """
@@ -25,6 +27,7 @@ def _modules(code: str) -> set[str]:
     return set(done.stdout.splitlines()[-1].split())
 
 
+@pytest.mark.slow
 def test_the_package_imports_nothing_of_nemo() -> None:
     loaded = _modules(EVERYTHING)
     assert {"minitron_nemo.run", "minitron_nemo.distillation.trainer", "torch", "megatron.core"} <= loaded

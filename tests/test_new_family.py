@@ -74,6 +74,7 @@ def knowing(function: Callable[..., Any], *args: Any) -> Any:
         del FAMILIES["stablelm"]
 
 
+@pytest.mark.slow
 def test_a_family_defined_in_one_place_goes_all_the_way(tmp_path: Path) -> None:
     config = StableLmConfig(
         vocab_size=259,

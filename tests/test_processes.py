@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 LAUNCHING = """
 import sys
 from minitron_nemo import processes
@@ -26,6 +28,7 @@ def launched(directory: Path, second: str) -> tuple[int, float]:
     return code, time.monotonic() - start
 
 
+@pytest.mark.slow
 def test_one_that_does_not_stop_with_the_others_is_killed_in_time(tmp_path: Path) -> None:
     code, seconds = launched(tmp_path, "exit 75")
     assert code == 75

@@ -59,6 +59,7 @@ WRITTEN = [
 
 @pytest.mark.parametrize(("family", "to"), WRITTEN[len(FORMATS) :])
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.fast_cases(9)
 def test_round_trip_of_every_family_is_bit_identical(tmp_path: Path, family: str, tied: bool, to: str) -> None:
     original = write_tiny(family, tmp_path / "hf", tied=tied, dtype=torch.bfloat16)
     convert(original, tmp_path / to, to, progress=False)
@@ -76,6 +77,7 @@ def test_a_mixture_is_refused_where_it_cannot_be_written(tmp_path: Path, family:
 
 
 @pytest.mark.parametrize(("family", "to"), WRITTEN)
+@pytest.mark.fast_cases(3)
 def test_pruned_weights_equal_an_independent_slice(
     tmp_path: Path, family: str, to: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,6 +278,7 @@ def test_what_bridge_saves_beside_the_sizes_is_read(tmp_path: Path) -> None:
     assert open_source(tmp_path / "out").architecture == architecture_of(original)
 
 
+@pytest.mark.slow
 def test_the_command_line_and_recipes_take_every_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(write_recipe(tmp_path))
     for to in FORMATS:

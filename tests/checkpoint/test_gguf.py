@@ -100,6 +100,7 @@ def _differences(path: Path, exported: Path) -> list[str]:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_1"])
+@pytest.mark.fast_cases(4)
 def test_weights_equal_what_transformers_dequantises(
     tmp_path: Path, kind: str, tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -249,6 +249,7 @@ FC2 = "decoder.layers.2.mlp.linear_fc2.weight"
         (lambda s: (s / "iter_0000010/mp_rank_01/model_optim_rng.pt").write_bytes(b"PK"), "refused"),
     ],
 )
+@pytest.mark.fast_cases(7)
 def test_damaged_shards(tmp_path: Path, change: Callable[[Path], Any], named: str) -> None:
     source = _write(write_tiny_llama(tmp_path / "hf"), tmp_path / "source", 2, [[[0, 1, 2, 3]]], "local")
     change(source)

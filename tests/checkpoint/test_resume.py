@@ -88,6 +88,7 @@ def content(directory: Path) -> dict[str, bytes]:
     ("to", "before", "after"),
     [*itertools.product(("hf", "megatron"), (1, 3), (1, 2)), ("nemo", 1, 1), ("bridge", 1, 1)],
 )
+@pytest.mark.fast_cases(4)
 def test_what_was_finished_is_not_done_again_by_any_number_of_processes(
     tmp_path: Path, writes: Writes, to: str, before: int, after: int
 ) -> None:
@@ -120,6 +121,7 @@ def test_what_was_finished_is_not_done_again_by_any_number_of_processes(
         (UserError("source: truncated: 7 bytes are missing"), "source: truncated: 7 bytes are missing"),
     ],
 )
+@pytest.mark.fast_cases(2)
 def test_what_one_process_cannot_do_ends_the_job_in_one_line_and_costs_no_finished_part(
     tmp_path: Path, writes: Writes, to: str, failure: Exception, said: str
 ) -> None:
@@ -204,6 +206,7 @@ def test_what_was_finished_of_something_else_is_done_again(tmp_path: Path, write
     assert verify(source, tmp_path / "student", plan, progress=False) is None
 
 
+@pytest.mark.slow
 def test_what_was_half_put_in_place_is_put_in_place(
     tmp_path: Path, writes: Writes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,6 +245,7 @@ convert(Path(sys.argv[1]), Path(sys.argv[2]), "megatron", progress=False)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_what_the_next_one_goes_on_with(tmp_path: Path, writes: Writes) -> None:
     source = write_tiny_llama(tmp_path / "source")
     killed = subprocess.run([sys.executable, "-c", _KILLED, source, tmp_path / "student"], check=False)

@@ -38,6 +38,7 @@ def write(directory: Path, model: str, **options: Any) -> Path:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("model", MODELS)
+@pytest.mark.fast_cases(12)
 def test_round_trip_through_megatron_is_bit_identical(tmp_path: Path, model: str, dtype: torch.dtype) -> None:
     original = write(tmp_path / "hf", model, dtype=dtype)
     convert(original, tmp_path / "megatron", "megatron")
@@ -54,6 +55,7 @@ def test_round_trip_through_megatron_is_bit_identical(tmp_path: Path, model: str
 
 @pytest.mark.parametrize("small_blocks", [False, True])
 @pytest.mark.parametrize("model", ["untied", "tied", "head_dim", *FAMILIES])
+@pytest.mark.fast_cases(3)
 def test_pruned_weights_equal_an_independent_slice(
     tmp_path: Path, model: str, small_blocks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -106,6 +106,7 @@ def with_matrices(plan: Plan, shapes: dict[str, tuple[str, tuple[int, int]]], di
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["identity", *KINDS])
+@pytest.mark.slow
 def test_what_the_transform_writes_is_what_the_plan_says(tmp_path: Path, kind: str, dtype: torch.dtype | None) -> None:
     source = source_of(kind, tmp_path / "source")
     plan = plan_of(kind, source, tmp_path / "plan")
@@ -153,6 +154,7 @@ PLACES["rotated"] = (
 
 
 @pytest.mark.parametrize(("kind", "to"), [(kind, to) for kind in KINDS for to in formats(kind)])
+@pytest.mark.fast_cases(1)
 def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path, kind: str, to: str) -> None:
     source = source_of(kind, tmp_path / "source")
     plan = plan_of(kind, source, tmp_path / "plan")
@@ -250,6 +252,7 @@ def exchange(first: Path, second: Path) -> None:
 
 
 @pytest.mark.parametrize("to", ["hf", "megatron"])
+@pytest.mark.fast_cases(1)
 def test_truncated_and_exchanged_files_are_found(source: Path, tmp_path: Path, to: str) -> None:
     student, pattern = tmp_path / "student", {"hf": "*.safetensors", "megatron": "*.distcp"}[to]
     convert(source, student, to, progress=False)

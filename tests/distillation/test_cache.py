@@ -144,6 +144,7 @@ def whole(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     ],
     ids=["one", "one jsd", "TP2", "TP2 SP reverse", "PP2", "PP2 VPP2", "DP2"],
 )
+@pytest.mark.slow
 def test_with_the_whole_vocabulary_a_step_is_that_of_the_colocated_teacher(
     models: dict[str, Path],
     whole: tuple[Path, Expected],
@@ -278,6 +279,7 @@ def _killed_after(stores: int, *args: Any) -> None:
         TeacherCache._store = original  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 def test_an_interrupted_cache_goes_on_to_the_same_content(models: dict[str, Path], tmp_path: Path) -> None:
     kind, samples = identity(top_k=8, tail_samples=4), BLOCK + 10
     arguments = (kind, models["teacher"], Layout(), 2, samples)
@@ -291,6 +293,7 @@ def test_an_interrupted_cache_goes_on_to_the_same_content(models: dict[str, Path
     assert content(tmp_path / "killed") == content(tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_another_layout_writes_the_same_entries_and_a_cache_grows(models: dict[str, Path], tmp_path: Path) -> None:
     kind = identity(top_k=8, tail_samples=4)
     run_distributed(1, fill, tmp_path / "one", kind, models["teacher"], Layout(), 1, 6)

@@ -167,6 +167,7 @@ def test_pairs_need_states_that_a_cache_has_not(tmp_path: Path) -> None:
         check_cached(recipe(tmp_path), with_pairs=True)
 
 
+@pytest.mark.slow
 def test_the_chain_fills_the_cache_before_it_distils(tmp_path: Path) -> None:
     """The step looks itself what is left to do; the distillation depends on what it says, not on where it lies."""
     of = load_recipe(write_recipe(tmp_path), ["teacher.placement=cached", "distill.intermediate.pairs=[]"])

@@ -64,6 +64,7 @@ CASES: dict[str, tuple[int, Layout, Layout | None, Architecture, dict[str, Any]]
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_predicted_bytes_are_those_that_an_update_communicates(case: str) -> None:
     world_size, layout, teacher_layout, student, options = CASES[case]
     outcomes = run_distributed(
@@ -100,6 +101,7 @@ def counted_with_a_cache(layout: Layout) -> tuple[Counts, Counts]:
     return communication.counts, predicted
 
 
+@pytest.mark.slow
 def test_a_cached_teacher_is_known_by_its_entries_alone() -> None:
     for measured, predicted in run_distributed(2, counted_with_a_cache, Layout(2)):
         assert measured == predicted != {}

@@ -186,6 +186,7 @@ def train_config(**settings: Any) -> TrainConfig:
 @pytest.mark.parametrize(
     ("layout", "recompute"), [(layout, False) for layout in LAYOUTS] + [("TP2 SP", True), ("PP2 VPP2", True)]
 )
+@pytest.mark.fast_cases(1)
 def test_loss_and_gradients_match_the_fp64_formula(models: dict[str, Path], layout: str, recompute: bool) -> None:
     world_size, sizes = LAYOUTS[layout]
     expected = expected_intermediate(models, "student", PAIRS, "cosine")
@@ -243,6 +244,7 @@ def run_twice(job: Job, other: Layout) -> list[Result]:
     return [run(job), run(replace(job, teacher_layout=other, directory=job.directory.with_name("other")))]
 
 
+@pytest.mark.slow
 def test_another_split_of_the_teacher_changes_no_bit_of_a_training(models: dict[str, Path], tmp_path: Path) -> None:
     """With validations and a checkpoint in between."""
     job = Job(
@@ -279,6 +281,7 @@ def test_mean_squared_error_tied_embeddings_and_equal_widths(models: dict[str, P
     check(outcomes, expected, owners=0 if student == "wide" else world_size)
 
 
+@pytest.mark.slow
 def test_states_after_a_layer_norm_match_the_fp64_formula_too(tmp_path: Path) -> None:
     models: dict[str, Path] = {}
     shapes: dict[str, dict[str, int]] = {
@@ -315,6 +318,7 @@ def gradients_of(*args: Any, **kwargs: Any) -> tuple[int, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("layout", ["PP2 VPP2", "DP2"])
+@pytest.mark.fast_cases(1)
 def test_small_teacher_windows_and_overlap_give_the_same_gradients_bit_for_bit(
     models: dict[str, Path], layout: str
 ) -> None:
@@ -358,6 +362,7 @@ def interrupted(job: Job, at: int) -> list[Result]:
 
 
 @pytest.mark.parametrize("layout", ["PP2", pytest.param("TP2 SP", marks=pytest.mark.slow), "DP2"])
+@pytest.mark.slow
 def test_a_resumed_run_with_dynamic_weights_is_bit_identical(
     models: dict[str, Path], layout: str, tmp_path: Path
 ) -> None:
@@ -385,6 +390,7 @@ def test_a_resumed_run_with_dynamic_weights_is_bit_identical(
         assert torch.equal(whole[0].tensors["projection"], whole[1].tensors["projection"])
 
 
+@pytest.mark.slow
 def test_dynamic_weights_are_ratios_of_the_step_before_and_the_same_on_every_layout(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -422,6 +428,7 @@ def stopped(job: Job, at: int) -> Result:
     return run(job, {at: lambda: signal.raise_signal(signal.SIGUSR1)})
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_map_on_other_stages(models: dict[str, Path], tmp_path: Path) -> None:
     job = Job(
         models["student"],
@@ -440,6 +447,7 @@ def test_a_run_goes_on_with_its_map_on_other_stages(models: dict[str, Path], tmp
     torch.testing.assert_close(resumed.tensors["projection"], whole.tensors["projection"], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_training_checkpoint_holds_the_map_beside_the_student_in_bf16_too(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -464,6 +472,7 @@ def tensor_names(checkpoint: Path) -> set[str]:
     return set(dist_checkpointing.load_tensors_metadata(str(checkpoint)))
 
 
+@pytest.mark.slow
 def test_gathering_parameters_during_the_forward_changes_nothing(models: dict[str, Path], tmp_path: Path) -> None:
     job = Job(
         models["student"],

@@ -109,6 +109,7 @@ def test_a_phased_run_sees_the_samples_that_are_counted_off_by_hand(blend: Blend
 
 
 @pytest.mark.parametrize("done", [0, 1, 8, 9, 12, 16, 20, 24, 30, 35, 59])
+@pytest.mark.fast_cases(5)
 def test_a_sampler_resumed_after_any_update_goes_on_in_its_phase(blend: Blend, done: int) -> None:
     run = segments(PHASED, LENGTH)
     before = Sampler(blend, SEED, stretches(PHASED, blend))
@@ -210,6 +211,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("teacher.correction.lr_decay_style=sine", "teacher.correction.lr_decay_style: 'sine'"),
     ],
 )
+@pytest.mark.fast_cases(1)
 def test_bad_phases_are_refused_in_one_line_before_anything_runs(recipe: Path, override: str, message: str) -> None:
     overrides = [f"train.{part}" for part in override.split("train.") if part] if override.startswith("train") else None
     with pytest.raises(UserError, match=message) as refusal:

@@ -72,6 +72,7 @@ def steps_with_pairs(case: Case, projection: Tensor | None, expected: Expected) 
 
 
 @pytest.mark.parametrize("name", COVERING)
+@pytest.mark.slow
 def test_loss_and_gradients_match_the_fp64_formula(models: dict[str, Path], name: str) -> None:  # noqa: F811
     """Pairs from every stage of the teacher to every stage of the student; batches asked for ahead."""
     case = case_of(models, name, pairs=PAIRS, alpha=ALPHA)
@@ -166,6 +167,7 @@ def test_no_more_is_held_than_fits_the_buffer(
     assert 0 < outcomes[-1][0] <= max(case.buffer_bytes, 2 * STATE)
 
 
+@pytest.mark.slow
 def test_samples_that_the_teacher_reads_otherwise_are_an_error(models: dict[str, Path]) -> None:  # noqa: F811
     case = case_of(models, "TP2 | PP2", teacher_seed=2)
     with pytest.raises(RuntimeError, match="computed other samples than the student's are training on .*1: "):

@@ -161,6 +161,7 @@ def check(outcomes: list, expected: Expected, pipeline: int, dp: int) -> None:
 
 @pytest.mark.parametrize("student", ["student", "tied"])
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.fast_cases(1)
 def test_loss_and_gradients_of_a_step_match_the_fp64_formula(
     models: dict[str, Path], layout: str, student: str
 ) -> None:
@@ -186,6 +187,7 @@ def test_loss_and_gradients_of_a_step_match_the_fp64_formula(
     ["TP2 SP", *(pytest.param(name, marks=pytest.mark.soak) for name in ("PP2 VPP2", "DP2", "TP2 PP2"))],
 )
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_loss_and_gradients_of_a_step_match_the_fp64_formula_in_every_family(
     family: str, layout: str, tmp_path: Path
 ) -> None:
@@ -210,6 +212,7 @@ def test_loss_and_gradients_of_a_step_match_the_fp64_formula_in_every_family(
 
 
 @pytest.mark.parametrize("weights", [{"divergence": "reverse_kl"}, {"divergence": "jsd", "jsd_beta": 0.3}], ids=str)
+@pytest.mark.slow
 def test_other_divergences_match_the_fp64_formula_too(models: dict[str, Path], weights: dict[str, Any]) -> None:
     world_size, sizes = LAYOUTS["TP2 SP"]
     weights = {**weights, "temperature": 2.0, "ce_weight": 0.3}
@@ -228,6 +231,7 @@ def test_other_divergences_match_the_fp64_formula_too(models: dict[str, Path], w
 
 
 @pytest.mark.parametrize("layout", ["TP2 SP", "PP2 VPP2", "DP2"])
+@pytest.mark.fast_cases(1)
 def test_a_dynamic_cross_entropy_weighs_as_much_as_the_divergence(models: dict[str, Path], layout: str) -> None:
     """The first step takes the ratio of its own batch, over all data-parallel ranks."""
     world_size, sizes = LAYOUTS[layout]
@@ -277,6 +281,7 @@ def gradients_in_windows(
 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize(("layout", "window"), [("TP1 PP1", 1), ("DP2", 1), ("PP2", 1), ("PP2 VPP2", 2)])
+@pytest.mark.fast_cases(1)
 def test_small_teacher_windows_give_the_same_gradients_bit_for_bit(
     models: dict[str, Path], layout: str, window: int, overlap: bool
 ) -> None:
@@ -315,6 +320,7 @@ def kept_states(layout: Layout, teacher_dir: Path) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("layout", ["TP1 PP1", "TP2", "TP2 SP", "PP2", "PP2 VPP2"])
+@pytest.mark.fast_cases(3)
 def test_teacher_states_are_those_of_hugging_face_kept_in_parts_of_the_sequence(
     models: dict[str, Path], layout: str
 ) -> None:

@@ -24,6 +24,7 @@ def refused_by_process(*arguments: str) -> str:
     return refusal(result.stderr)
 
 
+@pytest.mark.slow
 def test_a_recipe_for_gpus_computes_on_them_and_converts_anywhere(tmp_path: Path, recipe: Path) -> None:
     overrides = ("cluster.gpu=h100-80gb", f"run_dir={tmp_path / 'run'}")
     said = refused_by_process("calibrate", str(recipe), *overrides)

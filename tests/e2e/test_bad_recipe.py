@@ -49,6 +49,7 @@ GRID = "search.num_layers=[2,3]"
         (f"{GRID} train.lr_decay_style=WSD train.lr_wsd_decay_steps=5 search.rungs=[2]", "search.rungs: train.lr_wsd"),
     ],
 )
+@pytest.mark.fast_cases(13)
 def test_plan_checks_the_search(refused: Callable[..., str], recipe: Path, override: str, words: str) -> None:
     sizes = ("prune.num_layers=null", "distill.intermediate.pairs=[]")
     assert words in refused("plan", str(recipe), *sizes, *override.split())
@@ -115,6 +116,7 @@ TEACHER_PP2 = "teacher.layout.pipeline_model_parallel_size=2"
         (f"{TEACHER_PP2} teacher.placement=cached distill.intermediate.pairs=[]", "teacher.layout: a cached teacher"),
     ],
 )
+@pytest.mark.fast_cases(17)
 def test_plan_names_the_key_that_is_wrong(refused: Callable[..., str], recipe: Path, override: str, key: str) -> None:
     assert key in refused("plan", str(recipe), *override.split())
 
@@ -168,6 +170,7 @@ def test_what_needs_rms_norm_is_refused_before_anything_runs(refused: Callable[.
     assert f"{override.partition('=')[0]}: " in refused("plan", str(recipe), override)
 
 
+@pytest.mark.slow
 def test_a_tied_model_is_rotated_only_at_the_stated_price_of_an_output(
     refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:

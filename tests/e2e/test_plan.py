@@ -115,6 +115,7 @@ def test_plan_says_what_measuring_without_layers_costs(recipe: Path, capsys: pyt
         ("nemotron4_15b_to_minitron_4b", 4.191e9, 2.618e9),
     ],
 )
+@pytest.mark.fast_cases(1)
 def test_plan_gives_the_published_parameter_counts(
     capsys: pytest.CaptureFixture[str], name: str, student: float, non_embedding: float
 ) -> None:
@@ -125,6 +126,7 @@ def test_plan_gives_the_published_parameter_counts(
     assert plan["student"]["non_embedding_parameters"] == pytest.approx(non_embedding, rel=2e-4)
 
 
+@pytest.mark.slow
 def test_the_shipped_stages_have_the_published_parameter_counts(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = Path(__file__).parents[2] / "recipes" / "nemotron4_15b_to_8b_to_4b.yaml"
     assert main(["plan", str(recipe), "--json"]) == 0
@@ -135,6 +137,7 @@ def test_the_shipped_stages_have_the_published_parameter_counts(capsys: pytest.C
     assert stages["minitron_4b"]["teacher"] == stages["minitron_8b"]["teacher"]
 
 
+@pytest.mark.slow
 def test_plan_of_a_mixture_says_what_a_token_meets(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]
 ) -> None:

@@ -173,6 +173,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return staged(tmp_path_factory.mktemp("recipe"))
 
 
+@pytest.mark.slow
 def test_plan_prices_every_stage_and_the_total(capsys: pytest.CaptureFixture[str], recipe: Path) -> None:
     assert main(["plan", str(recipe), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -253,6 +254,7 @@ def test_a_cache_serves_all_stages_of_one_teacher(recipe: Path) -> None:
         ("stages={a: {train: {steps: null}}}", "stages.a.train.steps: "),
     ],
 )
+@pytest.mark.fast_cases(8)
 def test_what_is_wrong_with_a_stage_is_one_line(
     capsys: pytest.CaptureFixture[str], recipe: Path, override: str, words: str
 ) -> None:

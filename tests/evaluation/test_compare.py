@@ -160,6 +160,7 @@ def _measured(models: dict[str, Path], prepared: Path, layout: Layout, against: 
     return measured(models, prepared, recipe_of(options), layout, against)
 
 
+@pytest.mark.slow
 def test_checkpoints_are_measured_against_the_one_that_is_named(tmp_path: Path) -> None:
     tiny = {name: TinyModel(tmp_path / name, tied=tied) for name, tied in (("one", False), ("two", True))}
     config = DataConfig(train=[TextSource(str(write_documents(tmp_path / "text")))], heldout_fraction=0.2)

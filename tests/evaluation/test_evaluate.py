@@ -103,6 +103,7 @@ def _expected(student: Path, teacher: Path, dtype: torch.dtype) -> dict[str, np.
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.fast_cases(2)
 def test_sums_equal_hugging_face_on_every_layout_and_rank(name: str, stored: dict[str, _Stored]) -> None:
     world_size, layout = LAYOUTS[name]
     directories = {key: model.megatron for key, model in stored.items()}
@@ -158,6 +159,7 @@ def test_what_is_timed_has_prompts_of_the_length_asked_for(prompt_tokens: int) -
 
 
 @pytest.mark.parametrize("name", ["tp2-sp", "pp2"])
+@pytest.mark.fast_cases(1)
 def test_continuations_are_those_of_hugging_face(name: str, stored: dict[str, _Stored]) -> None:
     world_size, layout = LAYOUTS[name]
     directories = {key: model.megatron for key, model in stored.items()}

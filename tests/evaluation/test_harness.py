@@ -60,6 +60,7 @@ def theirs(tiny: TinyModel) -> HFLM:
 
 
 @pytest.mark.parametrize("name", SOME)
+@pytest.mark.slow
 def test_requests_are_answered_as_by_its_own_adapter(tiny: TinyModel, theirs: HFLM, name: str) -> None:
     world_size, layout = LAYOUTS[name]
     pairs, texts, generations = _answers(theirs)
@@ -76,6 +77,7 @@ def _measured(directory: Path, spec: str, layout: Layout, path: Path) -> Any:
     return content["student"]["tasks"]["opposites"]
 
 
+@pytest.mark.slow
 def test_a_task_is_measured_as_by_its_own_adapter(tiny: TinyModel, theirs: HFLM, tmp_path: Path) -> None:
     from minitron_nemo.evaluation.harness import open_harness_tasks
 

@@ -68,6 +68,7 @@ def _scores(directory: Path, layout: Layout, pairs: Any, micro_batch_size: int) 
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.fast_cases(1)
 def test_log_likelihoods_equal_hugging_face(tiny: TinyModel, name: str) -> None:
     world_size, layout = LAYOUTS[name]
     pairs = _pairs(tiny)
@@ -111,6 +112,7 @@ def _in_byte_order(pairs: list[tuple[list[int], list[int]]]) -> list[tuple[list[
     return [([place[byte] for byte in context], [place[byte] for byte in choice]) for context, choice in pairs]
 
 
+@pytest.mark.slow
 def test_a_task_of_questions_is_what_hugging_face_answers_and_is_not_measured_twice(
     tiny: TinyModel, tmp_path: Path
 ) -> None:

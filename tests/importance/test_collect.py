@@ -143,6 +143,7 @@ def assert_equal_hugging_face(scores: Scores, hugging_face: Path, tolerance: flo
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.fast_cases(1)
 def test_scores_of_every_family_are_those_of_hooks_on_hugging_faces_model(family: str, tmp_path: Path) -> None:
     hugging_face = write_tiny(family, tmp_path / "hf")
     convert(hugging_face, tmp_path / "teacher", "megatron", progress=False)
@@ -157,6 +158,7 @@ def test_scores_of_every_family_are_those_of_hooks_on_hugging_faces_model(family
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.fast_cases(2)
 def test_scores_and_kept_sets_do_not_depend_on_the_layout(name: str, teacher: Path, scores: Scores) -> None:
     world_size, layout = LAYOUTS[name]
     by_rank = run_distributed(world_size, measured, teacher, layout, *batch())

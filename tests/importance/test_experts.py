@@ -58,6 +58,7 @@ def scored(hugging_face: Path, name: str, micro_batch_size: int = 1) -> Scores:
     ["PP2", "DP2", *(pytest.param(name, marks=pytest.mark.soak) for name in ("TP2 SP DP2", "TP2 PP2 VPP2 SP"))],
 )
 @pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.fast_cases(1)
 def test_scores_and_kept_sets_do_not_depend_on_the_layout(
     hugging_face: dict[str, Path], family: str, layout: str
 ) -> None:
@@ -73,6 +74,7 @@ def test_several_sequences_in_a_microbatch_score_the_same(hugging_face: dict[str
 
 
 @pytest.mark.parametrize("layout", ["alone", "TP2 SP", "DP2"])
+@pytest.mark.fast_cases(1)
 def test_an_expert_to_which_no_token_is_routed_scores_zero_and_goes_first(tmp_path: Path, layout: str) -> None:
     hugging_face = write_tiny("mixtral", tmp_path / "mixtral")
     file = hugging_face / "model.safetensors"

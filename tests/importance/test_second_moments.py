@@ -121,6 +121,7 @@ def assert_same(by_rank: list[dict[str, np.ndarray]], expected: dict[str, np.nda
 
 
 @pytest.mark.parametrize("name", ["one", *LAYOUTS])
+@pytest.mark.fast_cases(2)
 def test_moments_of_every_layout_are_those_of_hooks_on_hugging_faces_model(
     name: str, teacher: Path, expected: dict[str, np.ndarray]
 ) -> None:

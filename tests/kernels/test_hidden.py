@@ -278,6 +278,7 @@ def test_forward_only_does_no_gradient_work(kind: str) -> None:
 @KIND
 @PROJECTED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.fast_cases(4)
 def test_memory_is_the_chunk_buffers_and_the_gradients(kind: str, projected: bool, dtype: torch.dtype) -> None:
     tokens, width = 4096, 256
     inputs = hidden_inputs(tokens=tokens, width=width, teacher_width=width, projected=projected, dtype=dtype)

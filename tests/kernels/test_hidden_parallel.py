@@ -53,6 +53,7 @@ def _on_a_rank(kind: str, projected: bool, sequence_parallel: bool) -> dict[str,
 @PROJECTED
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.fast_cases(14)
 def test_every_layout_matches_the_formula(kind: str, projected: bool, sequence_parallel: bool, world_size: int) -> None:
     ranks = run_distributed(world_size, _on_a_rank, kind, projected, sequence_parallel)
     inputs = hidden_inputs(projected=projected)

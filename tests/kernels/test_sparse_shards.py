@@ -78,6 +78,7 @@ SHARDED = [
 @pytest.mark.parametrize(("form", "options"), SHARDED, ids=["bucket", "sampled"])
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize(("world_size", "padded"), [(2, 272), (4, 272), (4, 400)])  # 400: the last shard is all padding
+@pytest.mark.fast_cases(5)
 def test_shards_give_the_loss_and_gradients_of_the_whole(
     form: str, options: list[dict[str, Any]], sequence_parallel: bool, world_size: int, padded: int
 ) -> None:

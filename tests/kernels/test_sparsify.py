@@ -129,6 +129,7 @@ def test_loss_against_the_entries_is_their_fp64_formula(top_k: int, draws: int) 
         assert relative_error(one, other) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_mean_over_draws_converges_to_the_exact_loss_and_gradient() -> None:
     """Within 4 standard errors over 200 draws, an error like 1 / sqrt(draws); top-k without its tail is far off."""
     tensors = inputs()
@@ -156,6 +157,7 @@ def test_the_mean_over_draws_converges_to_the_exact_loss_and_gradient() -> None:
     assert (z.abs() > 4).sum() <= 1, "of 576 values, 0.04 are expected beyond 4 standard errors"
 
 
+@pytest.mark.slow
 def test_each_tail_entry_is_drawn_as_often_as_it_is_likely() -> None:
     log_probs = teacher_log_probs(inputs(), 1.0)
     top = log_probs.topk(8, dim=1).indices

@@ -44,6 +44,7 @@ def _assert_lean(compiler: ProcessPoolExecutor, variant: Variant, architecture: 
 
 
 @pytest.mark.parametrize("variant", FEW, ids=str)
+@pytest.mark.fast_cases(1)
 def test_the_default_kernels_do_not_spill_and_load_vectors(compiler: ProcessPoolExecutor, variant: Variant) -> None:
     _assert_lean(compiler, variant, 90)
 

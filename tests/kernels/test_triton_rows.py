@@ -60,6 +60,7 @@ OBJECTIVES = [
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+@pytest.mark.slow
 def test_losses_and_gradients_match_the_fp64_formula(interpreted: Run, objective: Objective) -> None:
     student, teacher, labels, weights = _logits(37)
     cuts = (5, 5)  # the second shard has no columns
@@ -243,6 +244,7 @@ def _transposed(student: Tensor, labels: Tensor) -> None:
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.fast_cases(2)
 def test_linear_kd_loss_runs_on_them(interpreted: Run, divergence: str) -> None:
     settings = {"vocab_size": VOCAB_SIZE, "divergence": divergence, "temperature": 2.0, "ce_weight": 0.5}
     total, *gradients = interpreted(_linear_kd_loss, settings)

@@ -63,6 +63,7 @@ def _from_states(settings: list[dict[str, Any]], padded: int, sequence_parallel:
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize(("world_size", "padded"), SHARDS)
+@pytest.mark.fast_cases(2)
 def test_shards_match_the_unsharded_formula(world_size: int, padded: int, sequence_parallel: bool) -> None:
     ranks = run_distributed(world_size, _from_states, SETTINGS, padded, sequence_parallel)
     tensors = _whole(padded)
@@ -179,6 +180,7 @@ def _resharded(padded: int, teacher_padded: int, dtype: torch.dtype) -> dict[str
     ("world_size", "padded", "teacher_padded"),
     [(1, 272, 259), (2, 272, 400), (4, 272, 400), (4, 400, 272), (4, 272, 272)],
 )
+@pytest.mark.fast_cases(4)
 def test_a_teacher_padded_otherwise_is_resharded_bit_for_bit(
     world_size: int, padded: int, teacher_padded: int, dtype: torch.dtype
 ) -> None:
@@ -235,6 +237,7 @@ def _collectives(setting: dict[str, Any]) -> list[int]:
 
 
 @pytest.mark.parametrize("setting", DIVERGENCES, ids=str)
+@pytest.mark.fast_cases(3)
 def test_one_small_collective_per_chunk_and_two_for_jsd(setting: dict[str, Any]) -> None:
     for gathered in run_distributed(2, _collectives, setting):
         assert len(gathered) == 3 * (2 if setting["divergence"] == "jsd" else 1)

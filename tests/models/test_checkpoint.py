@@ -60,6 +60,7 @@ class _Opens:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", ["tied", "untied"])
+@pytest.mark.fast_cases(1)
 def test_weights_survive_every_layout_bit_for_bit(
     tiny_models: dict[str, TinyModel], tmp_path: Path, shape: str, layout: str
 ) -> None:

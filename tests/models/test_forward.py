@@ -70,12 +70,14 @@ def _hidden(tiny: TinyModel, layout: Layout) -> tuple[list[Tensor], list[Tensor]
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.fast_cases(3)
 def test_logits_equal_hugging_face(tiny_models: dict[str, TinyModel], shape: str, layout: str) -> None:
     assert_logits_equal_hugging_face(tiny_models[shape], layout)
 
 
 @pytest.mark.parametrize("layout", FAMILY_LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.fast_cases(1)
 def test_logits_of_every_family_equal_hugging_face(
     family_models: dict[str, TinyModel], family: str, layout: str
 ) -> None:
@@ -120,6 +122,7 @@ def test_an_interleaved_schedule_takes_any_number_of_microbatches(tiny_models: d
 
 @pytest.mark.parametrize("layout", ["tp1", "tp2-sp", "pp2-vpp2"])
 @pytest.mark.parametrize("shape", ["tied", "untied"])
+@pytest.mark.fast_cases(3)
 def test_a_head_gets_the_states_and_the_weight_that_make_the_logits(
     tiny_models: dict[str, TinyModel], shape: str, layout: str
 ) -> None:

@@ -39,6 +39,7 @@ def _alone(tiny: TinyModel, prompt: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.fast_cases(1)
 def test_rows_are_continued_as_hugging_face_continues_each(tiny_models: dict[str, TinyModel], layout: str) -> None:
     tiny = tiny_models["untied"]
     expected = [_alone(tiny, prompt) for prompt in PROMPTS]
@@ -52,6 +53,7 @@ def test_rows_are_continued_as_hugging_face_continues_each(tiny_models: dict[str
 
 @pytest.mark.parametrize("layout", ["tp1", "tp2-sp"])
 @pytest.mark.parametrize("family", ["phi3", "qwen2_moe"])
+@pytest.mark.fast_cases(1)
 def test_windows_and_experts(family_models: dict[str, TinyModel], family: str, layout: str) -> None:
     tiny = family_models[family]
     world_size, sizes = LAYOUTS[layout]

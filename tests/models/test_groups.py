@@ -47,6 +47,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TinyModel]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.fast_cases(1)
 def test_loss_and_gradients_are_those_of_the_model_without_them(
     models: dict[str, TinyModel], tmp_path: Path, family: str, layout: str
 ) -> None:
@@ -116,6 +117,7 @@ def _through(tiny: TinyModel, layout: Layout, directory: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.fast_cases(1)
 def test_checkpoints_hold_no_zeros(models: dict[str, TinyModel], tmp_path: Path, family: str, size: int) -> None:
     """What is saved on TP2 or TP4 has the bytes of the source, and loads on TP1 as Megatron-core itself reads it."""
     tiny = models[family]
@@ -129,6 +131,7 @@ def test_checkpoints_hold_no_zeros(models: dict[str, TinyModel], tmp_path: Path,
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.fast_cases(1)
 def test_scores_know_no_heads_of_zeros(models: dict[str, TinyModel], size: int) -> None:
     tiny, batch = models["qwen2"], tokens()[:, :-1]
     one = run_distributed(1, measured, tiny.megatron, TP[1], batch, torch.ones(batch.shape))[0]

@@ -105,6 +105,7 @@ def _train(tiny: TinyModel, layout: Layout, steps: int, save: Path | None, resum
 
 @pytest.mark.parametrize("shape", ["tied", "untied"])
 @pytest.mark.parametrize("layout", [*LAYOUTS, "tp2-sp-recompute"])
+@pytest.mark.fast_cases(1)
 def test_loss_and_gradients_equal_hugging_face_in_fp64(
     tiny_models: dict[str, TinyModel], tmp_path: Path, shape: str, layout: str
 ) -> None:
@@ -153,6 +154,7 @@ def assert_norm_is_of_the_whole_model(tiny: TinyModel, layout: str) -> None:
 
 @pytest.mark.parametrize("use_head", [False, True], ids=["logits", "head"])
 @pytest.mark.parametrize("shape", ["tied", "untied"])
+@pytest.mark.slow
 def test_overlapped_communication_trains_on_the_gathered_weights(
     tiny_models: dict[str, TinyModel], shape: str, use_head: bool
 ) -> None:

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 # As a step has it: the signal raises, in whatever Python code the main thread is.
 SPLITTING = """
 import signal, sys, time
@@ -23,6 +25,7 @@ with worlds.split(1):
 """
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_for_the_split_hears_signals() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

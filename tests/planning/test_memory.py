@@ -68,6 +68,7 @@ CASES: dict[str, tuple[int, Layout, Architecture, torch.dtype]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_weights_gradients_and_optimizer_state_are_those_that_megatron_holds(case: str) -> None:
     world_size, layout, model, dtype = CASES[case]
     measured = run_distributed(world_size, held_by_megatron, model, layout, dtype)
@@ -122,6 +123,7 @@ SHAPES: dict[str, tuple[Layout, Architecture, torch.dtype, bool]] = {
 
 
 @pytest.mark.parametrize("case", SHAPES)
+@pytest.mark.fast_cases(4)
 def test_activations_are_those_that_autograd_saves(case: str) -> None:
     """Within 2%: left out are LayerNorm's gains plus one and, in the formula's favour, nothing else but rounding."""
     layout, model, dtype, recompute = SHAPES[case]
@@ -178,6 +180,7 @@ def _most_allocated(work: Callable[[], Any]) -> int:
 
 
 @pytest.mark.parametrize(("taught", "chunk_bytes"), [(True, 2**20), (True, 2**24), (False, 2**24)])
+@pytest.mark.slow
 def test_the_loss_allocates_on_a_cpu_what_is_predicted(taught: bool, chunk_bytes: int) -> None:
     """In bf16, with several chunks and with one: a block of the student's weight in fp32, and all of the teacher's."""
     teacher = replace(STUDENT, hidden_size=192) if taught else None
@@ -210,6 +213,7 @@ def allocated_by_updates(layout: Layout, sequence_length: int) -> int:
 @pytest.mark.parametrize(
     ("layout", "sequence_length", "moment"), [(Layout(), 128, "reduction"), (Layout(2), 256, "backward")], ids=str
 )
+@pytest.mark.slow
 def test_updates_allocate_what_is_predicted_for_the_fullest_moment(
     layout: Layout, sequence_length: int, moment: str
 ) -> None:

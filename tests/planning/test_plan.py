@@ -117,6 +117,7 @@ def test_pipeline_bubbles_are_those_of_the_schedules() -> None:
     assert update.bubbles["student"] == pytest.approx(3 / 9)
 
 
+@pytest.mark.slow
 def test_layouts_are_ranked_fit_and_pass_every_check_of_a_recipe() -> None:
     small = (
         "cluster.nodes=1",
@@ -144,6 +145,7 @@ def test_layouts_are_ranked_fit_and_pass_every_check_of_a_recipe() -> None:
         assert each.own or each.fullest.total <= 0.9 * 80e9
 
 
+@pytest.mark.slow
 def test_the_recipes_own_layout_is_listed_with_recomputation_where_it_fits_only_so() -> None:
     """On 16 GPUs it takes 29.0 GB of a rank, and 28.8 may be filled."""
     found = plan(WIDTH, "cluster.nodes=2", "cluster.gpu_memory_bytes=32e9").estimate.layouts
@@ -164,6 +166,7 @@ def test_layouts_beside_a_separate_teacher_fit_the_whole_job_too() -> None:
 
 
 @pytest.mark.parametrize("teacher", ["source", "previous"])
+@pytest.mark.slow
 def test_layouts_of_a_later_stage_are_all_that_its_recipe_may_have(teacher: str) -> None:
     """The 15B model, which every stage evaluates, has an FFN that three ranks share, and not nine as the others'."""
     small = (
@@ -272,6 +275,7 @@ def test_model_and_text_that_are_not_here_are_said(
     assert [sum("is not here" in said for said in stage.warnings) for stage in stages] == [1, 0]
 
 
+@pytest.mark.slow
 def test_json_has_memory_of_every_rank_and_the_layouts(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(RECIPES / "quickstart.yaml")
     assert main(["plan", recipe, "--json", "train.peak_flops=1e12"]) == 0
@@ -300,6 +304,7 @@ def test_a_separate_teacher_is_waited_for_where_it_is_slower() -> None:
     assert {each.step for each in found.memory} == {"calibrate", "repair", "correct", "distill", "distill (teacher)"}
 
 
+@pytest.mark.slow
 def test_a_training_checkpoint_is_as_large_as_one_that_was_written() -> None:
     """The quickstart's student has one of 1,399 MiB (docs/evidence/costs.md)."""
     found = plan("quickstart")

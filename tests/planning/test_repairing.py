@@ -72,6 +72,7 @@ def allocated(job: Job, directory: Path) -> int:
 
 
 @pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.slow
 def test_repairs_allocate_what_is_predicted_for_the_fullest_moment(cut: str, tmp_path: Path) -> None:
     world_size, source, sizes, repair, moment = CUTS[cut]
     job = job_of(world_size, source, sizes, repair)

@@ -57,6 +57,7 @@ def most_layers_in_flight(layout: Layout) -> int:
     ],
     ids=str,
 )
+@pytest.mark.fast_cases(2)
 def test_microbatches_in_flight_are_those_of_megatrons_schedules(size: int, layout: Layout) -> None:
     layers = layout.layers_per_stage(8)
     for rank, measured in enumerate(run_distributed(size, most_layers_in_flight, layout)):

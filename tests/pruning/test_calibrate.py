@@ -69,6 +69,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return Job(hugging_face, directory / "teacher", directory / "prepared", recipe, directory / "unfinished")
 
 
+@pytest.mark.slow
 def test_the_first_samples_of_the_training_order_are_scored(job: Job) -> None:
     scores = run_distributed(1, calibrate, *job.calibrated(Layout()))[0]
     blend = open_train(job.recipe.data, job.prepared)
@@ -88,6 +89,7 @@ def test_the_first_samples_of_the_training_order_are_scored(job: Job) -> None:
 
 
 @pytest.mark.parametrize("world_size, micro_batch_size", [(1, 2), (2, 1), (2, 2), (4, 4)])
+@pytest.mark.fast_cases(2)
 def test_a_number_of_samples_that_does_not_divide_is_scored_exactly(
     job: Job, world_size: int, micro_batch_size: int
 ) -> None:
@@ -164,6 +166,7 @@ SHARDS = Layout(tensor_model_parallel_size=2, sequence_parallel=True)
 
 
 @pytest.mark.parametrize(("world_size", "layout"), [(1, Layout()), (2, STAGES), (4, SHARDS)], ids=str)
+@pytest.mark.fast_cases(1)
 def test_an_interrupted_pass_goes_on_and_ends_with_the_same_bits(
     job: Job, tmp_path: Path, world_size: int, layout: Layout
 ) -> None:
@@ -184,6 +187,7 @@ def test_an_interrupted_pass_goes_on_and_ends_with_the_same_bits(
     assert (scores.sequences, scores.tokens, scores.sample_ids) == (whole.sequences, whole.tokens, whole.sample_ids)
 
 
+@pytest.mark.slow
 def test_a_pass_of_another_layout_or_setting_starts_again_and_says_so(job: Job, tmp_path: Path) -> None:
     job = job._replace(unfinished=tmp_path / "unfinished")
     run_distributed(2, interrupted, 1, *job.calibrated(STAGES, samples=8, save_interval=2))
@@ -213,6 +217,7 @@ def test_a_damaged_state_is_named(job: Job, tmp_path: Path) -> None:
         run_distributed(1, calibrate, *arguments)
 
 
+@pytest.mark.slow
 def test_merged_passes_are_one_pass_over_all_samples(job: Job, tmp_path: Path) -> None:
     whole = run_distributed(1, calibrate, *job.calibrated(Layout(), samples=9))[0]
     first = run_distributed(1, calibrate, *job.calibrated(Layout(), samples=4))[0]

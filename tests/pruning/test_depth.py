@@ -90,6 +90,7 @@ def expected(model: TinyModel) -> dict[Branch, np.ndarray]:
         pytest.param(4, TP2_PP2_VPP2, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.fast_cases(1)
 def test_losses_are_those_of_hugging_faces_models_without_the_layers_on_every_layout(
     world_size: int, layout: Layout, model: TinyModel, expected: dict[Branch, np.ndarray]
 ) -> None:
@@ -103,6 +104,7 @@ ROW = 24 * 64 * 4  # bytes of the states of one sequence
 
 
 @pytest.mark.parametrize("micro_batch_size, states_bytes", [(1, 1), (2, 2 * 3 * ROW), (3, 2**31)])
+@pytest.mark.fast_cases(1)
 def test_losses_depend_neither_on_the_budget_nor_on_the_micro_batch_size(
     micro_batch_size: int, states_bytes: int, model: TinyModel, expected: dict[Branch, np.ndarray]
 ) -> None:
@@ -112,6 +114,7 @@ def test_losses_depend_neither_on_the_budget_nor_on_the_micro_batch_size(
         np.testing.assert_allclose(found[branch], expected[branch], rtol=1e-5, atol=1e-6, err_msg=str(branch))
 
 
+@pytest.mark.slow
 def test_leaving_out_a_layer_measures_what_the_pruned_checkpoint_does(model: TinyModel, tmp_path: Path) -> None:
     samples = [
         sample | {key: sample[key][:22] for key in ("tokens", "labels", "token_weights")} for sample in random_samples()
@@ -182,6 +185,7 @@ def test_leaving_one_out_and_greedy_find_the_planted_layers_as_well(planted: tup
         assert dropped == set(PLANTED), method
 
 
+@pytest.mark.slow
 def test_greedy_finds_the_best_of_all_pairs_where_the_layers_of_least_loss_are_another(tmp_path: Path) -> None:
     hugging_face = write_tiny_llama(tmp_path / "hf", num_layers=6, seed=22)
     convert(hugging_face, tmp_path / "megatron", "megatron", progress=False)

@@ -67,6 +67,7 @@ def scores_of(hugging_face: Path, teacher: Path) -> Scores:
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.fast_cases(1)
 def test_student_has_the_logits_of_hugging_faces_model_sliced_by_the_plan(
     target: str, tied: bool, tmp_path: Path
 ) -> None:
@@ -75,6 +76,7 @@ def test_student_has_the_logits_of_hugging_faces_model_sliced_by_the_plan(
 
 @pytest.mark.parametrize("target", ["all axes", "groups and heads"])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.fast_cases(1)
 def test_students_of_every_family_have_the_logits_of_hugging_faces_model_sliced_by_the_plan(
     family: str, target: str, tmp_path: Path
 ) -> None:

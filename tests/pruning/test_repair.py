@@ -148,6 +148,7 @@ def whole(name: str, case: Repaired) -> np.ndarray:
 @pytest.mark.parametrize(
     ("family", "ridge"), [("llama", 1e-3), ("llama", 1e-2), *((family, 1e-2) for family in RMS_NORMS)]
 )
+@pytest.mark.fast_cases(3)
 def test_maps_are_the_least_squares_solutions_on_hugging_faces_activations(
     family: str, ridge: float, tmp_path: Path
 ) -> None:
@@ -184,6 +185,7 @@ def test_readers_are_cut_columns_of_length_one_and_their_norms_gains_the_rest(un
 
 
 @pytest.mark.parametrize("name", ["TP2", "TP2 SP", "DP2", "PP2 VPP2", "TP2 PP2"])
+@pytest.mark.fast_cases(1)
 def test_maps_do_not_depend_on_the_layout(name: str, untied: Repaired, tmp_path: Path) -> None:
     world_size, layout = LAYOUTS[name]
     arguments = untied.teacher, layout, untied.plain, RepairConfig(), tmp_path / "plan"
@@ -241,6 +243,7 @@ IN_PASSES = RepairConfig(statistics_bytes=100_000)  # of two places
 
 
 @pytest.mark.parametrize(("world_size", "layout"), [(1, Layout()), LAYOUTS["TP2 PP2"]], ids=str)
+@pytest.mark.slow
 def test_a_killed_repair_makes_the_passes_that_are_missing_and_ends_with_the_same_bits(
     world_size: int, layout: Layout, untied: Repaired, tmp_path: Path
 ) -> None:
@@ -258,6 +261,7 @@ def test_a_killed_repair_makes_the_passes_that_are_missing_and_ends_with_the_sam
 
 
 @pytest.mark.parametrize("left", ["of another plan", "damaged"])
+@pytest.mark.fast_cases(1)
 def test_what_a_killed_repair_left_that_is_not_of_this_one_is_made_anew(
     left: str, untied: Repaired, tmp_path: Path
 ) -> None:
@@ -343,6 +347,7 @@ def test_a_repaired_student_has_the_logits_of_hugging_faces_model_by_the_formula
 
 
 @pytest.mark.parametrize("family", RMS_NORMS)
+@pytest.mark.fast_cases(1)
 def test_repaired_students_of_every_family_have_the_logits_of_hugging_faces_model_by_the_formula(
     family: str, tmp_path: Path
 ) -> None:

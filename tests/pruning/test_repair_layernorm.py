@@ -326,6 +326,7 @@ def test_maps_do_not_depend_on_the_layout(name: str, case: Repaired, tmp_path: P
         np.testing.assert_allclose(found[tensor], values, rtol=0, atol=1e-5 * largest, err_msg=tensor)
 
 
+@pytest.mark.slow
 def test_a_killed_repair_goes_on_with_gains_and_biases_and_ends_with_the_same_bits(
     case: Repaired, tmp_path: Path
 ) -> None:

@@ -286,6 +286,7 @@ def of_layer(
 
 @pytest.mark.parametrize("rotated", [False, True], ids=["selected", "rotated"])
 @pytest.mark.parametrize("family", SOME)
+@pytest.mark.fast_cases(1)
 def test_a_repaired_student_has_the_logits_of_hugging_faces_model_by_the_formula(
     family: str, rotated: bool, cases: Callable[[str], Repaired], tmp_path: Path
 ) -> None:
@@ -302,6 +303,7 @@ def test_a_repaired_student_has_the_logits_of_hugging_faces_model_by_the_formula
 
 
 @pytest.mark.parametrize("family", SOME)
+@pytest.mark.fast_cases(1)
 def test_a_rotation_of_all_channels_changes_no_logits(family: str, tmp_path: Path) -> None:
     """Router, experts, shared expert and its gate all read the rotated stream, and experts write it."""
     found = repaired(tmp_path, family, hidden_size=64, rotated=True, cut_more=False)
@@ -359,6 +361,7 @@ def test_tokens_that_do_not_count_do_not_count_for_experts(cases: Callable[[str]
             assert not added.any()
 
 
+@pytest.mark.slow
 def test_repairs_lower_the_error_of_experts_on_tokens_that_they_have_not_seen(tmp_path: Path) -> None:
     """In a model where every neuron has one that is much like it, as neurons of trained models do."""
 

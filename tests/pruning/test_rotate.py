@@ -101,6 +101,7 @@ def assert_near(actual: np.ndarray, expected: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize(("family", "tied"), [*((family, False) for family in RMS_FAMILIES), ("llama", True)])
+@pytest.mark.fast_cases(1)
 def test_a_rotation_of_all_channels_changes_no_logits(family: str, tied: bool, tmp_path: Path) -> None:
     """In Megatron and after export, though no weight is what it was: gains are folded, a tied output has its own."""
     found = rotated(tmp_path, family, tied, hidden_size=64, cut_more=False)
@@ -150,6 +151,7 @@ def test_the_rotation_is_the_principal_components_of_hugging_faces_normalised_st
 
 
 @pytest.mark.parametrize("name", ["TP2", "TP2 SP", "DP2", "PP2 VPP2", "TP2 PP2"])
+@pytest.mark.fast_cases(1)
 def test_rotations_do_not_depend_on_the_layout(name: str, case: Rotated, tmp_path: Path) -> None:
     """The subspace does not, nor do readers on it: eigenvectors have a sign, and equal ones no directions."""
     world_size, layout = LAYOUTS[name]
@@ -176,6 +178,7 @@ def test_a_rotation_that_was_found_before_a_kill_is_not_sought_again(case: Rotat
 
 
 @pytest.mark.parametrize(("family", "tied"), [*((family, False) for family in RMS_FAMILIES), ("llama", True)])
+@pytest.mark.fast_cases(1)
 def test_a_rotated_student_has_the_logits_of_hugging_faces_model_by_the_formula(
     family: str, tied: bool, tmp_path: Path
 ) -> None:

@@ -68,6 +68,7 @@ def run(*arguments: Any) -> dict[Branch, np.ndarray]:
 
 
 @pytest.mark.parametrize("world_size, layout", [LAYOUTS["tp1"], LAYOUTS["pp2-vpp2"], (2, Layout())])
+@pytest.mark.fast_cases(1)
 def test_the_first_samples_of_the_training_order_are_measured(
     world_size: int, layout: Layout, job: Job, tmp_path: Path
 ) -> None:
@@ -112,6 +113,7 @@ def killed_and_run_again(saves: int, *arguments: Any) -> tuple[int, int, dict[Br
     return first, runs, sums
 
 
+@pytest.mark.slow
 def test_a_measurement_that_was_killed_goes_on_where_it_was_and_ends_the_same(job: Job, tmp_path: Path) -> None:
     arguments = job.arguments(Layout(), tmp_path / "undisturbed.npz", method="greedy", num_layers=2)
     [undisturbed] = run_distributed(1, run, *arguments)
@@ -195,6 +197,7 @@ def hugging_face_log_probabilities(directory: Path, left_out: int | None) -> lis
 
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("name", ["tp1", "tp2-sp", "pp2"])
+@pytest.mark.fast_cases(1)
 def test_a_tasks_choices_are_as_likely_as_hugging_face_says_and_win_by_it(
     name: str, normalize: bool, job: Job, tmp_path: Path
 ) -> None:

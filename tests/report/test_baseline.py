@@ -31,6 +31,7 @@ def write_training(directory: Path, losses: dict[int, float], name: str = "disti
     return directory
 
 
+@pytest.mark.slow
 def test_a_baseline_is_compared_by_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, other = tmp_path / "run", tmp_path / "other"
     write_training(run, {10: 3.0, 20: 2.5, 30: 2.4, 40: 2.4})

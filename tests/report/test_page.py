@@ -102,6 +102,7 @@ def measure_depth(run: Path, branches: list[set[int]], choices: Choices | None =
     DepthScores(scores.architecture, scores.identity, weights, choices, sums).save(run / "depth.npz")
 
 
+@pytest.mark.slow
 def test_layers_that_go_together_are_shown_as_they_were_measured(tmp_path: Path) -> None:
     run = part_of_a_run(tmp_path / "run", "scores.npz", "pruned", "depth.npz")
     plan = Plan.load(run / "pruned" / "plan.json")
@@ -235,6 +236,7 @@ def test_a_run_that_has_just_begun_says_what_is_missing(tmp_path: Path) -> None:
         assert words in sentences(page, section)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_training_shows_what_it_has(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     for name in ("evaluation.json", "training", "search", "depth.npz", "manifest.json"):
@@ -304,6 +306,7 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, content: str, words:
         write_report(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_verb_takes_a_run_or_its_recipe(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out == f"{run / 'report.html'}\n"

@@ -102,6 +102,7 @@ def test_the_correction_is_on_the_page_of_every_stage(run: Path) -> None:
         ("previous", "correct", None, {"corrected": "correct"}),
     ],
 )
+@pytest.mark.fast_cases(4)
 def test_what_another_stage_has_made_anew_is_known(
     run: Path, teacher: str, changed: str | None, underway: str | None, outdated: dict[str, str]
 ) -> None:

@@ -38,6 +38,7 @@ def test_more_trainings_than_there_are_gpus_for_are_refused(monkeypatch: pytest.
         gpu_shares(3, 4)
 
 
+@pytest.mark.slow
 def test_a_share_of_the_gpus_goes_from_one_training_to_the_next(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

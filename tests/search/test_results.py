@@ -144,6 +144,7 @@ def test_a_candidate_without_a_loss_is_last_and_in_nobodys_way(tmp_path: Path) -
     assert not (tmp_path / "run/search/best.yaml").exists()  # that of the rung before is nobody's best any more
 
 
+@pytest.mark.slow
 def test_the_best_generates_as_fast_as_the_budget_asks_for(tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(tmp_path), ["search.budget.min_tokens_per_second=20"])
     (tmp_path / "run" / "search").mkdir(parents=True)
@@ -174,6 +175,7 @@ def test_a_result_that_is_not_finite_is_kept_as_json(
     assert found.finite == (failure is None) and (failure or "") in (found.failure or "")
 
 
+@pytest.mark.slow
 def test_the_tables_say_the_same_and_the_best_is_a_section_of_a_recipe(tmp_path: Path) -> None:
     recipe: Recipe = load_recipe(write_recipe(tmp_path))
     (tmp_path / "run" / "search").mkdir(parents=True)
