@@ -210,6 +210,7 @@ def _padded_otherwise(reshard: bool) -> None:
 
 
 @pytest.mark.parametrize(("reshard", "message"), [(False, "reshard_rows"), (True, "200 vocabulary rows")])
+@pytest.mark.fast_cases(1)
 def test_layouts_that_do_not_fit_are_refused(reshard: bool, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run_distributed(2, _padded_otherwise, reshard)

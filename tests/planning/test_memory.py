@@ -123,7 +123,7 @@ SHAPES: dict[str, tuple[Layout, Architecture, torch.dtype, bool]] = {
 
 
 @pytest.mark.parametrize("case", SHAPES)
-@pytest.mark.fast_cases(4)
+@pytest.mark.slow
 def test_activations_are_those_that_autograd_saves(case: str) -> None:
     """Within 2%: left out are LayerNorm's gains plus one and, in the formula's favour, nothing else but rounding."""
     layout, model, dtype, recompute = SHAPES[case]

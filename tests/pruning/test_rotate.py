@@ -247,6 +247,7 @@ def readers_of(found: Rotated, rotation: np.ndarray) -> dict[str, torch.Tensor]:
     return maps
 
 
+@pytest.mark.slow
 def test_one_plan_gives_the_same_bits_from_any_number_of_processes_threads_and_windows(
     case: Rotated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
