@@ -50,7 +50,7 @@ lint: install
 docs: install
 	$(BIN)/mkdocs build
 
-# For every few minutes: meant to take under 3 minutes on 2 cores. It takes longer: what is not fast has to be marked slow.
+# For every few minutes: under 3 of them on 2 cores.
 check: lint
 	$(PYTEST) -m 'not slow and not e2e and not slurm and not soak and not gpu'
 
