@@ -53,6 +53,15 @@ def test_a_baseline_is_compared_by_tokens(tmp_path: Path, capsys: pytest.Capture
     assert f"{tmp_path}: not a run directory" in capsys.readouterr().err
 
 
+def test_a_validation_before_the_first_report_is_not_compared(tmp_path: Path) -> None:
+    """How many tokens it came after is not known yet."""
+    run, other = write_training(tmp_path / "run", {}), write_training(tmp_path / "other", {30: 3.0, 60: 2.6})
+    [metrics] = run.glob("training/*/metrics.jsonl")
+    metrics.write_text(json.dumps({"iteration": 10, "validation/loss": 2.5}) + "\n")
+    said = sentences(html(write_report(run, other)), "training")
+    assert "The distillation has not reported anything yet." in said and "needed" not in " ".join(said)
+
+
 def test_the_tokens_of_the_correction_are_named(tmp_path: Path) -> None:
     """Also of one that another run made, whose teacher is borrowed."""
     run = write_training(tmp_path / "run", {10: 3.0, 30: 2.4})

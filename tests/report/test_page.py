@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from tests.report.reading import charts, headlines, html, rows, sentences, verdi
 from tests.report.runs import (
     MADE,
     RECIPE,
+    candidates,
     part_of_a_run,
     record,
     records,
@@ -77,9 +79,26 @@ def test_what_was_not_measured_of_the_behaviour_is_left_out(tmp_path: Path) -> N
     page = html(write_report(run))
     assert rows(page, "behaviour") == {"batch of 2, tokens/s": ["9.0"]}
     assert charts(page, "behaviour") == {}
-    write_json(run / "tasks.json", {})
-    with pytest.raises(UserError, match="not a file of measured tasks"):
-        write_report(run)
+    for damaged in ({}, {"schema_version": 1, "models": {"pruned": {"fingerprint": "7"}}}):
+        write_json(run / "tasks.json", damaged)
+        with pytest.raises(UserError, match="not a file of measured tasks"):
+            write_report(run)
+
+
+def test_a_task_without_a_finite_value_is_in_the_table_and_nowhere_else(tmp_path: Path) -> None:
+    run = part_of_a_run(tmp_path / "run", "tasks.json")
+    content = json.loads((run / "tasks.json").read_text())
+    of_pruned = content["models"]["pruned"]["tasks"]
+    of_pruned["hellaswag"]["metrics"]["acc"] = of_pruned["lambada_openai"]["metrics"]["perplexity"] = dict.fromkeys(
+        ("value", "se")
+    )
+    write_json(run / "tasks.json", content)
+    page = html(write_report(run))
+    table = rows(page, "behaviour", "Tasks")
+    assert table["hellaswag, acc"] == ["0.4649± 0.012", "0.4829± 0.012", "nan", "0.4436± 0.012"]
+    assert table["lambada_openai, perplexity"][2] == "nan"
+    shown = [said.split(":")[0] for said in charts(page, "behaviour")["Tasks"]]
+    assert "pruned, lambada_openai, acc" in shown and "pruned, hellaswag, acc" not in shown and len(shown) == 7
 
 
 def test_the_facts_of_the_trainings_are_those_of_the_metrics(run: Path, page: str) -> None:
@@ -265,6 +284,74 @@ def test_scores_without_a_cut_show_the_one_that_the_recipe_asks_for(tmp_path: Pa
     assert "All 96 stay." in page
 
 
+UNDECIDED = "The teacher has been scored; which layers go is not decided before minitron score-depth has measured."
+
+
+def test_a_cut_that_waits_for_score_depth_says_so(tmp_path: Path) -> None:
+    """Where nothing was measured, too little, or what does not decide: of another metric, or another model."""
+    run = part_of_a_run(tmp_path / "run", "scores.npz", "depth.npz")
+    measured = DepthScores.load(run / "depth.npz")
+
+    def undecided(prune: str) -> bool:
+        (run / "recipe.yaml").write_text(f"{RECIPE}prune: {{num_layers: 9, {prune}}}\n")
+        page = html(write_report(run))
+        return UNDECIDED in sentences(page, "shape") and UNDECIDED in sentences(page, "importance")
+
+    assert undecided("depth_method: greedy")  # which has to measure again behind each layer
+    assert undecided("depth_method: leave_one_out, depth: {metric: task, task: t.jsonl}")
+    (run / "depth.npz").unlink()
+    assert undecided("depth_method: leave_one_out")
+    (run / "search").mkdir()
+    of_another = replace(measured, identity={**measured.identity, "model_fingerprint": "9" * 64})
+    of_another.save(run / "search" / "depth.npz")
+    assert undecided("depth_method: leave_one_out")
+    (run / "recipe.yaml").unlink()
+    words = "The teacher has been scored; what is cut is not known without the recipe."
+    assert words in sentences(html(write_report(run)), "shape")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["depth.npz", "search/depth.npz"])
+def test_a_cut_that_was_measured_is_shown_before_it_is_made(tmp_path: Path, place: str) -> None:
+    """After `score-depth`, and after a search, from which that takes what it needs."""
+    run = part_of_a_run(tmp_path / "run", "scores.npz", "depth.npz")
+    found = DepthScores.load(run / "depth.npz")
+    losses = [found.sums[Branch({layer})].sum() for layer in range(12)]
+    (run / "search").mkdir()
+    (run / "depth.npz").rename(run / place)
+    (run / "recipe.yaml").write_text(f"{RECIPE}prune: {{num_layers: 9, depth_method: leave_one_out}}\n")
+    page = html(write_report(run))
+    assert rows(page, "shape")["layers"] == ["12", "9", "75.0%"]
+    dropped = ", ".join(map(str, sorted(np.argsort(losses)[:3].tolist())))
+    assert f"Layers dropped, counted from 0: {dropped}." in page
+    assert len(charts(page, "importance")["Loss without one layer"]) == 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [("pruned",), ("pruned", "depth.npz")])
+def test_scores_may_be_those_of_another_run(tmp_path: Path, page: str, own: tuple[str, ...]) -> None:
+    """With what it has measured of depth, where this one has not; `page` is of a run that has all files itself."""
+    lender = part_of_a_run(tmp_path / "lender", "scores.npz", "depth.npz")
+    run = part_of_a_run(tmp_path / "run", *own)
+    if "depth.npz" in own:
+        (lender / "depth.npz").write_text("not looked at")
+    (run / "recipe.yaml").write_text(f"{RECIPE}from_run: {lender}\n")
+    assert charts(html(write_report(run)), "importance") == charts(page, "importance")
+
+
+def test_candidates_that_failed_are_counted(tmp_path: Path) -> None:
+    run = part_of_a_run(tmp_path / "run", "search")
+    words = "{} failed: search/table.json says why, under failed."
+    table = {"schema_version": 1, "candidates": candidates(), "failed": [{"name": "f", "loss": None}]}
+    write_json(run / "search" / "table.json", table)
+    page = html(write_report(run))
+    assert sentences(page, "candidates") == [words.format("1 candidate")]
+    assert len(charts(page, "candidates")["Candidates: size and loss"]) == len(candidates())
+    write_json(run / "search" / "table.json", {**table, "candidates": [], "failed": 2 * table["failed"]})
+    page = html(write_report(run))
+    assert sentences(page, "candidates") == [words.format("2 candidates")] and charts(page, "candidates") == {}
+
+
 def test_what_models_generate_is_text(page: str) -> None:
     assert "<script" not in page and "<b>bold</b>" not in page
     assert "&lt;script&gt;document.title = &#39;taken&#39;&lt;/script&gt; \ufffd\ufffd &amp;" in page
@@ -296,6 +383,7 @@ def test_provenance_names_steps_versions_and_the_recipe(page: str) -> None:
         ("evaluation.json", "{", "evaluation.json: not valid JSON"),
         ("search/table.json", '{"candidates": [{"parameters": 1}]}', "search/table.json: not a table of candidates"),
         ("scores.npz", "nothing", "scores.npz: not a scores file"),
+        ("depth.npz", "nothing", "depth.npz: not depth scores"),
     ],
 )
 def test_damaged_files_are_named(tmp_path: Path, name: str, content: str, words: str) -> None:
