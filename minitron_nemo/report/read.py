@@ -161,7 +161,10 @@ def read_baseline(directory: Path, run: Record) -> Training:
                     "losses compare on the same documents only, give a run that was measured on these"
                 )
             return found[name]
-    raise UserError(f"--baseline {directory}: no training in it has held-out losses; give it train.eval_interval")
+    raise UserError(
+        f"--baseline {directory}: no training in it has held-out losses yet; give it train.eval_interval, or wait for "
+        "its first report"
+    )
 
 
 def _record(directory: Path) -> Record:
