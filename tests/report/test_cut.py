@@ -51,7 +51,6 @@ def test_a_cut_that_waits_for_score_depth_says_so(tmp_path: Path) -> None:
     assert words in sentences(html(write_report(run)), "shape")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("place", ["depth.npz", "search/depth.npz"])
 def test_a_cut_that_was_measured_is_shown_before_it_is_made(tmp_path: Path, place: str) -> None:
     """After `score-depth`, and after a search, from which that takes what it needs."""
@@ -68,7 +67,6 @@ def test_a_cut_that_was_measured_is_shown_before_it_is_made(tmp_path: Path, plac
     assert len(charts(page, "importance")["Loss without one layer"]) == 12
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("own", [("pruned",), ("pruned", "depth.npz")])
 def test_scores_may_be_those_of_another_run(tmp_path: Path, page: str, own: tuple[str, ...]) -> None:
     """With what it has measured of depth, where this one has not; `page` is of a run that has all files itself."""
