@@ -3,25 +3,25 @@
     {"schema_version": 1, "models": {NAME: {"fingerprint", "precision", "tasks": {TASK: {"fingerprint", Record}}}}}
 
 A .jsonl file is a task of our own (`data.choices`); anything else is one of lm-evaluation-harness. The file is written
-after every model and task, and what it holds of the same model, precision and task is not measured again.
+after every model and task, and what it holds of the same model, precision and task is not measured again. In it, null
+stands for what is not finite.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from math import sqrt
+from math import nan, sqrt
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from minitron_nemo.checkpoint.files import read_json, write_atomic
+from minitron_nemo.checkpoint.files import read_json, to_json, write_atomic
 from minitron_nemo.checkpoint.fingerprint import fingerprint
 from minitron_nemo.checkpoint.tokenizer import directory_of
 from minitron_nemo.data.choices import Choices, choice_samples, read_questions
@@ -152,7 +152,10 @@ def _measured(
 
 
 def read_tasks(path: Path) -> Content:
-    """What a tasks.json holds, by model; nothing where there is none. Raises UserError for a damaged one."""
+    """What a tasks.json holds, by model, with NaN for the null of a value; nothing where there is none.
+
+    Raises UserError for a damaged one.
+    """
     if not path.exists():
         return {}
     content = read_json(path, "remove it")
@@ -161,7 +164,26 @@ def read_tasks(path: Path) -> Content:
         raise UserError(f"{path}: not a file of measured tasks; remove it")
     if version != SCHEMA_VERSION:
         raise UserError(f"{path}: schema_version {version} is not {SCHEMA_VERSION}; remove it")
-    return models
+    try:
+        return {name: {**model, "tasks": _with_numbers(model["tasks"])} for name, model in models.items()}
+    except (TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: not a file of measured tasks ({error}); remove it") from None
+
+
+def _with_numbers(stored: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A model's records by task, with NaN for the null of a value."""
+    return {
+        task: {
+            **record,
+            "metrics": {name: {**each, "value": _number(each["value"])} for name, each in record["metrics"].items()},
+            "by_question": {name: list(map(_number, values)) for name, values in record["by_question"].items()},
+        }
+        for task, record in stored.items()
+    }
+
+
+def _number(stored: float | None) -> float:
+    return nan if stored is None else stored
 
 
 def table(content: Mapping[str, Mapping[str, Any]]) -> str:
@@ -193,7 +215,7 @@ def _identified(models: Mapping[str, Path], precision: str, path: Path) -> Conte
 
 def _write(path: Path, content: Content) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps({"schema_version": SCHEMA_VERSION, "models": content}, indent=1) + "\n")
+    write_atomic(path, to_json({"schema_version": SCHEMA_VERSION, "models": content}) + "\n")
 
 
 def _error(values: NDArray[np.bool_]) -> float | None:

@@ -43,7 +43,7 @@ def task_charts(measured: Evaluation) -> list[Chart]:
         }
         for name in names
         for task, metric in shown
-        if (found := _metrics(measured[name]).get((task, metric))) is not None
+        if (found := _metrics(measured[name]).get((task, metric))) is not None and isfinite(found["value"])
     ]
     if not rows:
         return []

@@ -12,7 +12,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from minitron_nemo.arch import Plan
 from minitron_nemo.checkpoint.files import write_atomic
 from minitron_nemo.config import recipe_yaml
+from minitron_nemo.pruning.depth import layers_to_drop, wanted
 from minitron_nemo.pruning.plan import make_plan
+from minitron_nemo.pruning.target import target_architecture
 from minitron_nemo.report import behaviour, candidates, depth, importance, results, training
 from minitron_nemo.report.read import Run, read_run
 
@@ -81,10 +83,19 @@ def printable(text: str) -> str:
 
 
 def _plan(run: Run) -> Plan | None:
-    """The Plan that was carried out, else the one that Scores and recipe will make."""
-    if run.plan is None and run.scores is not None and run.recipe is not None:
-        return make_plan(run.scores, run.scores.architecture, run.recipe.prune)
-    return run.plan
+    """The Plan that was carried out, else the one that Scores and recipe will make; None while that is not decided."""
+    if run.plan is not None or run.scores is None or run.recipe is None:
+        return run.plan
+    source, prune = run.scores.architecture, run.recipe.prune
+    drop = layers_to_drop(source, target_architecture(source, prune), prune)
+    if not drop:
+        return make_plan(run.scores, source, prune)
+    decisive = {"metric": prune.depth.metric, "precision": prune.calibration.precision}
+    if run.depth is None or not decisive.items() <= run.depth.identity.items():
+        return None
+    if wanted(run.depth, prune.depth_method, drop, prune.depth.normalize):
+        return None
+    return make_plan(run.scores, source, prune, run.depth)
 
 
 def _state(status: Mapping[str, Any]) -> str:

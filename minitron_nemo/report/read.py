@@ -26,7 +26,7 @@ from minitron_nemo.report.record import Record, read_record, step_of
 from minitron_nemo.stages import STAGES
 
 CANDIDATES_FILE = "search/table.json"
-DEPTH_FILE = "depth.npz"
+DEPTH_FILES = ("depth.npz", "search/depth.npz")  # of a run, and of its search, from which `score-depth` takes
 
 # Directories below RUN/training are named MODEL-KEY; the steps that make them.
 TRAININGS = {"corrected": "correct", "distilled": "distill"}
@@ -47,9 +47,12 @@ class Training:
     def series(self, tag: str) -> list[tuple[float, float]]:
         """(tokens consumed, value) of every record that has a finite value under `tag`.
 
-        Validations do not say how many tokens were consumed: that is interpolated between reports.
+        Validations do not say how many tokens were consumed: that is interpolated between reports, and not known before
+        the first.
         """
         reports = [record for record in self.records if "data/tokens" in record]
+        if not reports:
+            return []
         iterations = [0, *(record["iteration"] for record in reports)]
         tokens = [0.0, *(record["data/tokens"] for record in reports)]
         found = [record for record in self.records if record.get(tag) is not None]
@@ -85,7 +88,8 @@ class Run:
     plan: Plan | None
     trainings: Mapping[str, Training]  # by name, of TRAININGS
     candidates: Sequence[Candidate]
-    depth: DepthScores | None  # what score-depth measured
+    failed: int  # candidates that have no loss
+    depth: DepthScores | None  # of the model that `scores` are of: what score-depth measured, or will take over
     baseline: Training | None  # of another run
     outdated: Mapping[str, str]  # models of `evaluation` that a step has made anew since, or is making: with that step
     outdated_tasks: Mapping[str, str]  # the same of `tasks`
@@ -109,11 +113,13 @@ def read_run(directory: Path, baseline: Path | None = None) -> Run:
     """
     record = _record(directory)
     own = step_of(record.stage, "")
-    scores = directory / "scores.npz"
+    scores_file = (record.lender or directory) / "scores.npz"
+    scores = Scores.load(scores_file) if scores_file.is_file() else None
     measured = directory / "evaluation.json"
     evaluation = read_evaluation(measured) if measured.exists() else {}
     on_tasks = tasks.read_tasks(directory / tasks.FILE_NAME)
     plans = [directory / name / PLAN_FILE for name in ("pruned", "plan")]
+    candidates, failed = _candidates(directory / CANDIDATES_FILE)
     return Run(
         directory=directory,
         stage=record.stage,
@@ -122,11 +128,12 @@ def read_run(directory: Path, baseline: Path | None = None) -> Run:
         recipe=record.recipe,
         evaluation=evaluation,
         tasks=on_tasks,
-        scores=Scores.load(scores) if scores.is_file() else None,
+        scores=scores,
         plan=next((Plan.load(path) for path in plans if path.is_file()), None),
         trainings=_trainings(record),
-        candidates=_candidates(directory / CANDIDATES_FILE),
-        depth=DepthScores.load(directory / DEPTH_FILE) if (directory / DEPTH_FILE).is_file() else None,
+        candidates=candidates,
+        failed=failed,
+        depth=_depth(record, directory, scores),
         baseline=None if baseline is None else read_baseline(baseline, record),
         outdated=record.outdated_evaluation(evaluation),
         outdated_tasks=record.outdated_tasks(on_tasks),
@@ -154,7 +161,10 @@ def read_baseline(directory: Path, run: Record) -> Training:
                     "losses compare on the same documents only, give a run that was measured on these"
                 )
             return found[name]
-    raise UserError(f"--baseline {directory}: no training in it has held-out losses; give it train.eval_interval")
+    raise UserError(
+        f"--baseline {directory}: no training in it has held-out losses yet; give it train.eval_interval, or wait for "
+        "its first report"
+    )
 
 
 def _record(directory: Path) -> Record:
@@ -170,7 +180,7 @@ def _measured_on(record: Record) -> dict[str, Any]:
     if recipe is None:
         raise UserError(f"{record.home}: no {RECIPE_FILE} in it, which says what was measured on; run its recipe again")
     own = [record.directory(stage) / "data" for stage in (record.stage, *reversed(record.before)) if stage is not None]
-    shared = Path(recipe.from_run or record.home) / "data"
+    shared = (record.lender or record.home) / "data"
     prepared = load_prepared(next((path for path in own if path.is_dir()), shared))
     return {
         "held-out documents": [source.heldout.sha256 for source in prepared.sources if source.heldout],
@@ -182,8 +192,7 @@ def _measured_on(record: Record) -> dict[str, Any]:
 
 def _trainings(record: Record) -> dict[str, Training]:
     """The distillation of a run or of a stage, and the correction of the teacher, which may be in another run."""
-    lender = record.recipe.from_run if record.recipe else None
-    corrected = _training(record if lender is None else read_record(Path(lender)), None, "corrected")
+    corrected = _training(record if record.lender is None else read_record(record.lender), None, "corrected")
     distilled = _training(record, record.stage, "distilled")
     found = {} if corrected is None else {"corrected": corrected}
     if distilled is not None:
@@ -204,11 +213,24 @@ def _training(record: Record, stage: str | None, name: str) -> Training | None:
     return Training(records) if paths and (records := read_metrics(paths[-1])) else None
 
 
-def _candidates(path: Path) -> list[Candidate]:
-    """What `minitron search` has ranked so far; of its columns those that are shown."""
+def _depth(record: Record, directory: Path, scores: Scores | None) -> DepthScores | None:
+    """The run's own, else what `score-depth` takes over from the lender or a search; not that of another model."""
+    shared = record.lender or record.home
+    for path in (directory / DEPTH_FILES[0], *(shared / name for name in DEPTH_FILES)):
+        found = DepthScores.load(path) if path.is_file() else None
+        if found and scores and found.identity.get("model_fingerprint") == scores.model_fingerprint:
+            return found
+    return None
+
+
+def _candidates(path: Path) -> tuple[list[Candidate], int]:
+    """What `minitron search` has ranked so far, of its columns those that are shown; and how many have failed."""
     known = Candidate.__dataclass_fields__
+    if not path.exists():
+        return [], 0
     try:
-        rows = read_json(path, "search again")["candidates"] if path.exists() else []
-        return [Candidate(**{key: value for key, value in row.items() if key in known}) for row in rows]
+        content = read_json(path, "search again")
+        rows, failed = content["candidates"], len(content.get("failed", ()))  # tables have not always had them apart
+        return [Candidate(**{key: value for key, value in row.items() if key in known}) for row in rows], failed
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: not a table of candidates ({error}); search again") from None

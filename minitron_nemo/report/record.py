@@ -29,6 +29,11 @@ class Record:
     recipe: Recipe | None  # the stage's own, if it is looked at from one
     before: Sequence[str]  # the stages before this one, in their order
 
+    @property
+    def lender(self) -> Path | None:
+        """The run whose teacher, text and Scores this one works on, where these are not its own."""
+        return Path(self.recipe.from_run) if self.recipe and self.recipe.from_run else None
+
     def directory(self, stage: str | None) -> Path:
         """That of a stage; the run's for None."""
         return self.home if stage is None else self.home / STAGES / stage

@@ -102,6 +102,20 @@ def test_a_model_whose_loss_is_not_finite_has_a_row(tmp_path: Path, capsys: pyte
     assert found[f"{run}/distilled"]["delta"] is None
 
 
+def test_a_task_whose_value_is_not_finite_has_a_cell(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    tasks = json.loads((runs[0] / "tasks.json").read_text())
+    record = tasks["models"]["distilled"]["tasks"]["opposites"]
+    record["metrics"]["acc"], record["by_question"]["acc"][2] = {"value": None, "se": None}, None
+    (runs[0] / "tasks.json").write_text(json.dumps(tasks))
+    assert main(["compare", str(runs[0])]) == 0
+    assert capsys.readouterr().out.splitlines()[3].split("|")[7].strip() == "nan (+nan ± nan)"
+    assert main(["compare", str(runs[0]), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["models"]
+    assert found[f"{runs[0]}/distilled"]["tasks"]["opposites"]["acc"] == dict.fromkeys(
+        ("value", "se", "delta", "delta_se")
+    )
+
+
 def test_what_cannot_be_paired_is_refused_in_one_line(runs: list[Path], tmp_path: Path) -> None:
     other = _run(tmp_path / "other", {"pruned": [1.0, 2.0, 3.0]}, {}, documents="e15e")
     with pytest.raises(UserError, match=r"other/pruned: measured on other documents than .*one/teacher, .*--data"):

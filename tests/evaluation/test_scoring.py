@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from math import inf, isnan, nan
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import torch
 from minitron_nemo.config import recipe_of
 from minitron_nemo.errors import UserError
 from minitron_nemo.evaluation.scoring import Continuation
+from minitron_nemo.evaluation.task import Record, record_of
 from minitron_nemo.evaluation.tasks import FILE_NAME, measure_tasks, open_tasks, read_tasks, table
 from minitron_nemo.parallel.layout import Layout
 from tests.evaluation.support import LAYOUTS, QUESTIONS, opened
@@ -135,6 +138,32 @@ def test_a_task_of_questions_is_what_hugging_face_answers_and_is_not_measured_tw
     assert again["student"]["tasks"]["opposites"]["questions"] == 7  # the same model, under another name
     anew = run_distributed(1, _measured, models, [str(QUESTIONS)], Layout(), path, "bf16")[0]
     assert anew["pruned"]["tasks"]["opposites"]["questions"] == 20
+
+
+class Unbounded:
+    """A task on which a model has an infinite perplexity, as lm-evaluation-harness may well find."""
+
+    name = fingerprint = "unbounded"
+
+    def measure(self, *_: Any) -> Record:
+        return record_of(2, {"perplexity": (inf, nan), "bits": (inf, 0.5)}, {"bits": [inf, 1.0]})
+
+
+def _measured_unbounded(models: dict[str, Path], path: Path) -> Any:
+    with patch("minitron_nemo.evaluation.tasks.open_tasks", lambda specs: [Unbounded()]):
+        return _measured(models, ["unbounded"], Layout(), path)
+
+
+def test_what_is_not_finite_is_null_in_the_file(tiny: TinyModel, tmp_path: Path) -> None:
+    path, models = tmp_path / FILE_NAME, {"pruned": tiny.megatron}
+    [found] = run_distributed(1, _measured_unbounded, models, path)
+    assert [line.split("|")[4].strip() for line in table(found).splitlines()[2:]] == ["inf ± nan", "inf ± 0.5000"]
+    stored = json.loads(path.read_text(), parse_constant=pytest.fail)["models"]["pruned"]["tasks"]["unbounded"]
+    assert stored["metrics"] == {"perplexity": {"value": None, "se": None}, "bits": {"value": None, "se": 0.5}}
+    assert stored["by_question"] == {"bits": [None, 1.0]}
+    again = read_tasks(path)
+    assert [line.split("|")[4].strip() for line in table(again).splitlines()[2:]] == ["nan", "nan ± 0.5000"]
+    assert isnan(again["pruned"]["tasks"]["unbounded"]["by_question"]["bits"][0])
 
 
 def test_a_checkpoint_of_another_format_is_converted_for_the_time_being(tiny: TinyModel, tmp_path: Path) -> None:

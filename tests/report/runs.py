@@ -204,7 +204,8 @@ def depth_scores(generator: np.random.Generator, teacher: Architecture, kept: Se
     ]
     sums = {branch: weights * (3.1 + generator.uniform(0.2, 0.4, 16) * len(branch)) for branch in branches}
     sums[Branch(gone[:1])] = weights * (3.1 + generator.uniform(0.1, 0.15, 16))  # the first to go is the cheapest
-    return DepthScores(teacher, {"model": KEY}, weights, None, sums)
+    identity = {"model_fingerprint": KEY, "data_fingerprint": KEY, "metric": "loss", "precision": "fp32"}
+    return DepthScores(teacher, identity, weights, None, sums)
 
 
 def evaluation(teacher: Architecture, student: Architecture) -> dict[str, dict[str, Any]]:
@@ -256,7 +257,9 @@ def tasks(evaluation: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     models = {
         name: {
             "fingerprint": MADE[MEASURED[name]],
-            "tasks": {task: {"metrics": metrics} for task, metrics in measured(record["loss"]).items()},
+            "tasks": {
+                task: {"metrics": metrics, "by_question": {}} for task, metrics in measured(record["loss"]).items()
+            },
         }
         for name, record in evaluation.items()
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from minitron_nemo.cli import main
+from minitron_nemo.errors import UserError
 from minitron_nemo.report.page import write_report
 from tests.report.reading import html, sentences
 from tests.report.runs import KEY, RECIPE, write_documents, write_status
@@ -51,6 +52,17 @@ def test_a_baseline_is_compared_by_tokens(tmp_path: Path, capsys: pytest.Capture
     assert f"--baseline {other}: no training in it has held-out losses" in capsys.readouterr().err
     assert main(["report", str(run), "--baseline", str(tmp_path)]) == 2
     assert f"{tmp_path}: not a run directory" in capsys.readouterr().err
+
+
+def test_a_validation_before_the_first_report_is_not_compared(tmp_path: Path) -> None:
+    """How many tokens it came after is not known yet."""
+    run, other = write_training(tmp_path / "run", {}), write_training(tmp_path / "other", {30: 3.0, 60: 2.6})
+    [metrics] = run.glob("training/*/metrics.jsonl")
+    metrics.write_text(json.dumps({"iteration": 10, "validation/loss": 2.5}) + "\n")
+    said = sentences(html(write_report(run, other)), "training")
+    assert "The distillation has not reported anything yet." in said and "needed" not in " ".join(said)
+    with pytest.raises(UserError, match="no training in it has held-out losses yet; .* wait for its first report"):
+        write_report(other, run)
 
 
 def test_the_tokens_of_the_correction_are_named(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from minitron_nemo.report.read import read_run
 from tests.report.reading import charts, headlines, html, rows, sentences, verdict
 from tests.report.runs import (
     MADE,
-    RECIPE,
+    candidates,
     part_of_a_run,
     record,
     records,
@@ -77,9 +77,26 @@ def test_what_was_not_measured_of_the_behaviour_is_left_out(tmp_path: Path) -> N
     page = html(write_report(run))
     assert rows(page, "behaviour") == {"batch of 2, tokens/s": ["9.0"]}
     assert charts(page, "behaviour") == {}
-    write_json(run / "tasks.json", {})
-    with pytest.raises(UserError, match="not a file of measured tasks"):
-        write_report(run)
+    for damaged in ({}, {"schema_version": 1, "models": {"pruned": {"fingerprint": "7"}}}):
+        write_json(run / "tasks.json", damaged)
+        with pytest.raises(UserError, match="not a file of measured tasks"):
+            write_report(run)
+
+
+def test_a_task_without_a_finite_value_is_in_the_table_and_nowhere_else(tmp_path: Path) -> None:
+    run = part_of_a_run(tmp_path / "run", "tasks.json")
+    content = json.loads((run / "tasks.json").read_text())
+    of_pruned = content["models"]["pruned"]["tasks"]
+    of_pruned["hellaswag"]["metrics"]["acc"] = of_pruned["lambada_openai"]["metrics"]["perplexity"] = dict.fromkeys(
+        ("value", "se")
+    )
+    write_json(run / "tasks.json", content)
+    page = html(write_report(run))
+    table = rows(page, "behaviour", "Tasks")
+    assert table["hellaswag, acc"] == ["0.4649± 0.012", "0.4829± 0.012", "nan", "0.4436± 0.012"]
+    assert table["lambada_openai, perplexity"][2] == "nan"
+    shown = [said.split(":")[0] for said in charts(page, "behaviour")["Tasks"]]
+    assert "pruned, lambada_openai, acc" in shown and "pruned, hellaswag, acc" not in shown and len(shown) == 7
 
 
 def test_the_facts_of_the_trainings_are_those_of_the_metrics(run: Path, page: str) -> None:
@@ -255,14 +272,17 @@ def test_a_run_that_is_training_shows_what_it_has(tmp_path: Path) -> None:
     assert len(charts(html(write_report(run)), "training", "Distillation")["Throughput"]) == 60
 
 
-def test_scores_without_a_cut_show_the_one_that_the_recipe_asks_for(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run")
-    shutil.rmtree(run / "pruned")
-    (run / "recipe.yaml").write_text(RECIPE + "prune: {num_layers: 10}\n")
+def test_candidates_that_failed_are_counted(tmp_path: Path) -> None:
+    run = part_of_a_run(tmp_path / "run", "search")
+    words = "{} failed: search/table.json says why, under failed."
+    table = {"schema_version": 1, "candidates": candidates(), "failed": [{"name": "f", "loss": None}]}
+    write_json(run / "search" / "table.json", table)
     page = html(write_report(run))
-    assert "The cut has not been made yet; this is what the recipe asks for." in sentences(page, "shape")
-    assert rows(page, "shape")["layers"] == ["12", "10", "83.3%"]
-    assert "All 96 stay." in page
+    assert sentences(page, "candidates") == [words.format("1 candidate")]
+    assert len(charts(page, "candidates")["Candidates: size and loss"]) == len(candidates())
+    write_json(run / "search" / "table.json", {**table, "candidates": [], "failed": 2 * table["failed"]})
+    page = html(write_report(run))
+    assert sentences(page, "candidates") == [words.format("2 candidates")] and charts(page, "candidates") == {}
 
 
 def test_what_models_generate_is_text(page: str) -> None:
@@ -296,6 +316,7 @@ def test_provenance_names_steps_versions_and_the_recipe(page: str) -> None:
         ("evaluation.json", "{", "evaluation.json: not valid JSON"),
         ("search/table.json", '{"candidates": [{"parameters": 1}]}', "search/table.json: not a table of candidates"),
         ("scores.npz", "nothing", "scores.npz: not a scores file"),
+        ("depth.npz", "nothing", "depth.npz: not depth scores"),
     ],
 )
 def test_damaged_files_are_named(tmp_path: Path, name: str, content: str, words: str) -> None:

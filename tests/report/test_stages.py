@@ -82,6 +82,17 @@ def test_the_run_leads_to_a_page_of_every_stage(run: Path, capsys: pytest.Captur
     assert anchors == ["stages", "provenance"] == re.findall(r'<section id="(\w+)"', page)
 
 
+def test_a_stage_that_waits_for_score_depth_keeps_no_page_back(run: Path) -> None:
+    part_of_a_run(run / "stages" / "last", "scores.npz")
+    (run / "recipe.yaml").write_text(STAGES.replace("last: {}", "last: {prune: {depth_method: greedy, num_layers: 5}}"))
+    assert main(["report", str(run)]) == 0
+    assert 'href="stages/last/report.html"' in html(run / "report.html")
+    said = sentences(html(run / "stages" / "last" / "report.html"), "shape")
+    assert said == [
+        "The teacher has been scored; which layers go is not decided before minitron score-depth has measured."
+    ]
+
+
 def test_the_correction_is_on_the_page_of_every_stage(run: Path) -> None:
     smaller = run / "stages" / "smaller"
     assert "The teacher was not corrected" in " ".join(sentences(html(write_report(smaller)), "training"))
