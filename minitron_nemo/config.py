@@ -224,7 +224,7 @@ class TrainConfig:
     seed: int = 1234
     log_interval: int = 1
     eval_interval: int = 0  # updates between measurements of the held-out documents of `evaluate`; 0: none
-    peak_flops: float | None = None  # of one device, for the utilisation; None: of the GPUs that are known
+    peak_flops: float | None = None  # of one device in this precision, for the utilisation; None: of known GPUs
     save_interval: int = 500
     keep_last: int = 2
     fail_on_save_error: bool = False

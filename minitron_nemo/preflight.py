@@ -75,15 +75,17 @@ class Preflight:
 
     @property
     def tokens(self) -> dict[str, int]:
-        """Tokens that each step that runs the model reads."""
+        """Tokens that each step that runs the model reads; for the teacher's cache as if no sample came twice."""
         recipe, length = self.recipe, self.recipe.data.sequence_length
         correction = correction_config(recipe)
+        distillation = sum(segment.samples * segment.sequence_length for segment in self.segments)
         return {
             "correction": correction.steps * correction.global_batch_size * length,
             "calibration": recipe.prune.calibration.samples * length,
             "depth": recipe.prune.depth.samples * length * (recipe.prune.depth.metric == "loss") * bool(self.drop),
             "repair": recipe.prune.repair.samples * length * fits(self.source, self.student, recipe.prune.repair),
-            "distillation": sum(segment.samples * segment.sequence_length for segment in self.segments),
+            "cache": distillation * self.job.caches,
+            "distillation": distillation,
         }
 
     @property
@@ -102,8 +104,8 @@ class Preflight:
     def flops(self) -> dict[str, int]:
         """Forward = 1, backward = 2: correction 3 sources, calibration 1, distillation 1 teacher + 3 students.
 
-        Of depth on text; how long the sequences of a task are is not known before they are tokenised. Of repair at
-        most, and without the systems that are solved.
+        A cached teacher's is in the cache, not in the distillation. Of depth on text; how long the sequences of a task
+        are is not known before they are tokenised. Of repair at most, and without the systems that are solved.
         """
         source = forward_flops_per_token(self.source, self.recipe.data.sequence_length)
         search = 0
@@ -119,18 +121,21 @@ class Preflight:
         repair = 0
         if tokens["repair"]:
             length = self.recipe.data.sequence_length
-            repair = planned_repair(self.source, self.student, self.recipe.prune, self.layout, length)[1]
-        distillation = 0
+            repair = sum(planned_repair(self.source, self.student, self.recipe.prune, self.layout, length)[1:])
+        teacher = distillation = 0
         for segment in self.segments:
-            both = (forward_flops_per_token(model, segment.sequence_length) for model in (self.teacher, self.student))
-            per_token = sum(factor * flops for factor, flops in zip((1, 3), both, strict=True))
-            distillation += per_token * segment.steps * segment.tokens_per_step
+            positions = segment.samples * segment.sequence_length
+            teacher += forward_flops_per_token(self.teacher, segment.sequence_length) * positions
+            distillation += 3 * forward_flops_per_token(self.student, segment.sequence_length) * positions
+        cached = self.job.caches
+        beside = self.recipe.distill.logits_weight != 0 and not cached
         return {
             "correction": 3 * source * tokens["correction"],
             "calibration": source * tokens["calibration"],
             "depth": search * tokens["depth"],
             "repair": repair * tokens["repair"],
-            "distillation": distillation,
+            "cache": teacher * cached,
+            "distillation": distillation + teacher * beside,
         }
 
     @property

@@ -119,7 +119,8 @@ def text(found: list[Preflight], layouts: bool = False) -> str:
     ]
     if (seconds := _seconds(found)) is not None:
         hours = seconds / 3600 * found[0].world_size
-        rows.append(("time", f"{seconds / 86400:.3g} days, {hours:,.1f} device-hours (arithmetic)"))
+        lacking = ", without what is not known" if any(plan.estimate.untimed for plan in found) else ""
+        rows.append(("time", f"{seconds / 86400:.3g} days, {hours:,.1f} device-hours (arithmetic){lacking}"))
     kept = sum(each.total for plan in found for each in plan.estimate.disk)
     rows.append(("disk", f"{kept / 1e9:.3g} GB (arithmetic)"))
     parts.append("\n".join([f"{'all stages':<26}{len(found)}", *(f"{name:<26}{value}" for name, value in rows)]))

@@ -23,7 +23,8 @@ class Device:
     """
 
     memory_bytes: float | None = None
-    peak_flops: float | None = None
+    peak_flops: float | None = None  # in `train.precision`
+    calibration_peak_flops: float | None = None  # in `prune.calibration.precision`
     memory_bandwidth: float | None = None
     # Between processes of a node, one way; or, where kinds of messages differ, of each kind (`Transfer.kind`).
     link: float | Mapping[str, float] | None = None
@@ -40,10 +41,13 @@ class Device:
         """
         cluster, train = recipe.cluster, recipe.train
         gpu = None if cluster.gpu is None else GPUS[cluster.gpu]
-        known = gpu.peak_flops if gpu is not None and train.precision == "bf16" else None
+        peaks = {"bf16": gpu.peak_flops} if gpu else {}
+        if train.peak_flops is not None:
+            peaks[train.precision] = train.peak_flops
         return Device(
             memory_bytes=cluster.gpu_memory_bytes or (gpu.memory_bytes if gpu else None),
-            peak_flops=train.peak_flops or known,
+            peak_flops=peaks.get(train.precision),
+            calibration_peak_flops=peaks.get(recipe.prune.calibration.precision),
             memory_bandwidth=gpu.memory_bandwidth if gpu else None,
             link=gpu.link if gpu else None,
             network=gpu.network if gpu else None,

@@ -43,7 +43,7 @@ def disk(job: Job) -> list[Kept]:
     if amount := matrix_bytes(job.source, job.student, recipe.prune):
         found.append(Kept(MATRICES, amount))
     found.append(Kept("student, pruned", parameters(job.student) * stored))
-    if recipe.teacher.placement == "cached" and recipe.train.steps:
+    if job.caches:
         found.append(Kept("teacher's cache, at most", _cache_bytes(job)))
     if recipe.train.steps:
         found.append(_training("distillation, checkpoints", job.student, job))

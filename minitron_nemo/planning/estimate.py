@@ -13,7 +13,8 @@ from minitron_nemo.planning.disk import Kept, disk
 from minitron_nemo.planning.job import Job
 from minitron_nemo.planning.layouts import Candidate, candidates
 from minitron_nemo.planning.memory import RankMemory, memory, worst
-from minitron_nemo.planning.time import UpdateTime, distillation, efficiency, whole
+from minitron_nemo.planning.steps import untimed, whole
+from minitron_nemo.planning.time import UpdateTime, distillation, efficiency
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,13 @@ class Estimate:
 
     @cached_property
     def seconds(self) -> dict[str, float] | None:
-        """Of every step that runs the model."""
+        """Of every step that runs the model and is timed."""
         return whole(self.job, self.device, self.flops)
+
+    @cached_property
+    def untimed(self) -> dict[str, str]:
+        """Steps that `seconds` lacks, each with the reason."""
+        return untimed(self.job, self.device)
 
     @cached_property
     def disk(self) -> list[Kept]:
@@ -98,6 +104,7 @@ class Estimate:
                 "efficiency": self.efficiency,
             },
             "seconds": seconds,
+            "untimed": self.untimed,
             "device_hours": None if hours is None else hours * self.job.world_size,
             "disk": [{**asdict(each), "total": each.total} for each in self.disk],
             "layouts": [each.to_dict() for each in self.layouts],

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil
 
 from minitron_nemo.arch import Architecture
 from minitron_nemo.config import Recipe
+from minitron_nemo.distillation.cache import BLOCK
 from minitron_nemo.distillation.communication import Update
 from minitron_nemo.distillation.optimizer import params_dtype
 from minitron_nemo.distillation.phases import Segment, segments
@@ -74,6 +76,32 @@ class Job:
             self.element_size,
             recompute=self.recipe.train.recompute,
         )
+
+    @property
+    def caches(self) -> bool:
+        """Whether the teacher runs before the training, for its cache."""
+        recipe = self.recipe
+        return recipe.train.steps > 0 and recipe.teacher.placement == "cached" and recipe.distill.logits_weight != 0
+
+    def caching(self) -> list[tuple[Update, int]]:
+        """Of each sequence length of the teacher's cache a block, as an update whose teacher is colocated, and blocks.
+
+        There are so many at most: as if no sample came twice and the cache held none yet.
+        """
+        found = []
+        for length in dict.fromkeys(segment.sequence_length for segment in self.segments if self.caches):
+            alike = [segment for segment in self.segments if segment.sequence_length == length]
+            size = max(segment.micro_batch_size for segment in alike)
+            multiple = interleaved_microbatches(self.layout)
+            block = replace(
+                self.distillation(alike[0]),
+                microbatches=ceil(ceil(BLOCK / size) / multiple) * multiple,
+                micro_batch_size=size,
+                teacher_layout=self.layout,
+                placement="colocated",
+            )
+            found.append((block, ceil(sum(segment.samples for segment in alike) / BLOCK)))
+        return found
 
     def window(self, update: Update) -> int:
         """Microbatches of `update` whose teacher's states are there at once: the schedules run once for each window."""

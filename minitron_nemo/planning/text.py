@@ -117,8 +117,9 @@ def _time(estimate: Estimate) -> list[Row]:
     by_step = ", ".join(f"{step} {_duration(amount)}" for step, amount in seconds.items() if amount)
     total = sum(seconds.values())
     hours = total / 3600 * estimate.job.world_size
-    found.append(("time", f"{_duration(total)}, {hours:,.1f} device-hours: {by_step} (arithmetic)"))
-    return found
+    timed = f"{_duration(total)}, {hours:,.1f} device-hours: {by_step} (arithmetic)"
+    found.append(("time", timed if total else "not known of any step"))
+    return found + [("", f"without {step}: {why}") for step, why in estimate.untimed.items()]
 
 
 def _duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Seconds of an update, and of all updates of a recipe: arithmetic over a device's figures, nothing is measured.
+"""Seconds of an update, and of a cached teacher's pass: arithmetic over a device's figures, nothing is measured.
 
     a stage      executed FLOPs / (efficiency x peak) + tensor-parallel messages, for one microbatch
     a pass       all microbatches through all stages, with filling and draining (`schedule.pass_time`)
@@ -104,6 +104,23 @@ def correction(job: Job, segment: Segment, device: Device, share: float) -> Upda
     return UpdateTime(parts, flops, job.world_size, {"student": _bubble(update.layout, update.microbatches)})
 
 
+def caching(job: Job, device: Device, share: float) -> float:
+    """Seconds in which the teacher fills its cache: a replica takes its blocks one by one, each in a pass of its own.
+
+    What the choice of entries sends and writes is not counted.
+    """
+    seconds, layout = 0.0, job.layout
+    for block, count in job.caching():
+        assert block.teacher is not None
+        stages = _teacher_stages(block, layout, block.microbatches, device, share, Network(job, device))
+        output = 2 * block.teacher.hidden_size * block.teacher.vocab_size * block.tokens / block.tp
+        stages[-1] += output / _speed(device, share)
+        of_replica = ceil(count / layout.data_parallel_size(job.world_size))
+        virtual = layout.virtual_pipeline_model_parallel_size or 1
+        seconds += of_replica * pass_time(stages, virtual, block.microbatches)
+    return seconds
+
+
 class Network:
     """Which messages stay within a node: ranks are numbered tensor-parallel first, then context, data, pipeline."""
 
@@ -169,6 +186,15 @@ def _teacher(
     network: Network | None,
 ) -> float:
     """Its forward-only passes over `microbatches`; without `network` its messages are not counted."""
+    stages = _teacher_stages(update, layout, microbatches, device, share, network)
+    virtual = layout.virtual_pipeline_model_parallel_size or 1
+    return sum(pass_time(stages, virtual, count) for count in _windows(microbatches, window))
+
+
+def _teacher_stages(
+    update: Update, layout: Layout, microbatches: int, device: Device, share: float, network: Network | None
+) -> list[float]:
+    """Seconds of every pipeline rank for the teacher's layers, one microbatch, and its messages."""
     assert update.teacher is not None
     stages = []
     for rank in range(layout.pipeline_model_parallel_size):
@@ -178,8 +204,7 @@ def _teacher(
             sent = [each for each in transfers(update, rank) if each.part == "teacher"]
             messages = (network.seconds(sent, "tp") + network.seconds(sent, "pp")) / microbatches
         stages.append(flops / _speed(device, share) + messages)
-    virtual = layout.virtual_pipeline_model_parallel_size or 1
-    return sum(pass_time(stages, virtual, count) for count in _windows(microbatches, window))
+    return stages
 
 
 def _student_flops(update: Update, rank: int, device: Device) -> float:
@@ -231,18 +256,3 @@ def _bubble(layout: Layout, window: int) -> float:
 def _speed(device: Device, share: float) -> float:
     assert device.peak_flops is not None
     return device.peak_flops * share
-
-
-def whole(job: Job, device: Device, flops: Mapping[str, int]) -> dict[str, float] | None:
-    """Seconds of the chain's steps that run the model; `flops` are those of `Preflight`. None without a known peak."""
-    if device.peak_flops is None:
-        return None
-    share = efficiency(job, device)
-    speed = job.world_size * _speed(device, share)
-    steps_of = {"calibrate": "calibration", "score-depth": "depth", "repair": "repair"}
-    found = {step: flops[name] / speed for step, name in steps_of.items()}
-    if (segment := job.correction) is not None:
-        steps = job.recipe.teacher.correction.steps
-        found = {"correct": steps * correction(job, segment, device, share).seconds, **found}
-    updates = (segment.steps * distillation(job, segment, device, share).seconds for segment in job.segments)
-    return {**found, "distill": sum(updates)}

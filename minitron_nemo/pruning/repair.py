@@ -123,10 +123,11 @@ def stage_passes(
 
 def planned(
     source: Architecture, target: Architecture, config: PruneConfig, layout: Layout, sequence_length: int
-) -> tuple[int, int]:
-    """Passes over `repair.samples` through the source's layers, and FLOPs of a token in all of them and in the sums.
+) -> tuple[int, int, int]:
+    """Passes over `repair.samples` through the source's layers, and FLOPs of a token in all of them, and in the sums.
 
-    At most, as `stage_passes`. The systems that are solved with the sums, once for a place, are left out.
+    Passes are in `calibration.precision`, sums in fp32, behind LayerNorms in fp64. At most, as `stage_passes`. The
+    systems that are solved with the sums, once for a place, are left out.
     """
     stages = [
         stage_passes(source, target, config.repair, layout, rank) for rank in range(layout.pipeline_model_parallel_size)
@@ -143,7 +144,7 @@ def planned(
     if rotates(target, source, config):
         passes, multiplied = passes + 1, multiplied + (2 * layers + 1) * hidden**2
     through = forward_flops_per_token(source, sequence_length) - 2 * source.vocab_size * hidden
-    return passes, passes * through + 2 * multiplied
+    return passes, passes * through, 2 * multiplied
 
 
 def repair(

@@ -69,7 +69,7 @@ class SearchPlan:
         measured = recipe.prune.depth.samples * (recipe.prune.depth.metric == "loss") * bool(self.drops)
         return {
             "depth": measured * length,
-            "repair": sum(passes for passes, _ in self._repairs) * recipe.prune.repair.samples * length,
+            "repair": sum(passes for passes, _, _ in self._repairs) * recipe.prune.repair.samples * length,
             "distillation": updates * recipe.train.global_batch_size * length,
         }
 
@@ -91,7 +91,7 @@ class SearchPlan:
         )
         return {
             "depth": a_token * tokens["depth"],
-            "repair": sum(flops for _, flops in self._repairs) * recipe.prune.repair.samples * length,
+            "repair": sum(through + sums for _, through, sums in self._repairs) * recipe.prune.repair.samples * length,
             "distillation": distillation,
         }
 
@@ -102,8 +102,8 @@ class SearchPlan:
         return search_disk(self.recipe, self.teacher, self.candidates, trained, self.world_size)
 
     @property
-    def _repairs(self) -> list[tuple[int, int]]:
-        """Of every candidate: passes, and FLOPs of a token in all of them."""
+    def _repairs(self) -> list[tuple[int, int, int]]:
+        """Of every candidate: passes, and FLOPs of a token in all of them, and in what is summed."""
         recipe, layout = self.recipe, Layout.from_config(self.recipe.parallel)
         return [
             repair.planned(self.teacher, each.architecture, recipe.prune, layout, recipe.data.sequence_length)

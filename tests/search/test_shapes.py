@@ -230,6 +230,14 @@ def test_the_grid_for_4b_gives_as_many_candidates_as_published_and_the_chosen_on
     assert (32, 24, 9216, 3072) in quadruples(plan)
 
 
+def test_the_documents_promise_latencies_of_a_recipe_that_names_a_device() -> None:
+    page = (RECIPES.parent / "docs" / "search.md").read_text()
+    (line,) = [line for line in page.splitlines() if line.startswith("    minitron plan ")]
+    name = Path(line.split()[2]).stem
+    latencies = {each.costs.latency_seconds is not None for each in search_of(name).candidates}
+    assert latencies == {"latency" in line}
+
+
 def test_the_section_that_the_documents_show_is_one_for_llama_31_8b() -> None:
     page = (RECIPES.parent / "docs" / "search.md").read_text()
     block = [line for line in page.splitlines() if line.startswith("    ") and not line.startswith("    minitron")]
