@@ -189,9 +189,10 @@ def leading_page(walked: Sequence[Chain]) -> list[Step]:
 
 def unchanged(chain: Chain) -> bool:
     """Whether a run of the chain would find nothing to do. In a job of one process."""
+    steps = chain.steps()
     return all(
-        step.output.exists() and (step.finds_out or is_done(step, inputs_of(step), chain.run_dir))
-        for step in chain.steps()
+        step.output.exists() and (step.finds_out or is_done(step, inputs_of(step, steps), chain.run_dir))
+        for step in steps
     )
 
 

@@ -19,7 +19,8 @@ from minitron_nemo.command_line import WITHOUT_MODEL, parse
 from minitron_nemo.config import Recipe, load_recipe, recipe_of
 from minitron_nemo.errors import Failed, SaidByRankZero, UserError
 from minitron_nemo.parallel.console import outlive_a_full_disk, silence_known_warnings
-from minitron_nemo.processes import die_with_parent, launch_locally, launched
+from minitron_nemo.parallel.environment import launched
+from minitron_nemo.processes import die_with_parent, launch_locally
 
 EXIT_DIFFERS = EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -164,7 +165,7 @@ def _apart(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def _in_job(recipe: Recipe, options: argparse.Namespace, work: Callable[[], None]) -> int:
     """Do `work` in the processes of the job, or in those that cluster.launcher says."""
     die_with_parent()
-    if recipe.cluster.launcher == "local" and not launched():
+    if recipe.cluster.launcher == "local" and not launched(os.environ):
         return launch_locally(recipe.cluster.processes_per_node, options.arguments, EXIT_STOPPED)
     from minitron_nemo.parallel import launch
 
@@ -218,7 +219,7 @@ def _steps(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     die_with_parent()
     in_job = options.verb != "search" or recipe.search.launcher == "none"
-    if recipe.cluster.launcher == "local" and in_job and not launched():
+    if recipe.cluster.launcher == "local" and in_job and not launched(os.environ):
         silence_known_warnings()
         from minitron_nemo.stages import check_choice, plans
 

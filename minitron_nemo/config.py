@@ -57,7 +57,7 @@ class CalibrationConfig:
 class DepthConfig:
     """Measuring the model without some of its layers, for the methods that decide by it (`minitron score-depth`)."""
 
-    metric: str = "loss"  # of the sequences that calibration reads | task: accuracy on multiple-choice questions
+    metric: str = "loss"  # of the first sequences of the training order | task: accuracy on multiple-choice questions
     samples: int = 128  # of metric loss: sequences of data.sequence_length
     task: str | None = None  # of metric task: jsonl file with context, choices and answer on each line
     normalize: bool = False  # of metric task: log-probabilities of choices per character

@@ -225,6 +225,8 @@ def preflight(
     for architecture in (original, source, student):  # all of which are evaluated
         layout.check(architecture, world_size)
     layout.check_split("student", student.num_layers)
+    if layout.sequence_parallel:  # then every pass splits its states, not only a training's
+        layout.check_length(recipe.data.sequence_length)
     correction, longest = correction_config(recipe), original.max_position_embeddings
     if recipe.data.sequence_length > longest:
         raise UserError(

@@ -18,11 +18,6 @@ WAIT = 60.0
 LOCAL = "MINITRON_LOCAL"  # set in the processes that cluster.launcher=local and search.launcher=local start
 
 
-def launched() -> bool:
-    """Whether this process is one of a job already."""
-    return "RANK" in os.environ or "SLURM_PROCID" in os.environ
-
-
 def launch_locally(processes: int, arguments: Sequence[str], stopped: int) -> int:
     """Start `minitron` with these arguments in so many processes of this machine, as torchrun would.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_nemo.checkpoint.sink import FORMATS
-from minitron_nemo.config import ClusterConfig, EvaluateConfig, Recipe, TrainConfig
+from minitron_nemo.config import ClusterConfig, EvaluateConfig, Recipe
 from minitron_nemo.data.documents import is_here
 from minitron_nemo.distillation.balance import DYNAMIC, check_weight
 from minitron_nemo.distillation.cache import DTYPES
@@ -63,6 +63,13 @@ POSITIVE = (
     "cluster.processes_per_node",
     "cluster.signal_seconds",
 )
+NOT_NEGATIVE = {  # and what 0 does
+    "prune.calibration.first_sample": "begins with the first sample",
+    "train.steps": "prunes without distilling",
+    "train.hang_timeout": "never ends a job",
+    "train.eval_interval": "is for no validation",
+    "cluster.max_requeues": "leaves it to you to submit again",
+}
 
 
 def check_values(recipe: Recipe) -> None:
@@ -70,9 +77,7 @@ def check_values(recipe: Recipe) -> None:
     for key, choices in CHOICES.items():
         if (value := _get(recipe, key)) not in choices:
             raise UserError(f"{key}: {value!r} is not one of {', '.join(str(choice) for choice in choices)}")
-    for key in POSITIVE:
-        if _get(recipe, key) <= 0:
-            raise UserError(f"{key}: {_get(recipe, key)} must be greater than 0")
+    _check_signs(recipe)
     if unknown := set(recipe.export.formats) - set(FORMATS):
         raise UserError(f"export.formats: {sorted(unknown)[0]!r} is not one of {', '.join(FORMATS)}")
     batch = recipe.teacher.correction.global_batch_size
@@ -93,7 +98,9 @@ def check_values(recipe: Recipe) -> None:
         )
     _check_generation(recipe.evaluate)
     check_tasks(recipe.evaluate.tasks)
-    _check_training(recipe.train)
+    peak = recipe.train.peak_flops
+    if peak is not None and peak <= 0:
+        raise UserError(f"train.peak_flops: {peak:g} must be greater than 0")
     _check_cluster(recipe.cluster)
 
 
@@ -109,23 +116,21 @@ def absent(recipe: Recipe) -> dict[str, str]:
     return missing if source.startswith("pypi:") or Path(source).exists() else {"model.source": source, **missing}
 
 
+def _check_signs(recipe: Recipe) -> None:
+    for key in POSITIVE:
+        if _get(recipe, key) <= 0:
+            raise UserError(f"{key}: {_get(recipe, key)} must be greater than 0")
+    for key, zero in NOT_NEGATIVE.items():
+        if _get(recipe, key) < 0:
+            raise UserError(f"{key}: {_get(recipe, key)} must not be negative; 0 {zero}")
+
+
 def _check_generation(evaluate: EvaluateConfig) -> None:
     if evaluate.generate_prompt_tokens < 1:
         raise UserError(f"evaluate.generate_prompt_tokens: {evaluate.generate_prompt_tokens} must be greater than 0")
     sizes = evaluate.generate_batch_sizes
     if not sizes or min(sizes) < 1:
         raise UserError(f"evaluate.generate_batch_sizes: {sizes} must be sizes of batches, at least one; e.g. [1, 8]")
-
-
-def _check_training(train: TrainConfig) -> None:
-    if train.steps < 0:
-        raise UserError(f"train.steps: {train.steps} must not be negative; 0 prunes without distilling")
-    if train.hang_timeout < 0:
-        raise UserError(f"train.hang_timeout: {train.hang_timeout:g} must not be negative; 0 never ends a job")
-    if train.eval_interval < 0:
-        raise UserError(f"train.eval_interval: {train.eval_interval} must not be negative; 0 for no validation")
-    if train.peak_flops is not None and train.peak_flops <= 0:
-        raise UserError(f"train.peak_flops: {train.peak_flops:g} must be greater than 0")
 
 
 def _check_cluster(cluster: ClusterConfig) -> None:
@@ -140,8 +145,6 @@ def _check_cluster(cluster: ClusterConfig) -> None:
         raise UserError(f"cluster.mfu: {cluster.mfu:g} must be a share, above 0 and up to 1")
     if cluster.prune_nodes is not None and cluster.prune_nodes <= 0:
         raise UserError(f"cluster.prune_nodes: {cluster.prune_nodes} must be greater than 0")
-    if cluster.max_requeues < 0:
-        raise UserError(f"cluster.max_requeues: {cluster.max_requeues} must not be negative")
     for mount in cluster.container_mounts:
         if ":" not in mount or "," in mount:
             raise UserError(f"cluster.container_mounts: {mount!r} is not SRC:DST")

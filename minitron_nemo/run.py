@@ -34,8 +34,8 @@ def run_chain(recipe: Recipe, only: str | None = None, until: str | None = None,
 
     walked = chains(launch.from_rank_0(planned))
     run_dir = Path(recipe.run_dir)
-    steps = [*(step for chain in walked for step in chain.steps()), *leading_page(walked)]
-    steps = [step for step in steps if only in (None, step.name) and stage in (None, step.stage)]
+    every = [*(step for chain in walked for step in chain.steps()), *leading_page(walked)]
+    steps = [step for step in every if only in (None, step.name) and stage in (None, step.stage)]
     if until is not None:
         steps = steps[: [step.name for step in steps].index(until) + 1]
     if not steps:
@@ -45,7 +45,7 @@ def run_chain(recipe: Recipe, only: str | None = None, until: str | None = None,
         for step in steps:
             try:
                 with stopped_by_signals():
-                    run_step(step, run_dir)
+                    run_step(step, run_dir, every)
             except Stopped as stop:
                 if stop.args:  # a training says so by itself
                     write_status(run_dir, "stopped", step=step.label, reason=stop.args[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,9 +64,9 @@ def stopped_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def inputs_of(step: Step) -> dict[str, str]:
-    """Fingerprints of what it reads. Raises UserError for what is not there."""
-    return {name: _input_fingerprint(step, name, path) for name, path in step.inputs.items()}
+def inputs_of(step: Step, steps: Sequence[Step]) -> dict[str, str]:
+    """Fingerprints of what it reads. Raises UserError for what is not there, naming which of `steps` makes it."""
+    return {name: _input_fingerprint(step, name, path, steps) for name, path in step.inputs.items()}
 
 
 def is_done(step: Step, inputs: Mapping[str, str], run_dir: Path) -> bool:
@@ -75,9 +75,12 @@ def is_done(step: Step, inputs: Mapping[str, str], run_dir: Path) -> bool:
     return manifest.done(step.record, step_key(inputs, step.settings), fingerprint_of(step.output))
 
 
-def run_step(step: Step, run_dir: Path) -> None:
-    """Run the step on every rank of the job, unless the manifest says that its result is there. Raises UserError."""
-    inputs = launch.from_rank_0(lambda: inputs_of(step))
+def run_step(step: Step, run_dir: Path, steps: Sequence[Step]) -> None:
+    """Run the step, one of `steps`, on every rank of the job, unless the manifest says that its result is there.
+
+    Raises UserError.
+    """
+    inputs = launch.from_rank_0(lambda: inputs_of(step, steps))
     key = step_key(inputs, step.settings)
     label = f"[{step.label}]"
     if not step.finds_out and launch.from_rank_0(lambda: is_done(step, inputs, run_dir)):
@@ -118,10 +121,12 @@ def fingerprint_of(path: Path) -> str | None:
     return fingerprint(path) if is_checkpoint else file_fingerprint(path)
 
 
-def _input_fingerprint(step: Step, name: str, path: Path) -> str:
+def _input_fingerprint(step: Step, name: str, path: Path, steps: Sequence[Step]) -> str:
     found = fingerprint_of(path)
     if found is None:
-        raise UserError(f"{path}: not there, but {step.label} reads it as its {name}; run the steps before it first")
+        makers = [f"run {other.label}" for other in steps if other.output in (path, *path.parents)]
+        first = makers[0] if makers else "put it there"
+        raise UserError(f"{path}: not there, but {step.label} reads it as its {name}; {first} first")
     return found
 
 

@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,11 +69,11 @@ def submit(recipe: Recipe, path: Path, overrides: Sequence[str], dry_run: bool) 
     arguments = [str(path), *overrides]
     if dry_run:
         commands = [job.command(home, "JOB" if number else None, arguments) for number, job in enumerate(planned)]
-        mounts = [f"{MOUNTS}={_mounts(recipe)}"] if _mounts(recipe) else []
-        return "\n".join(shlex.join([*mounts, *command]) for command in commands)
+        exported = [f"{name}={value}" for name, value in _exports(recipe).items()]
+        return "\n".join(shlex.join([*exported, *command]) for command in commands)
     lines, after = [], None
     for job in planned:
-        after = _sbatch(job.command(home, after, arguments), _mounts(recipe))
+        after = _sbatch(job.command(home, after, arguments), _exports(recipe))
         lines.append(f"job {after}: {job.script}, output in {Path.cwd() / f'{recipe.name}-{after}.out'}")
     logs = Path(recipe.run_dir).absolute()
     lines += [
@@ -86,7 +86,7 @@ def submit(recipe: Recipe, path: Path, overrides: Sequence[str], dry_run: bool) 
 
 def _check_inputs(recipe: Recipe, dry_run: bool) -> None:
     """Raise UserError for a model or a text that the job would look for in vain; warn where it may yet find it."""
-    container = os.environ.get(CONTAINER) or recipe.cluster.container
+    container = _exports(recipe).get(CONTAINER)
     missing: dict[str, str] = {}
     for own in stage_recipes(recipe).values() or [recipe]:
         missing |= absent(own)
@@ -105,7 +105,7 @@ def submit_script(script: str, recipe: Recipe, arguments: Sequence[str]) -> str:
     Raises UserError for whatever sbatch refuses.
     """
     job = Job(script, _options(recipe, recipe.cluster.nodes))
-    return _sbatch(job.command(repository(), None, arguments), _mounts(recipe))
+    return _sbatch(job.command(repository(), None, arguments), _exports(recipe))
 
 
 def queued_names() -> set[str]:
@@ -163,16 +163,20 @@ def _options(recipe: Recipe, nodes: int) -> tuple[str, ...]:
     )
 
 
-def _mounts(recipe: Recipe) -> str:
-    """Mounts of the recipe and, behind them, of the environment."""
-    return ",".join([*recipe.cluster.container_mounts, *filter(None, [os.environ.get(MOUNTS)])])
+def _exports(recipe: Recipe) -> dict[str, str]:
+    """What goes into a job's environment: the container of this one or else the recipe's, and the mounts of both.
+
+    The batch script reads the recipe's container by itself, too, but sees none that is written within braces.
+    """
+    container = os.environ.get(CONTAINER) or recipe.cluster.container
+    mounts = ",".join([*recipe.cluster.container_mounts, *filter(None, [os.environ.get(MOUNTS)])])
+    return {name: value for name, value in ((CONTAINER, container), (MOUNTS, mounts)) if value}
 
 
-def _sbatch(command: Sequence[str], mounts: str) -> str:
+def _sbatch(command: Sequence[str], exported: Mapping[str, str]) -> str:
     """Submit a job and return its id."""
-    environment = {**os.environ, **({MOUNTS: mounts} if mounts else {})}
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, env={**os.environ, **exported}, capture_output=True, text=True, check=True)
     except FileNotFoundError:
         raise UserError("sbatch: not found; submit where Slurm is installed, or see --dry-run") from None
     except subprocess.CalledProcessError as error:

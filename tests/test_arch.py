@@ -189,6 +189,60 @@ def test_what_a_family_does_not_compute_is_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"hidden_size": "4k"}, "hidden_size is '4k'; it must be a whole number, at least 1"),
+        ({"num_layers": 2.5}, "num_layers is 2.5; it must be a whole number"),
+        ({"num_layers": True}, "num_layers is True; it must be a whole number"),
+        ({"kv_channels": 0}, "kv_channels is 0; it must be a whole number, at least 1"),
+        ({"num_query_groups": 0}, "num_query_groups is 0; it must be a whole number, at least 1"),
+        ({"max_position_embeddings": None}, "max_position_embeddings is None; it must be a whole number"),
+        ({"layernorm_epsilon": "1e-5"}, "layernorm_epsilon is '1e-5'; it must be a number above 0"),
+        ({"rotary_base": float("nan")}, "rotary_base is nan; it must be a number above 0"),
+        ({"rotary_percent": 2.0}, "rotary_percent is 2; it must be a share, up to 1"),
+        ({"window_size": 0}, "window_size is 0; it must be a whole number, at least 1, or null"),
+        ({"share_embeddings_and_output_weights": "no"}, "share_embeddings_and_output_weights is 'no'; it must be true"),
+        ({"rope_scaling": [1]}, r"rope_scaling is \[1\]; it must be keys with values, or null"),
+        ({"rope_scaling": LLAMA3_ROPE | {"factor": "8"}}, "rope_scaling: factor is '8'; it must be a number above 0"),
+        ({"family": ["llama"]}, r"family is \['llama'\]; it must be a name"),
+    ],
+)
+def test_a_field_of_another_type_or_out_of_range_is_named(change: dict, named: str) -> None:
+    with pytest.raises(UserError, match=f"^model.architecture: {named}"):
+        Architecture.from_dict(SMOLLM2_135M.to_dict() | change, "model.architecture")
+
+
+def test_a_field_that_is_missing_is_named() -> None:
+    given = SMOLLM2_135M.to_dict()
+    del given["kv_channels"]
+    with pytest.raises(UserError, match="^model.architecture: key 'kv_channels' is missing$"):
+        Architecture.from_dict(given, "model.architecture")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"hidden_size": None, "head_dim": None}, "hidden_size is None; it must be a whole number, at least 1"),
+        ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads is 0; it must be a whole number"),
+        ({"intermediate_size": "4k"}, "intermediate_size is '4k'; it must be a whole number"),
+        ({"max_position_embeddings": None}, "max_position_embeddings is None; it must be a whole number"),
+        ({"rope_scaling": [1]}, r"rope_scaling is \[1\]; it must be keys with values, or null"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "architecture: rope_scaling: low_freq_factor is None",
+        ),
+        ({"rope_theta": "x"}, "architecture: rotary_base is 'x'; it must be a number above 0"),
+        ({"head_dim": "64"}, "architecture: kv_channels is '64'; it must be a whole number"),
+        ({"sliding_window": "4096"}, "architecture: window_size is '4096'; it must be a whole number"),
+        ({"rms_norm_eps": None}, "architecture: layernorm_epsilon is None; it must be a number above 0"),
+    ],
+)
+def test_a_value_of_config_json_that_its_key_cannot_have_is_named(change: dict, named: str) -> None:
+    with pytest.raises(UserError, match=f"^here/config.json: {named}"):
+        architecture_from_hf(hf_config(MISTRAL_NEMO_12B, "bfloat16") | change, "here/config.json")
+
+
 def test_an_unknown_family_and_a_model_type_of_another_are_refused() -> None:
     with pytest.raises(
         UserError,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,16 @@ from minitron_nemo.errors import UserError
 
 FILE_NAME = "architecture.json"
 SCHEMA_VERSION = 1
+# The numbers of `rope_scaling`.
+SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+# By the type of a field: what a value of it must be, and whether one is. True and false are no numbers here.
+VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "int": ("a whole number, at least 1", lambda value: type(value) is int and value >= 1),
+    "float": ("a number above 0", lambda value: type(value) in (int, float) and 0 < value < inf),
+    "bool": ("true or false", lambda value: type(value) is bool),
+    "str": ("a name", lambda value: type(value) is str),
+    "Mapping[str, Any]": ("keys with values", lambda value: isinstance(value, Mapping)),
+}
 
 
 @dataclass(frozen=True)
@@ -22,7 +33,7 @@ class Architecture:
 
     `kv_channels` is the size of one attention head and need not be `hidden_size / num_attention_heads`.
     `rope_scaling` is None or Hugging Face's llama3 mapping (`rope_type`, `factor`, `low_freq_factor`,
-    `high_freq_factor`, `original_max_position_embeddings`). `rotary_percent` is the share, from 0 to 1, of a head's
+    `high_freq_factor`, `original_max_position_embeddings`). `rotary_percent` is the share, up to 1, of a head's
     channels that turn with the position; `window_size` is the number of tokens that attention reaches back to, the
     token itself included, None for all. `model_type` is the name Hugging Face gives the model (`llama`, `mistral`):
     one family here may have several.
@@ -32,7 +43,8 @@ class Architecture:
     the softmax over the experts that see it, or under `moe_router_pre_softmax` over all experts. A shared expert, which
     sees all tokens, has `moe_shared_expert_intermediate_size` neurons.
 
-    Raises UserError for sizes that do not fit together and an unknown family.
+    Raises UserError for a field of another type or out of its range, sizes that do not fit together and an unknown
+    family.
     """
 
     num_layers: int
@@ -58,15 +70,13 @@ class Architecture:
     model_type: str = "llama"
 
     def __post_init__(self) -> None:
+        self._check_values()
         experts, shared = family(self.family).mixture_of_experts, family(self.family).moe_shared_expert_gate
         needed = dict.fromkeys(("num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk"), experts)
         for name, has in (needed | {"moe_shared_expert_intermediate_size": shared}).items():
             if (getattr(self, name) is not None) != has:
                 wanted = "needs a number" if has else "has no such experts"
                 raise UserError(f"architecture: {name} is {getattr(self, name)}, and family {self.family!r} {wanted}")
-        for axis in Axis:
-            if self.has(axis) and self.size(axis) < 1:
-                raise UserError(f"architecture: {axis} is {self.size(axis)}; it must be at least 1")
         if experts:
             self._check_experts()
         if self.num_attention_heads % self.num_query_groups:
@@ -83,6 +93,23 @@ class Architecture:
             raise UserError(
                 f"architecture: model_type {self.model_type!r} is not one of family {self.family!r}: {', '.join(known)}"
             )
+
+    def _check_values(self) -> None:
+        """Raise UserError for a field that is wrong by itself."""
+        for field in fields(self):
+            value, optional = getattr(self, field.name), str(field.type).endswith(" | None")
+            wanted, right = VALUES[str(field.type).removesuffix(" | None")]
+            if not (right(value) or (optional and value is None)):
+                raise UserError(
+                    f"architecture: {field.name} is {value!r}; it must be {wanted}{', or null' if optional else ''}"
+                )
+        if self.rotary_percent > 1:
+            raise UserError(f"architecture: rotary_percent is {self.rotary_percent:g}; it must be a share, up to 1")
+        if self.rope_scaling is not None:
+            wanted, right = VALUES["float"]
+            for key in SCALING_KEYS:
+                if not right(value := self.rope_scaling.get(key)):
+                    raise UserError(f"architecture: rope_scaling: {key} is {value!r}; it must be {wanted}")
 
     def _check_experts(self) -> None:
         if not 1 <= (self.moe_router_topk or 0) <= self.size(Axis.EXPERTS):
@@ -129,17 +156,21 @@ class Architecture:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any], origin: str = "architecture") -> Architecture:
-        """Inverse of `to_dict`. Raises UserError naming `origin` for a missing, unknown or newer field."""
+        """Inverse of `to_dict`. Raises UserError naming `origin` for a missing, unknown, newer or wrong field."""
         known = {field.name for field in fields(Architecture)}
         given = {key: value for key, value in data.items() if key != "schema_version"}
         if data.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
             raise UserError(f"{origin}: schema_version {data['schema_version']} is not {SCHEMA_VERSION}")
         if unknown := sorted(set(given) - known):
             raise UserError(f"{origin}: unknown key {unknown[0]!r}")
+        if missing := [
+            field.name for field in fields(Architecture) if field.default is MISSING and field.name not in given
+        ]:
+            raise UserError(f"{origin}: key {missing[0]!r} is missing")
         try:
             return Architecture(**given)
-        except TypeError as error:
-            raise UserError(f"{origin}: {error}") from None
+        except UserError as error:
+            raise UserError(f"{origin}: {str(error).removeprefix('architecture: ')}") from None
 
     def save(self, directory: Path) -> None:
         (directory / FILE_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from minitron_nemo.arch.architecture import Architecture
+from minitron_nemo.arch.architecture import SCALING_KEYS, Architecture
 from minitron_nemo.arch.families import FAMILIES
 from minitron_nemo.arch.family import family
 from minitron_nemo.arch.transformer_config import (
-    SCALING_KEYS,
     SILU,
     architecture_from_fields,
     difference,

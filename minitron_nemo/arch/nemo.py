@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from minitron_nemo.arch.architecture import Architecture
+from minitron_nemo.arch.architecture import SCALING_KEYS, Architecture
 from minitron_nemo.arch.families import FAMILIES
 from minitron_nemo.arch.family import NeMoModel, family, family_of_type
 from minitron_nemo.arch.transformer_config import (
-    SCALING_KEYS,
     architecture_from_fields,
     features,
     fields_of,

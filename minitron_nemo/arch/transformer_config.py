@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minitron_nemo.arch.architecture import Architecture
+from minitron_nemo.arch.architecture import SCALING_KEYS, Architecture
 from minitron_nemo.arch.family import Family, family, family_of_type
 from minitron_nemo.errors import UserError
 
@@ -22,8 +22,6 @@ ACTIVATIONS = {
     "megatron.bridge.models.nemotron.nemotron_bridge.squared_relu": "squared_relu",
     "megatron.bridge.models.nemotron.nemotron_provider.squared_relu": "squared_relu",
 }
-
-SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def features(layers: Family) -> dict[str, tuple[Any, Any]]:

@@ -78,15 +78,15 @@ class GGUFSource:
             raise UserError(
                 f"{self.path}: scaled rotary frequencies cannot be read back; give the Hugging Face original"
             )
-        heads, hidden = self._field("llama.attention.head_count"), self._field("llama.embedding_length")
+        heads = self._field("llama.attention.head_count")
         config = {
             "model_type": "llama",
-            "hidden_size": hidden,
+            "hidden_size": self._field("llama.embedding_length"),
             "intermediate_size": self._field("llama.feed_forward_length"),
             "num_hidden_layers": self._field("llama.block_count"),
             "num_attention_heads": heads,
             "num_key_value_heads": self._field("llama.attention.head_count_kv", heads),
-            "head_dim": self._field("llama.attention.key_length", hidden // heads),
+            "head_dim": self._field("llama.attention.key_length", 0),  # 0 means what a missing key does
             "vocab_size": int(self._tensor("token_embd.weight").shape[1]),
             "max_position_embeddings": self._field("llama.context_length"),
             "rms_norm_eps": round(self._field("llama.attention.layer_norm_rms_epsilon"), 12),  # stored as float32

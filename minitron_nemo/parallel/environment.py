@@ -21,17 +21,27 @@ class Job:
     master_port: int
 
 
-def job_from_environment(environment: Mapping[str, str]) -> Job | None:
-    """Read the job from torchrun's or srun's variables; None for a process that nobody launched.
+def launched(environment: Mapping[str, str]) -> bool:
+    """Whether torchrun or srun started this process, as one of a job.
 
     A batch script's own shell carries SLURM_PROCID as well, but only an srun step has SLURM_STEP_ID: a plain call in
-    the script is a process of its own. Raises UserError for an incomplete environment.
+    the script is a process of its own.
     """
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        return _torchrun_job(environment)
-    if "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
-        return _srun_job(environment)
-    return None
+    return _by_torchrun(environment) or {"SLURM_PROCID", "SLURM_STEP_ID"} <= environment.keys()
+
+
+def job_from_environment(environment: Mapping[str, str]) -> Job | None:
+    """Read the job from torchrun's or srun's variables; None for a process that neither `launched`.
+
+    Raises UserError for an incomplete environment.
+    """
+    if not launched(environment):
+        return None
+    return _torchrun_job(environment) if _by_torchrun(environment) else _srun_job(environment)
+
+
+def _by_torchrun(environment: Mapping[str, str]) -> bool:
+    return {"RANK", "WORLD_SIZE"} <= environment.keys()
 
 
 def _torchrun_job(environment: Mapping[str, str]) -> Job:

@@ -127,6 +127,10 @@ class Layout:
                 f"it must be a multiple of parallel.pipeline_model_parallel_size {self.pipeline_model_parallel_size}; "
                 f"change the batch sizes"
             )
+        self.check_length(sequence_length)
+
+    def check_length(self, sequence_length: int) -> None:
+        """Raise UserError, naming the recipe's key, unless the states of a sequence split evenly over its ranks."""
         if sequence_length % self.tensor_model_parallel_size:
             raise UserError(
                 f"data.sequence_length: {sequence_length} is not a multiple of parallel.tensor_model_parallel_size "

@@ -117,12 +117,22 @@ def _check(standings: Sequence[Standing]) -> None:
 
 
 def _admitted(standings: Sequence[Standing], plan: SearchPlan) -> list[Standing]:
-    """Those that have a loss and generate fast enough and, of them, the `top_k` with the lowest losses as cut."""
+    """Those that have a loss and generate fast enough and, of them, the `top_k` with the lowest losses as cut.
+
+    Collective. Raises UserError where none of those with a loss is fast enough.
+    """
     least = plan.recipe.search.budget.min_tokens_per_second
     fast, finite = usable(standings, least), usable(standings, None)
-    if finite and not fast:
-        fastest = max(each.tokens_per_second or 0.0 for each in finite)
-        raise UserError(f"search.budget.min_tokens_per_second: {least:g}, and the fastest makes {fastest:.1f}")
+
+    def check() -> None:
+        if finite and not fast:
+            fastest = max(each.tokens_per_second or 0.0 for each in finite)
+            raise UserError(
+                f"search.budget.min_tokens_per_second: {least:g}, and the fastest candidate makes {fastest:.1f}; lower "
+                "it, or give the grid smaller shapes"
+            )
+
+    launch.from_rank_0(check)
     return fast[: plan.recipe.search.top_k]
 
 
@@ -185,17 +195,25 @@ def _first_outside(plan: SearchPlan, launcher: Launcher, path: Path, overrides: 
     def missing() -> bool:
         return any(known(trial_of(plan, candidate, 0)) is None for candidate in plan.candidates)
 
+    def made() -> bool:
+        """Whether nothing is missing once the task has run, or the one of its name that is there already."""
+        for _ in launcher.run([task]):
+            deadline = time.monotonic() + launcher.patience
+            while missing():
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(1)
+        return True
+
     if not missing():
         return
     run_dir, arguments = Path(plan.recipe.run_dir), (str(path), *overrides, *FIRST)
     name = f"{plan.recipe.name}-search-{mark(run_dir, None)}"  # one at a time, whatever its settings
     log = driver_directory(plan.recipe) / "first.log"
-    for _ in launcher.run([Task(name, "search", arguments, plan.recipe, log)]):
-        deadline = time.monotonic() + launcher.patience
-        while missing():
-            if time.monotonic() > deadline:
-                raise Failed(f"{name}, the cuts of all candidates: {reason(run_dir)}, see {log}; {AGAIN}")
-            time.sleep(1)
+    task = Task(name, "search", arguments, plan.recipe, log)
+    earlier = name in launcher.left_over()  # of a call that may have had other settings
+    if not made() and not (earlier and made()):
+        raise Failed(f"{name}, the cuts of all candidates: {reason(run_dir)}, see {log}; {AGAIN}")
 
 
 @contextmanager

@@ -50,6 +50,10 @@ class LocalProcesses:
     shares: Sequence[str | None]
     patience: float = 0.0
 
+    def left_over(self) -> set[str]:
+        """Names of tasks of an earlier call that have not ended: none, since processes end with their call."""
+        return set()
+
     def run(self, tasks: Sequence[Task]) -> Iterator[str]:
         """The name of every task as it ends, however it ends.
 
@@ -82,9 +86,13 @@ class SlurmJobs:
     jobs: int
     patience: float = 60.0
 
+    def left_over(self) -> set[str]:
+        """Names of tasks of an earlier call that have not ended, other jobs of this user among them."""
+        return queued_names()
+
     def run(self, tasks: Sequence[Task]) -> Iterator[str]:
         """The name of every task as its job leaves the queue. Raises UserError for what sbatch refuses."""
-        present = queued_names()
+        present = self.left_over()
         active = {task.name for task in tasks if task.name in present}
         for name in sorted(active):
             print(f"[search] {name}: in the queue from an earlier start", flush=True)

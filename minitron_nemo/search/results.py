@@ -9,7 +9,6 @@ candidate that failed.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, isfinite, nan, sqrt
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from minitron_nemo.chain import Chain
-from minitron_nemo.checkpoint.files import to_json, write_atomic
+from minitron_nemo.checkpoint.files import read_json, to_json, write_atomic
 from minitron_nemo.evaluation.report import with_numbers
 from minitron_nemo.manifest import step_key
 from minitron_nemo.parallel import launch
@@ -89,11 +88,11 @@ def result_key(chain: Chain) -> str | None:
 
 
 def load_result(path: Path, key: str | None) -> Result | None:
-    """The result in the file if it was measured with `key`."""
+    """The result in the file if it was measured with `key`. Raises UserError for a damaged file."""
     if key is None or not path.exists():
         return None
-    data = json.loads(path.read_text())
-    if data.get("schema_version") != SCHEMA_VERSION or data["key"] != key:
+    data = read_json(path, "remove it, and it is measured again")
+    if data.get("schema_version") != SCHEMA_VERSION or data.get("key") != key:
         return None
     if "failure" in data:
         return Result.failed(data["steps"], data["failure"])

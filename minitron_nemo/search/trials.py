@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import time
 from contextlib import suppress
@@ -11,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minitron_nemo.chain import Chain, unchanged
-from minitron_nemo.checkpoint.files import write_atomic
+from minitron_nemo.checkpoint.files import read_json, write_atomic
 from minitron_nemo.config import recipe_yaml
 from minitron_nemo.distillation.checkpoints import TRACKER
 from minitron_nemo.distillation.status import FILE_NAME as STATUS
+from minitron_nemo.errors import UserError
 from minitron_nemo.evaluation.report import read_evaluation
 from minitron_nemo.parallel import launch
 from minitron_nemo.preflight import preflight
@@ -90,9 +90,9 @@ def mark(directory: Path, key: str | None) -> str:
 
 
 def reason(run_dir: Path) -> str:
-    """What a run says of its end, if it says anything."""
-    with suppress(FileNotFoundError):
-        status = json.loads((run_dir / STATUS).read_text())
-        if status["state"] in ("failed", "stopped"):
-            return f"{status['state']}: {status['reason']}"
+    """What a run says of its end, if it says anything that can be read."""
+    with suppress(UserError):
+        status = read_json(run_dir / STATUS)
+        if status.get("state") in ("failed", "stopped"):
+            return f"{status['state']}: {status.get('reason')}"
     return "it did not come to its end"

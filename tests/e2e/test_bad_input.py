@@ -6,13 +6,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from minitron_nemo.checkpoint.transform import convert
+from minitron_nemo.config import load_recipe
+from minitron_nemo.errors import UserError
+from minitron_nemo.steps import inputs_of
 from tests.e2e.chain import refusal
+from tests.pool import run_distributed
+from tests.test_command_line import chain_steps
 from tests.tiny import write_tiny_llama
 
 
@@ -47,7 +53,36 @@ def test_an_empty_data_file_is_named(tmp_path: Path, recipe: Path) -> None:
 
 @pytest.mark.e2e
 def test_a_step_says_which_step_comes_before_it(tmp_path: Path, recipe: Path) -> None:
-    assert "run the steps before it" in refused_by_process("distill", str(recipe), f"run_dir={tmp_path / 'fresh'}")
+    said = refused_by_process("distill", str(recipe), f"run_dir={tmp_path / 'fresh'}")
+    assert said.endswith("corrected: not there, but distill reads it as its teacher; run correct first")
+
+
+@pytest.mark.e2e
+def test_every_input_that_is_missing_is_laid_to_the_step_that_makes_it(recipe: Path) -> None:
+    steps = run_distributed(1, chain_steps, load_recipe(recipe, ["evaluate.tasks=[hellaswag]"]))[0]
+    makers = {}
+    for step in steps:
+        for name, path in step.inputs.items():
+            with pytest.raises(UserError) as error:
+                inputs_of(replace(step, inputs={name: path}), steps)
+            makers[step.name, name] = str(error.value).rpartition("; ")[2]
+    said = {
+        ("prepare", "tokenizer"): "convert",
+        ("correct", "teacher"): "convert",
+        ("correct", "data"): "prepare",
+        ("calibrate", "source"): "correct",
+        ("score-depth", "data"): "prepare",
+        ("repair", "scores"): "calibrate",
+        ("repair", "depth"): "score-depth",
+        ("prune", "plan"): "repair",
+        ("distill", "pruned"): "prune",
+        ("evaluate", "distilled"): "distill",
+        ("tasks", "source"): "convert",
+        ("report", "evaluation"): "evaluate",
+        ("report", "tasks"): "tasks",
+    }
+    assert {key: makers[key] for key in said} == {key: f"run {maker} first" for key, maker in said.items()}
+    assert makers["report", "recipe"] == "put it there first"  # no step's, but the start's
 
 
 @pytest.mark.e2e

@@ -62,6 +62,8 @@ def test_a_search_has_no_stage(recipe: Path, capsys: pytest.CaptureFixture[str])
 
 
 PP2 = "parallel.pipeline_model_parallel_size=2 cluster.processes_per_node=2"
+TP2_SP = "parallel.tensor_model_parallel_size=2 parallel.sequence_parallel=true cluster.processes_per_node=2"
+NO_TRAINING = "train.steps=0 teacher.correction.steps=0"  # sequences are read all the same
 TEACHER_PP2 = "teacher.layout.pipeline_model_parallel_size=2"
 
 
@@ -72,6 +74,11 @@ TEACHER_PP2 = "teacher.layout.pipeline_model_parallel_size=2"
         ("train.steps=many", "train.steps"),
         ("stages=[one]", "a list stands where there are keys"),
         ("train.steps=-1", "train.steps: -1 must not be negative"),
+        ("prune.calibration.first_sample=-5", "prune.calibration.first_sample: -5 must not be negative; 0 begins with"),
+        (
+            f"{TP2_SP} data.sequence_length=63 {NO_TRAINING}",
+            "data.sequence_length: 63 is not a multiple of parallel.ten",
+        ),
         ("evaluate.generate_prompt_tokens=0", "evaluate.generate_prompt_tokens: 0 must be greater than 0"),
         ("evaluate.generate_batch_sizes=[]", "evaluate.generate_batch_sizes: [] must be sizes of batches"),
         ("evaluate.generate_batch_sizes=[4,0]", "evaluate.generate_batch_sizes: [4, 0]"),
@@ -116,7 +123,7 @@ TEACHER_PP2 = "teacher.layout.pipeline_model_parallel_size=2"
         (f"{TEACHER_PP2} teacher.placement=cached distill.intermediate.pairs=[]", "teacher.layout: a cached teacher"),
     ],
 )
-@pytest.mark.fast_cases(17)
+@pytest.mark.fast_cases(19)
 def test_plan_names_the_key_that_is_wrong(refused: Callable[..., str], recipe: Path, override: str, key: str) -> None:
     assert key in refused("plan", str(recipe), *override.split())
 

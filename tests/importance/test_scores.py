@@ -14,6 +14,7 @@ from minitron_nemo.arch import Axis
 from minitron_nemo.errors import UserError
 from minitron_nemo.importance.scores import ARRAYS, Scores, data_fingerprint
 from tests.importance.synthetic import architecture, random_values, scores_from
+from tests.tiny import LLAMA3_ROPE
 
 BATCH = {
     "mean": lambda values: values.mean(axis=0),
@@ -43,9 +44,7 @@ def test_the_papers_aggregation_is_the_default() -> None:
 
 
 def test_saved_scores_are_read_back_bit_for_bit(tmp_path: Path) -> None:
-    scores = scores_from(
-        random_values(architecture()), architecture(rope_scaling={"rope_type": "llama3", "factor": 8.0})
-    )
+    scores = scores_from(random_values(architecture()), architecture(rope_scaling=LLAMA3_ROPE))
     scores.save(tmp_path / "scores.npz")
     loaded = Scores.load(tmp_path / "scores.npz")
     for name in ARRAYS:

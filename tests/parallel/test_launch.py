@@ -16,7 +16,7 @@ from torch.distributed import PrefixStore
 from minitron_nemo.errors import UserError
 from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.console import outlive_a_full_disk
-from minitron_nemo.parallel.environment import Job, job_from_environment
+from minitron_nemo.parallel.environment import Job, job_from_environment, launched
 from minitron_nemo.parallel.launch import Rendezvous
 from tests.pool import run_distributed
 
@@ -107,6 +107,8 @@ def test_a_plain_call_in_a_batch_script_is_a_process_of_its_own() -> None:
     batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "123"}
     assert job_from_environment(batch) is None
     assert job_from_environment({}) is None
+    assert not launched(batch) and not launched({}) and not launched({"RANK": "0"})
+    assert launched(TORCHRUN) and launched(SRUN) and launched(batch | TORCHRUN)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,12 @@ import torch
 from minitron_nemo.config import Recipe, load_recipe
 from minitron_nemo.distillation.objective import DistillationObjective
 from minitron_nemo.errors import Failed, SaidByRankZero, UserError
+from minitron_nemo.preflight import preflight
 from minitron_nemo.run import run_chain
 from minitron_nemo.search import driver
+from minitron_nemo.search.plan import plan_search
 from tests.pool import run_distributed
+from tests.search.test_results import standing
 from tests.search.test_search import table, write_search
 
 pytestmark = pytest.mark.e2e
@@ -67,6 +70,26 @@ def test_a_candidate_that_diverges_is_recorded_and_the_others_go_on(tmp_path: Pa
     assert (status["state"], status["step"]) == ("failed", "search") and last["failure"] in status["reason"]
     again, _, ran = run_distributed(2, _searched, recipe)[0]
     assert (again, ran) == (said, ["tiny"])  # as recorded; only what all candidates share is looked at
+
+
+def _slow(path: Path) -> tuple[type[Exception], str]:
+    """What a rank says of a candidate that makes 9 tokens a second, where 20 are asked for."""
+    candidate = standing(0, (1, 1, 1, 1.0), {0: 2.0}, speed=9.0)
+    try:
+        driver._admitted([candidate], plan_search(preflight(load_recipe(path), 1)))
+    except UserError as error:
+        return type(error), str(error)
+    raise AssertionError("it goes on")
+
+
+def test_a_speed_that_no_candidate_reaches_is_said_once(tmp_path: Path) -> None:
+    (first, said), (second, _) = run_distributed(
+        2,
+        _slow,
+        write_search(tmp_path, search={"num_layers": [2], "budget": {"min_tokens_per_second": 20.0}}, evaluate={}),
+    )
+    assert (first, second) == (UserError, SaidByRankZero)
+    assert said.startswith("search.budget.min_tokens_per_second: 20, and the fastest candidate makes 9.0; lower it")
 
 
 def _begun(path: Path, *overrides: str) -> str:

@@ -1,16 +1,21 @@
-"""Trainings that run at once on one machine share its GPUs out."""
+"""Trainings that run at once on one machine share its GPUs out; a job that is in the queue is waited for."""
 
 from __future__ import annotations
 
 import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from minitron_nemo.config import Recipe
-from minitron_nemo.errors import UserError
-from minitron_nemo.search.launchers import LocalProcesses, Task, gpu_shares
+from minitron_nemo.errors import Failed, UserError
+from minitron_nemo.search import driver, launchers
+from minitron_nemo.search.launchers import LocalProcesses, SlurmJobs, Task, gpu_shares
+from minitron_nemo.search.trials import mark
 
 
 @pytest.mark.parametrize(
@@ -53,6 +58,25 @@ def test_a_share_of_the_gpus_goes_from_one_training_to_the_next(
     assert sorted(LocalProcesses(["0,1", "2,3"]).run(tasks)) == [task.name for task in tasks]
     said = [task.log.read_text() for task in tasks]
     assert set(said) == {"0,1\n", "2,3\n"}
+
+
+@pytest.mark.parametrize("queued", [True, False])
+@pytest.mark.parametrize("serves", [True, False])
+def test_a_first_job_of_earlier_settings_is_followed_by_one_of_these(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, queued: bool, serves: bool
+) -> None:
+    """A queue whose jobs end while the search sleeps; only one that it submits itself can make what is missing."""
+    name = f"tiny-search-{mark(tmp_path, None)}"
+    queue, submissions = {name} if queued else set[str](), list[str]()
+    monkeypatch.setattr(launchers, "queued_names", lambda: set(queue))
+    monkeypatch.setattr(launchers, "_submit", lambda task: submissions.append(task.name))
+    monkeypatch.setattr(driver, "trial_of", lambda *_: None)
+    monkeypatch.setattr(driver, "known", lambda _: True if serves and submissions else None)
+    monkeypatch.setattr(time, "sleep", lambda _: queue.clear())
+    plan = SimpleNamespace(recipe=Recipe(name="tiny", run_dir=str(tmp_path)), candidates=[None])
+    with nullcontext() if serves else pytest.raises(Failed, match=f"^{name}, the cuts of all candidates: "):
+        driver._first_outside(plan, SlurmJobs(jobs=1, patience=0.0), tmp_path / "tiny.yaml", ())
+    assert submissions == [name]
 
 
 def _see(monkeypatch: pytest.MonkeyPatch, named: str | None) -> None:

@@ -13,11 +13,14 @@ import yaml
 
 from minitron_nemo.arch import Architecture
 from minitron_nemo.config import EvaluateConfig, Recipe, SearchConfig, ServingConfig, load_recipe
+from minitron_nemo.distillation.status import write_status
+from minitron_nemo.errors import UserError
 from minitron_nemo.search.candidates import candidate_recipe
 from minitron_nemo.search.costs import Costs
 from minitron_nemo.search.results import Result, Standing, load_result, pareto, ranked, save_result, survivors
 from minitron_nemo.search.shapes import Candidate
 from minitron_nemo.search.table import rows, write_table
+from minitron_nemo.search.trials import reason
 from tests.e2e.chain import write_recipe
 
 
@@ -173,6 +176,17 @@ def test_a_result_that_is_not_finite_is_kept_as_json(
     found = load_result(tmp_path / "result_0.json", "key")
     assert found is not None and repr(found) == repr(saved)  # nan is not equal to itself
     assert found.finite == (failure is None) and (failure or "") in (found.failure or "")
+
+
+@pytest.mark.parametrize("content", ['{"schema_version": 1, "ke', "[]"])
+def test_a_damaged_result_is_named_and_a_damaged_status_says_nothing(tmp_path: Path, content: str) -> None:
+    for name in ("result_0.json", "status.json"):
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=r"result_0\.json: .*; remove it, and it is measured again$"):
+        load_result(tmp_path / "result_0.json", "key")
+    assert reason(tmp_path) == "it did not come to its end"
+    write_status(tmp_path, "failed", reason="no room")
+    assert reason(tmp_path) == "failed: no room"
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from minitron_nemo.pruning.target import target_architecture
 from minitron_nemo.search.candidates import pruning
 from minitron_nemo.search.plan import SearchPlan, plan_search
 from minitron_nemo.search.shapes import candidates, grid, shapes
+from tests.tiny import LLAMA3_ROPE
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TEACHER = Architecture(
@@ -30,7 +31,7 @@ TEACHER = Architecture(
     kv_channels=8,
     vocab_size=259,
     max_position_embeddings=512,
-    rope_scaling={"rope_type": "llama3"},  # no mapping is hashable: nothing may rely on architectures that are
+    rope_scaling=LLAMA3_ROPE,  # no mapping is hashable: nothing may rely on architectures that are
 )
 # (layers, heads, FFN, hidden) of 2407.14679, table 19.
 TABLE_19 = """

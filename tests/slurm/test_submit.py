@@ -57,6 +57,24 @@ def test_the_cluster_section_becomes_options_and_further_ones_come_last(
     ]
 
 
+@pytest.mark.parametrize("within", ["cluster: {nodes: 1, container: img.sqsh}\n", "cluster:\n  container: img.sqsh\n"])
+def test_the_container_reaches_the_job_however_it_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, within: str
+) -> None:
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f'#!/bin/sh\nprintf %s "$MINITRON_CONTAINER" >{tmp_path}/container\necho 7\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    recipe = write_recipe(tmp_path, parallel={"pipeline_model_parallel_size": 1})
+    recipe.write_text(recipe.read_text().partition("cluster:")[0] + within)
+    for environment, container in (("", "img.sqsh"), ("site.sqsh", "site.sqsh")):
+        monkeypatch.setenv("MINITRON_CONTAINER", environment)
+        assert dry_run(capsys, recipe)[0].startswith(f"MINITRON_CONTAINER={container} sbatch --parsable ")
+        assert cli.main(["submit", str(recipe)]) == 0
+        assert capsys.readouterr().out.startswith("job 7: ")
+        assert (tmp_path / "container").read_text() == container
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
