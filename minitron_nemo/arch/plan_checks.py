@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from math import isfinite
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 def check(plan: Plan) -> None:
     """Raise UserError unless the parts of a Plan fit each other."""
+    _check_shapes(plan)
     _check(plan, "kept_layers", plan.kept_layers, Axis.LAYERS)
     if plan.kept_hidden is not None:
         _check(plan, "kept_hidden", plan.kept_hidden, Axis.HIDDEN)
@@ -44,6 +46,15 @@ def check(plan: Plan) -> None:
         _check_merges(plan, plan.merged_heads)
     _check_repairs(plan)
     _check_output_and_rotation(plan)
+
+
+def _check_shapes(plan: Plan) -> None:
+    """Raise UserError where the target differs from the source in more than sizes to cut and an output of its own."""
+    may_differ = {axis.value for axis in Axis if axis != Axis.VOCAB} | {"share_embeddings_and_output_weights"}
+    for field in fields(plan.source):
+        before, after = getattr(plan.source, field.name), getattr(plan.target, field.name)
+        if field.name not in may_differ and before != after:
+            raise UserError(f"plan: the target's {field.name} is {after}, and no plan changes the source's, {before}")
 
 
 def _check_kept_per_layer(plan: Plan) -> None:

@@ -66,6 +66,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "does not fit its columns",
     ),
     "no mapping": (_edit(lambda p: p.update(matrices=[1])), "not a plan"),
+    "another vocabulary": (_edit(lambda p: p["target"].update(vocab_size=200)), "the target's vocab_size is 200"),
+    "another rotary base": (_edit(lambda p: p["target"].update(rotary_base=5.0)), "the target's rotary_base is 5.0"),
+    "another epsilon": (
+        _edit(lambda p: p["target"].update(layernorm_epsilon=0.1)),
+        "the target's layernorm_epsilon is 0.1, and no plan changes the source's, 1e-0",
+    ),
+    "another head size": (_edit(lambda p: p["target"].update(kv_channels=4)), "the target's kv_channels is 4"),
     "outside": (_edit(lambda p: p["kept_hidden"].__setitem__(-1, 64)), "within the source's hidden_size"),
 }
 
