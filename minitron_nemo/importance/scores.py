@@ -61,8 +61,8 @@ class Scores:
     that sees every token, before its gate.
 
     `sequences` and `tokens` count what was measured: tokens of weight 0, and sequences without any other, are not.
-    `data_fingerprint` stands for the sequences that were read; `sample_ids` are the hashes of their tokens, each once,
-    where they are known. Raises UserError for a wrong shape or a value that is not finite.
+    `data_fingerprint` stands for the sequences that were counted; `sample_ids` are the hashes of their tokens, one for
+    each sequence, where they are known. Raises UserError for a wrong shape or a value that is not finite.
     """
 
     architecture: Architecture
@@ -157,12 +157,12 @@ class Scores:
         other settings, samples in common, and for Scores that do not say which samples they are of.
         """
         names = names or [f"pass {number}" for number in range(1, len(passes) + 1)]
-        first, samples = passes[0], set[str]()
+        first, samples = passes[0], list[str]()
         for scores, name in zip(passes, names, strict=True):
             scores._check_merges(first, name, names[0])
-            if shared := samples & set(scores.sample_ids):
+            if shared := set(samples) & set(scores.sample_ids):
                 raise UserError(f"{name}: {len(shared)} of its samples are in the passes before it, too; leave it out")
-            samples |= set(scores.sample_ids)
+            samples += scores.sample_ids
         tokens = [scores.tokens for scores in passes]
         routed = np.sum([scores.routed for scores in passes], axis=0)
         return replace(
@@ -240,7 +240,7 @@ class Scores:
 
 
 def data_fingerprint(sample_ids: Iterable[str]) -> str:
-    """Of a set of samples, whatever their order."""
+    """Of samples, each as often as it was measured, whatever their order."""
     return hashlib.sha256(" ".join(sorted(sample_ids)).encode()).hexdigest()
 
 

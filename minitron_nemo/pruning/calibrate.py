@@ -44,7 +44,8 @@ def calibrate(teacher: Path, prepared: Path, recipe: Recipe, layout: Layout, dir
         teacher, prepared, recipe, layout, config.samples, first_sample=config.first_sample
     )
     model_fingerprint = launch.from_rank_0(lambda: fingerprint(teacher))
-    sample_ids = _counted_ids(batches)
+    order = _visits(batches)
+    sample_ids = tuple(sorted(sample_id for visits in order for sample_id, counts in visits if counts))
     content = data_fingerprint(sample_ids)
     settings = {
         "samples": config.samples,
@@ -54,8 +55,7 @@ def calibrate(teacher: Path, prepared: Path, recipe: Recipe, layout: Layout, dir
     }
     identity = {
         "model": model_fingerprint,
-        "data": content,
-        "order": [recipe.data.seed, config.first_sample],
+        "order": order,  # which the seed, first_sample, the blend's weights and the packing decide
         "settings": settings,
         "micro_batch_size": config.micro_batch_size,
         "layout": asdict(layout),
@@ -71,17 +71,16 @@ def calibrate(teacher: Path, prepared: Path, recipe: Recipe, layout: Layout, dir
     return replace(scores, sample_ids=sample_ids)
 
 
-def _counted_ids(batches: Sequence[Microbatch]) -> tuple[str, ...]:
-    """The ids of all ranks' samples that have a token of weight other than 0, each once, in order. Collective."""
-    mine = {
-        sample_id
+def _visits(batches: Sequence[Microbatch]) -> list[list[tuple[str, bool]]]:
+    """By data-parallel rank, its samples' ids in order, each with whether any token's weight is not 0. Collective."""
+    mine = [
+        (sample_id, bool((weights != 0).any()))
         for batch in batches
         for sample_id, weights in zip(batch["sample_ids"], batch["token_weights"], strict=True)
-        if bool((weights != 0).any())
-    }
+    ]
     everyones: list[Any] = [None] * launch.world_size()
-    distributed.all_gather_object(everyones, mine)
-    return tuple(sorted(set.union(*everyones)))
+    distributed.all_gather_object(everyones, (parallel_state.get_data_parallel_rank(), mine))
+    return [visits for _, visits in sorted(dict(everyones).items())]  # ranks of one model have the same
 
 
 def open_calibration(

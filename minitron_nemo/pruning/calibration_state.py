@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import distributed
 
+import minitron_nemo
 from minitron_nemo.checkpoint.files import write_atomic
 from minitron_nemo.errors import UserError
 from minitron_nemo.importance.collect import Collector
@@ -28,13 +29,14 @@ from minitron_nemo.parallel import launch
 class CalibrationState:
     """Saves every `interval` microbatches of a rank in `directory`, for a pass that `identity` describes in JSON.
 
-    A pass of another identity, which includes the layout and the number of processes, starts again.
+    A pass of another identity, which includes the layout, the number of processes and the version of this package,
+    starts again.
     """
 
     def __init__(self, directory: Path, interval: int, identity: Mapping[str, Any]) -> None:
         self.directory = directory
         self.interval = interval
-        content = {**identity, "processes": launch.world_size()}
+        content = {**identity, "processes": launch.world_size(), "version": minitron_nemo.__version__}
         self.identity = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def resume(self, collector: Collector) -> int:
@@ -48,16 +50,17 @@ class CalibrationState:
             collector.load_state(mine[done])
             self._say(f"goes on after {done} microbatches of each rank")
         elif any(found for _, found in everyones):
-            self._say(f"{self.directory} is of another model, data, setting or layout: starts again")
+            self._say(f"{self.directory} is of another model, data, setting, layout or version: starts again")
         return done
 
     def save(self, collector: Collector, done: int) -> None:
         """Write what this rank has measured in `done` microbatches; what it saved before goes. Collective."""
-        before = self._files()
+        written = self.directory / f"{done:08}-rank_{launch.rank()}.pt"
+        before = [file for file in self._files() if file != written]  # there if a job was killed in this very save
         self.directory.mkdir(parents=True, exist_ok=True)
         content = io.BytesIO()
         torch.save({"identity": self.identity, "done": done, "sums": collector.state()}, content)
-        write_atomic(self.directory / f"{done:08}-rank_{launch.rank()}.pt", content.getvalue())
+        write_atomic(written, content.getvalue())
         launch.barrier()
         for file in before:
             file.unlink(missing_ok=True)

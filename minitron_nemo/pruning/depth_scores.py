@@ -36,7 +36,7 @@ class DepthScores:
     """Sums of one model on one set of sequences: of its text, or of the choices of a task.
 
     `weights` [sequences] are sums of token weights, and `sums` has for each branch sums of weight * cross-entropy
-    [sequences], fp64, NaN where not measured yet. `identity` is all that decides them: fingerprints and settings.
+    [sequences], fp64, NaN where not measured yet. `identity` is all that decides them: fingerprints, settings, version.
     """
 
     architecture: Architecture
@@ -108,7 +108,7 @@ class DepthScores:
                 branches = [Branch(np.flatnonzero(row).tolist()) for row in file["left_out"]]
                 return DepthScores(
                     architecture=Architecture.from_dict(metadata["architecture"], f"{path}: architecture"),
-                    identity=metadata["identity"],
+                    identity=dict(metadata["identity"]),
                     weights=file["weights"],
                     choices=Choices(**task) if task else None,
                     sums=dict(zip(branches, file["sums"], strict=True)),

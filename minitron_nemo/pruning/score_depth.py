@@ -17,6 +17,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor, distributed
 
+import minitron_nemo
 from minitron_nemo.arch import Architecture
 from minitron_nemo.checkpoint.fingerprint import fingerprint
 from minitron_nemo.config import Recipe
@@ -45,9 +46,9 @@ def score_depth(
 ) -> DepthScores:
     """Measure what `prune.depth_method` has to know for the target's depth, and write it to `path`.
 
-    What `path`, or one of the files `lent` by other runs, holds of the same model, sequences and precision is not
-    measured again; of those that are lent, what is needed is copied. Collective over the job; every rank gets the same.
-    Raises UserError for what does not fit together.
+    What `path`, or one of the files `lent` by other runs, holds of the same model, sequences, precision and version of
+    this package is not measured again; of those that are lent, what is needed is copied. Collective over the job; every
+    rank gets the same. Raises UserError for what does not fit together.
     """
     config = recipe.prune
     source = Architecture.load(teacher)
@@ -58,6 +59,7 @@ def score_depth(
         "data_fingerprint": data,
         "metric": config.depth.metric,
         "precision": config.calibration.precision,
+        "version": minitron_nemo.__version__,
     }
     weights = np.array([sample["token_weights"].sum(dtype=torch.float64).item() for sample in samples])
     if not weights.any():

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import minitron_nemo
 from minitron_nemo.arch import Axis
 from minitron_nemo.checkpoint.fingerprint import fingerprint
 from minitron_nemo.checkpoint.transform import convert
@@ -163,6 +164,7 @@ def resumed(*arguments: Any) -> tuple[Scores, list[str]]:
 
 STAGES = Layout(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
 SHARDS = Layout(tensor_model_parallel_size=2, sequence_parallel=True)
+STARTS_AGAIN = "is of another model, data, setting, layout or version: starts again"
 
 
 @pytest.mark.parametrize(("world_size", "layout"), [(1, Layout()), (2, STAGES), (4, SHARDS)], ids=str)
@@ -200,11 +202,60 @@ def test_a_pass_of_another_layout_or_setting_starts_again_and_says_so(job: Job, 
     for changed, layout, other in cases:
         arguments = changed.calibrated(layout, save_interval=50, **other)
         scores, lines = run_distributed(2, resumed, *arguments)[0]
-        assert lines[0] == f"[calibrate] {job.unfinished} is of another model, data, setting or layout: starts again"
+        assert lines[0] == f"[calibrate] {job.unfinished} {STARTS_AGAIN}"
         fresh = changed._replace(unfinished=tmp_path / "none").calibrated(layout, **other)
         whole = run_distributed(2, calibrate, *fresh)[0]
         for array in ARRAYS:
             np.testing.assert_array_equal(getattr(scores, array), getattr(whole, array), err_msg=array)
+
+
+def test_a_pass_that_is_killed_twice_in_one_save_keeps_what_it_wrote(job: Job, tmp_path: Path) -> None:
+    arguments = job._replace(unfinished=tmp_path / "unfinished").calibrated(Layout(), samples=10, save_interval=1)
+    left = run_distributed(2, interrupted, 2, *arguments)[0]
+    assert left == ["00000002-rank_0.pt", "00000002-rank_1.pt", "00000003-rank_0.pt"]
+    left = run_distributed(2, interrupted, 1, *arguments)[0]  # goes on after 2 and writes that of 3 once more
+    assert left == ["00000003-rank_0.pt", "00000003-rank_1.pt", "00000004-rank_0.pt"]
+    _, lines = run_distributed(2, resumed, *arguments)[0]
+    assert lines[0] == "[calibrate] goes on after 3 microbatches of each rank"
+
+
+def test_a_pass_over_the_same_samples_with_other_weights_starts_again(job: Job, tmp_path: Path) -> None:
+    """Over two samples of each of two texts, more than once: as a set they are the same whatever the weights."""
+    [document] = write_documents(tmp_path / "text", count=1).iterdir()
+    for start, name in enumerate(("a.txt", "b.txt")):
+        (tmp_path / name).write_text(document.read_text()[200 * start :][:120])
+
+    def of(*weights: float) -> Job:
+        names = zip(("a.txt", "b.txt"), weights, strict=True)
+        text = [TextSource(path=str(tmp_path / name), weight=weight) for name, weight in names]
+        recipe = replace(job.recipe, data=replace(job.recipe.data, train=text, heldout_fraction=0.0))
+        return job._replace(recipe=recipe, prepared=tmp_path / "prepared", unfinished=tmp_path / "unfinished")
+
+    first, second = of(1, 3), of(3, 1)
+    prepare_data(first.recipe.data, job.teacher / "tokenizer", first.prepared, progress=False)
+    run_distributed(1, interrupted, 1, *first.calibrated(Layout(), samples=8, save_interval=2))
+    scores, lines = run_distributed(1, resumed, *second.calibrated(Layout(), samples=8, save_interval=20))[0]
+    whole, fresh = (
+        run_distributed(1, calibrate, *of_one._replace(unfinished=tmp_path / "none").calibrated(Layout(), samples=8))[0]
+        for of_one in (first, second)
+    )
+    assert set(whole.sample_ids) == set(fresh.sample_ids) and len(fresh.sample_ids) == fresh.sequences == 8
+    assert lines[0] == f"[calibrate] {second.unfinished} {STARTS_AGAIN}"
+    for array in ARRAYS:
+        np.testing.assert_array_equal(getattr(scores, array), getattr(fresh, array), err_msg=array)
+    assert scores.data_fingerprint == fresh.data_fingerprint != whole.data_fingerprint
+
+
+def resumed_by_another_version(*arguments: Any) -> tuple[Scores, list[str]]:
+    with patch.object(minitron_nemo, "__version__", "another"):
+        return resumed(*arguments)
+
+
+def test_a_pass_of_another_version_starts_again(job: Job, tmp_path: Path) -> None:
+    arguments = job._replace(unfinished=tmp_path / "unfinished").calibrated(Layout(), samples=6, save_interval=2)
+    run_distributed(1, interrupted, 1, *arguments)
+    _, lines = run_distributed(1, resumed_by_another_version, *arguments)[0]
+    assert lines[0] == f"[calibrate] {tmp_path / 'unfinished'} {STARTS_AGAIN}"
 
 
 def test_a_damaged_state_is_named(job: Job, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+import minitron_nemo
 from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.config import CalibrationConfig, DataConfig, DepthConfig, PruneConfig, Recipe, TextSource
 from minitron_nemo.data.dataset import open_train
@@ -135,6 +136,11 @@ def run_without_a_model(*arguments: Any) -> dict[Branch, np.ndarray]:
         return run(*arguments)
 
 
+def run_as_another_version(*arguments: Any) -> None:
+    with patch.object(minitron_nemo, "__version__", "another"):
+        run_without_a_model(*arguments)
+
+
 def test_what_was_measured_serves_other_methods_and_depths(job: Job, tmp_path: Path) -> None:
     path = tmp_path / "depth.npz"
     [first] = run_distributed(1, run, *job.arguments(Layout(), path, num_layers=3))
@@ -148,6 +154,8 @@ def test_what_was_measured_serves_other_methods_and_depths(job: Job, tmp_path: P
     assert len(greedy) == len(first) + LAYERS - 1
     with pytest.raises(AssertionError, match="there is nothing to measure"):  # other sequences
         run_distributed(1, run_without_a_model, *job.arguments(Layout(), path, samples=SAMPLES + 1))
+    with pytest.raises(AssertionError, match="there is nothing to measure"):
+        run_distributed(1, run_as_another_version, *job.arguments(Layout(), path, num_layers=2))
 
 
 def test_what_other_runs_have_measured_is_copied_as_far_as_it_is_needed(job: Job, tmp_path: Path) -> None:
