@@ -14,15 +14,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from minitron_nemo.arch import Plan
 from minitron_nemo.config import RECIPE_FILE, TrainConfig
 from minitron_nemo.data.prepare import inputs_stamp
 from minitron_nemo.distillation.train import correction_config
+from minitron_nemo.errors import UserError
 from minitron_nemo.parallel import launch
 from minitron_nemo.preflight import Preflight
 from minitron_nemo.report.page import FILE_NAME as REPORT_FILE
 from minitron_nemo.report.page import write_page
 from minitron_nemo.report.read import read_run
-from minitron_nemo.steps import Step, inputs_of, is_done
+from minitron_nemo.steps import Step, inputs_of, is_done, outdated
 from minitron_nemo.work import Work
 
 # Why a recipe may lack a step.
@@ -45,6 +47,18 @@ class Chain(Work):
         own = [replace(step, stage=self.plan.stage) for step in self._own_steps()]
         return own if self.before is not None else [*self._first_steps(), *own]
 
+    def planned(self) -> Plan:
+        """As of `Work`; a repaired Plan has to be what the manifest says of this recipe and of what is there now."""
+
+        def check() -> None:
+            for step in self._repairing():
+                reason = outdated(replace(step, stage=self.plan.stage), self.run_dir)
+                if reason is not None:
+                    raise UserError(f"{step.output}: {reason}; run {self._command(step.name)} first")
+
+        launch.from_rank_0(check)
+        return super().planned()
+
     def _first_steps(self) -> list[Step]:
         """The steps that all stages have in common."""
         recipe = self.recipe
@@ -64,7 +78,7 @@ class Chain(Work):
             *([self._preparation()] if self.own_text else []),
             replace(self._scoring(source, data), borrowed_from=self.borrowed_from),
             *self._scoring_depth({**source, **data}),
-            *self._repairing({**source, **data, **self._plan_input()}),
+            *self._repairing(),
             Step("prune", {**source, **chosen}, self._cut(), self.pruned, self._prune),
             *self._caching({**teacher, **data}),
         ]
@@ -113,9 +127,10 @@ class Chain(Work):
         tokenizer = {"tokenizer": self.converted / "tokenizer"}
         return Step("prepare", tokenizer, self._text(), self._data["data"], self._prepare)
 
-    def _repairing(self, inputs: Mapping[str, Path]) -> list[Step]:
+    def _repairing(self) -> list[Step]:
         if not self._repairs:
             return []
+        inputs = {"source": self.source, **self._data, **self._plan_input()}
         settings = {**self._cut(), "data": asdict(self.recipe.data)}
         return [Step("repair", inputs, settings, self.repaired, self._repair)]
 

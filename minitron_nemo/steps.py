@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -73,6 +74,35 @@ def is_done(step: Step, inputs: Mapping[str, str], run_dir: Path) -> bool:
     """Whether the manifest of the run that the step belongs to says that its result is there."""
     manifest = Manifest(step.borrowed_from or run_dir)
     return manifest.done(step.record, step_key(inputs, step.settings), fingerprint_of(step.output))
+
+
+def outdated(step: Step, run_dir: Path) -> str | None:
+    """What tells the step's result from what it would be now, by the manifest, in a few words; None for nothing."""
+    inputs = {name: fingerprint_of(path) or "nothing" for name, path in step.inputs.items()}
+    entry = Manifest(run_dir).steps.get(step.record)
+    if entry is None:
+        return f"no record of {step.label} says what it is"
+    if entry["key"] != step_key(inputs, step.settings):
+        return _difference(entry, inputs, step.settings)
+    return None if entry["output"] == fingerprint_of(step.output) else f"not what {step.label} wrote"
+
+
+def _difference(entry: Mapping[str, Any], inputs: Mapping[str, str], settings: Mapping[str, Any]) -> str:
+    """Between a record of another key and what decides the result now: the first one."""
+    before, now = _by_key(entry["settings"]), _by_key(json.loads(json.dumps(settings)))
+    for key in {**now, **before}:
+        if before.get(key, "unset") != now.get(key, "unset"):
+            return f"made with {key} {before.get(key, 'unset')}, which now is {now.get(key, 'unset')}"
+    other = next(name for name in {**inputs, **entry["inputs"]} if entry["inputs"].get(name) != inputs.get(name))
+    return f"made of another {other} than is there now"
+
+
+def _by_key(settings: Mapping[str, Any], within: str = "") -> dict[str, Any]:
+    """Nested settings as one mapping, with dots in its keys."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= _by_key(value, f"{within}{key}.") if value and isinstance(value, dict) else {within + key: value}
+    return found
 
 
 def run_step(step: Step, run_dir: Path, steps: Sequence[Step]) -> None:

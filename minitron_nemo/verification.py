@@ -27,8 +27,10 @@ def verify_run(recipe: Recipe) -> bool:
     """Compare, in the processes of the job, what is there of the converted teacher, the pruned student and the exports.
 
     The student is compared with the Plan that the recipe makes of the Scores now, not with the one in its directory.
-    Rank 0 prints a line for each. True when every bit is right. Raises UserError for what cannot be read, and where
-    there is nothing yet.
+    Repairs are not computed again: that Plan with its repairs is the one that `repair` wrote, where the manifest says
+    that it wrote it of this recipe and of what is there now. Rank 0 prints a line for each. True when every bit is
+    right. Raises UserError for what cannot be read, for Scores of another model and a repaired Plan of another recipe,
+    and where there is nothing yet.
     """
     walked = chains(launch.from_rank_0(lambda: plans(recipe, launch.world_size(), distils=False)))
     claims = [claim for chain in walked for claim in _claims(chain) if claim.written.exists()]

@@ -172,14 +172,30 @@ class Work:
         score_depth(self.source, self.prepared, self.recipe, self.plan.layout, self.depth_scores, self.lent_depths)
 
     def _make_plan(self) -> Plan:
-        measured = DepthScores.load(self.depth_scores) if self._drop else None
-        return make_plan(Scores.load(self.scores), self.plan.source, self.recipe.prune, measured)
+        """Of the Scores that are there. Collective. Raises UserError for those of another model than the source."""
+
+        def made() -> Plan:
+            scores, measured = Scores.load(self.scores), DepthScores.load(self.depth_scores) if self._drop else None
+            self._check_measured("calibrate", self.scores, scores.model_fingerprint)
+            if measured is not None:
+                self._check_measured("score-depth", self.depth_scores, measured.identity.get("model_fingerprint"))
+            return make_plan(scores, self.plan.source, self.recipe.prune, measured)
+
+        return launch.from_rank_0(made)
+
+    def _check_measured(self, step: str, path: Path, model_fingerprint: str | None) -> None:
+        if model_fingerprint != fingerprint(self.source):
+            raise UserError(f"{path}: measured on another model than {self.source}; run {self._command(step)} first")
+
+    def _command(self, step: str) -> str:
+        """What runs a step alone."""
+        return f"`minitron {step}`" if self.plan.stage is None else f"`minitron {step} --stage {self.plan.stage}`"
 
     def _repair(self, key: str) -> None:
         repair(self.source, self.prepared, self.recipe, self.plan.layout, self._make_plan(), self.repaired, key)
 
     def planned(self) -> Plan:
-        """What the student is to be made by: of what the steps before the pruning wrote."""
+        """What the student is to be made by: of what the steps before the pruning wrote. Collective."""
         return Plan.load(self.repaired / PLAN_FILE) if self._repairs else self._make_plan()
 
     def _prune(self, key: str) -> None:
