@@ -21,7 +21,7 @@ from minitron_nemo.importance.collect import Collector
 
 
 class ImportanceScores(pl.Callback, io.IOMixin):
-    """Scores every axis of the model that `llm.validate` runs and writes them to `path`, for `minitron prune`.
+    """Scores every axis of the model that `llm.validate` runs and writes them to `path`, for `prune.scores`.
 
     `checkpoint` is the NeMo checkpoint that is validated: its context gives the sizes, its weights the fingerprint.
     Tokens whose `loss_mask` is 0 do not count. Any tensor and pipeline layout; raises UserError for virtual pipeline
