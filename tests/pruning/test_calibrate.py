@@ -209,6 +209,7 @@ def test_a_pass_of_another_layout_or_setting_starts_again_and_says_so(job: Job, 
             np.testing.assert_array_equal(getattr(scores, array), getattr(whole, array), err_msg=array)
 
 
+@pytest.mark.slow
 def test_a_pass_that_is_killed_twice_in_one_save_keeps_what_it_wrote(job: Job, tmp_path: Path) -> None:
     arguments = job._replace(unfinished=tmp_path / "unfinished").calibrated(Layout(), samples=10, save_interval=1)
     left = run_distributed(2, interrupted, 2, *arguments)[0]
