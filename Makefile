@@ -52,7 +52,7 @@ docs: install
 
 # For every few minutes: under 3 of them on 2 cores.
 check: lint
-	$(PYTEST) -m 'not slow and not e2e and not slurm and not soak and not gpu'
+	$(PYTEST) --numprocesses 2 --dist loadfile -m 'not slow and not e2e and not slurm and not soak and not gpu'
 
 # What CI runs: everything but the soak; tests marked gpu skip themselves without one.
 test: install slurm-packages report-packages

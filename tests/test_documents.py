@@ -78,7 +78,7 @@ def test_every_verb_that_is_named_is_one(document: Path) -> None:
     assert [name for name in named if name not in verbs] == []
 
 
-@pytest.mark.parametrize("shown", set(commands("make")), ids=str)
+@pytest.mark.parametrize("shown", dict.fromkeys(commands("make")), ids=str)
 def test_a_target_runs_what_is_there(shown: Shown) -> None:
     """CI runs `make test` and `make docs`. `make demo` is what the tutorial shows as `minitron run`."""
     dry_run = ["make", "--always-make", "--dry-run", "--no-print-directory", *shown.words[1:]]
