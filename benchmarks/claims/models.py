@@ -80,7 +80,7 @@ SMOLLM2 = Setting(
     scratch=("train.lr=1e-3", "train.min_lr=1e-4"),
     steps=20,
     tokens=512,
-    scratch_steps=1000,
+    scratch_steps=400,
     samples=64,
     documents=32,
     correction=True,
