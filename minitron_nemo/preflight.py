@@ -20,6 +20,7 @@ from minitron_nemo.arch.counts import (
     parameters_by_part,
 )
 from minitron_nemo.arch.huggingface import hf_warnings
+from minitron_nemo.checkpoint.sink import check_formats
 from minitron_nemo.checkpoint.source import open_source
 from minitron_nemo.config import Recipe
 from minitron_nemo.data.pypi import cached
@@ -32,6 +33,7 @@ from minitron_nemo.distillation.separate import Worlds, shared_out
 from minitron_nemo.distillation.teacher import colocated_layout
 from minitron_nemo.distillation.train import correction_config
 from minitron_nemo.errors import UserError
+from minitron_nemo.evaluation.checks import check_evaluation, evaluation_warnings
 from minitron_nemo.models.groups import padding
 from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.planning.devices import Device
@@ -233,6 +235,8 @@ def preflight(
             f"data.sequence_length {recipe.data.sequence_length} is longer than the model's "
             f"max_position_embeddings {longest}"
         )
+    check_evaluation(recipe, layout, longest)
+    check_formats(recipe.export.formats, student)
     if correction.steps:
         Schedule.from_config(correction).check("teacher.correction")
         check_phases(correction, recipe.data, layout, world_size, longest, "teacher.correction")
@@ -240,6 +244,7 @@ def preflight(
     if recipe.train.steps:
         worlds, teacher_layout = _check_distillation(recipe, teacher, student, layout, world_size, distils)
     warnings = [said for said in _absent(recipe) if all(said not in plan.warnings for plan in earlier)]
+    warnings += evaluation_warnings(layout)
     warnings += hf_warnings(student) if "hf" in recipe.export.formats else []
     warnings += repair_warnings(source, student, recipe.prune.repair, recipe.data.sequence_length)
     return Preflight(

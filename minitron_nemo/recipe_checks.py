@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from minitron_nemo.checkpoint.sink import FORMATS
-from minitron_nemo.config import ClusterConfig, EvaluateConfig, Recipe
+from minitron_nemo.config import ClusterConfig, DataConfig, EvaluateConfig, Recipe
+from minitron_nemo.data.dataset import given_weights
 from minitron_nemo.data.documents import is_here
 from minitron_nemo.distillation.balance import DYNAMIC, check_weight
 from minitron_nemo.distillation.cache import DTYPES
@@ -36,7 +37,7 @@ CHOICES = {
     "model.dtype": (None, "bfloat16", "float32", "float16"),
     "export.dtype": (None, "bfloat16", "float32", "float16"),
 }
-POSITIVE = (
+POSITIVE = (  # where they are given
     "data.sequence_length",
     "prune.calibration.samples",
     "prune.calibration.micro_batch_size",
@@ -48,6 +49,7 @@ POSITIVE = (
     "prune.repair.statistics_bytes",
     "teacher.buffer_bytes",
     "teacher.cache.top_k",
+    "teacher.correction.global_batch_size",
     "distill.temperature",
     "distill.chunk_bytes",
     "train.global_batch_size",
@@ -58,7 +60,9 @@ POSITIVE = (
     "train.keep_last",
     "train.max_nonfinite_steps",
     "evaluate.documents",
+    "evaluate.sequence_length",
     "evaluate.micro_batch_size",
+    "evaluate.generate_prompt_tokens",
     "cluster.nodes",
     "cluster.processes_per_node",
     "cluster.signal_seconds",
@@ -68,6 +72,7 @@ NOT_NEGATIVE = {  # and what 0 does
     "train.steps": "prunes without distilling",
     "train.hang_timeout": "never ends a job",
     "train.eval_interval": "is for no validation",
+    "evaluate.generate_tokens": "generates nothing",
     "cluster.max_requeues": "leaves it to you to submit again",
 }
 
@@ -80,13 +85,7 @@ def check_values(recipe: Recipe) -> None:
     _check_signs(recipe)
     if unknown := set(recipe.export.formats) - set(FORMATS):
         raise UserError(f"export.formats: {sorted(unknown)[0]!r} is not one of {', '.join(FORMATS)}")
-    batch = recipe.teacher.correction.global_batch_size
-    if batch is not None and batch < 1:
-        raise UserError(f"teacher.correction.global_batch_size: {batch} must be greater than 0")
-    if not recipe.data.train:
-        raise UserError("data.train: no text to train on; give at least one source")
-    if not 0 <= recipe.data.heldout_fraction < 1:
-        raise UserError(f"data.heldout_fraction: {recipe.data.heldout_fraction} must be in [0, 1)")
+    _check_data(recipe.data)
     if not 0 < recipe.distill.jsd_beta < 1:
         raise UserError(f"distill.jsd_beta: {recipe.distill.jsd_beta} must lie between 0 and 1, neither of them")
     check_weight("distill.ce_weight", recipe.distill.ce_weight)
@@ -118,16 +117,26 @@ def absent(recipe: Recipe) -> dict[str, str]:
 
 def _check_signs(recipe: Recipe) -> None:
     for key in POSITIVE:
-        if _get(recipe, key) <= 0:
-            raise UserError(f"{key}: {_get(recipe, key)} must be greater than 0")
+        if (value := _get(recipe, key)) is not None and value <= 0:
+            raise UserError(f"{key}: {value} must be greater than 0")
     for key, zero in NOT_NEGATIVE.items():
         if _get(recipe, key) < 0:
             raise UserError(f"{key}: {_get(recipe, key)} must not be negative; 0 {zero}")
 
 
+def _check_data(data: DataConfig) -> None:
+    if not data.train:
+        raise UserError("data.train: no text to train on; give at least one source")
+    given_weights(data)
+    if not 0 <= data.heldout_fraction < 1:
+        raise UserError(f"data.heldout_fraction: {data.heldout_fraction} must be in [0, 1)")
+    if not data.heldout and not data.heldout_fraction:
+        raise UserError(
+            "data.heldout_fraction: 0, without data.heldout, leaves nothing to evaluate on; raise it or give sources"
+        )
+
+
 def _check_generation(evaluate: EvaluateConfig) -> None:
-    if evaluate.generate_prompt_tokens < 1:
-        raise UserError(f"evaluate.generate_prompt_tokens: {evaluate.generate_prompt_tokens} must be greater than 0")
     sizes = evaluate.generate_batch_sizes
     if not sizes or min(sizes) < 1:
         raise UserError(f"evaluate.generate_batch_sizes: {sizes} must be sizes of batches, at least one; e.g. [1, 8]")

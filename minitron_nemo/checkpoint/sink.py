@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 
 from minitron_nemo.arch import Architecture
+from minitron_nemo.arch.bridge import bridge_model
+from minitron_nemo.arch.nemo import nemo_config
 from minitron_nemo.arch.tensors import NamedTensor, tensors
 from minitron_nemo.checkpoint.blocks import Chunk
 from minitron_nemo.checkpoint.files import disk_bytes, partial_path
@@ -61,6 +63,16 @@ def open_sink(path: Path, to: str, architecture: Architecture, dtypes: Mapping[s
         raise UserError(f"format {to!r} is not known; choose one of {', '.join(FORMATS)}")
     sinks: tuple[Callable[..., Sink], ...] = (HuggingFaceSink, MegatronSink, NemoSink, BridgeSink)
     return dict(zip(FORMATS, sinks, strict=True))[to](Path(path).absolute(), architecture, dtypes)
+
+
+def check_formats(formats: Sequence[str], architecture: Architecture) -> None:
+    """Raise UserError, naming `export.formats`, for a format that an architecture cannot be written in."""
+    for to, configured in (("nemo", nemo_config), ("bridge", bridge_model)):  # the others have every architecture
+        if to in formats:
+            try:
+                configured(architecture, "bfloat16")
+            except UserError as error:
+                raise UserError(f"export.formats: {to}: {error}") from None
 
 
 def check_destination(sink: Sink, source: Path) -> None:

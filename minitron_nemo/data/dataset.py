@@ -153,22 +153,20 @@ def open_train(config: DataConfig, prepared: Path) -> Blend:
         )
         for source in sources
     )
-    return Blend(datasets, _weights(config, datasets))
+    # Without weights, so that all sources end their epochs together.
+    shares = given_weights(config) or [float(len(dataset)) for dataset in datasets]
+    return Blend(datasets, tuple(share / sum(shares) for share in shares))
 
 
-def _weights(config: DataConfig, datasets: tuple[PackedDataset, ...]) -> tuple[float, ...]:
-    """Shares of the blend: as given, else so that all sources end their epochs together."""
+def given_weights(config: DataConfig) -> list[float]:
+    """Weights of the blend in the order of its sources; none where the recipe gives none. Raises UserError."""
     given = [source.weight for source in config.train if source.weight is not None]
-    if not given:
-        shares = [float(len(dataset)) for dataset in datasets]
-    elif len(given) < len(config.train):
+    if given and len(given) < len(config.train):
         lacking = next(source.path for source in config.train if source.weight is None)
         raise UserError(f"data.train: {lacking} has no weight, but others have; give all of them one or none")
-    elif min(given) <= 0:
+    if given and min(given) <= 0:
         raise UserError(f"data.train: weight {min(given)} is not positive; remove the source instead")
-    else:
-        shares = given
-    return tuple(share / sum(shares) for share in shares)
+    return given
 
 
 def open_heldout(prepared: Path, sequence_length: int, documents: int, separator_weight: float = 0.0) -> list[Sample]:

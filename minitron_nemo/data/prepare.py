@@ -37,7 +37,8 @@ def prepare_data(config: DataConfig, tokenizer_dir: Path, output: Path, progress
 
     A source is skipped when its files, the tokenizer, the split and the sources before it are unchanged; weights,
     seeds and the sequence length do not matter here. Killed at any moment and started again, it writes the same bytes.
-    Raises UserError naming the source or file that has no text or cannot be read.
+    Raises UserError naming the source or file that has no text or cannot be read, and where a share is to be held out
+    that comes to no document.
     """
     if not config.train:
         raise UserError("data.train: no sources; give at least one path")
@@ -60,6 +61,12 @@ def prepare_data(config: DataConfig, tokenizer_dir: Path, output: Path, progress
             prepared = _prepare_source(source, whole, fraction, key, tokenizer, directory, seen, progress)
         unread += [output / split.prefix for split in (prepared.train, prepared.heldout) if split]
         sources.append(prepared)
+    if config.heldout_fraction and not any(source.heldout for source in sources):
+        read = sum(source.train.documents for source in sources if source.train)
+        raise UserError(
+            f"data.heldout_fraction: {config.heldout_fraction:g} holds out none of the {read} documents of data.train, "
+            "and nothing else is there to evaluate on; raise it, or give data.heldout sources"
+        )
     result = Prepared(
         SCHEMA_VERSION,
         _content_fingerprint(tokenizer.separator_id, sources),

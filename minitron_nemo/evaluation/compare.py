@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from minitron_nemo.arch import Architecture
 from minitron_nemo.checkpoint.tokenizer import directory_of
 from minitron_nemo.config import Recipe
 from minitron_nemo.data.dataset import open_heldout
@@ -51,7 +52,8 @@ def recorded(paths: Sequence[Path]) -> Evaluation:
 def measured(models: Mapping[str, Path], prepared: Path, recipe: Recipe, layout: Layout, against: str) -> Evaluation:
     """Measure checkpoints on the held-out documents of `prepared`, KL and agreement to the one named `against`.
 
-    Collective; every rank gets the same. Raises UserError for models whose tokens are not those of the data.
+    Collective; every rank gets the same. Raises UserError for models whose tokens are not those of the data, and for
+    documents longer than one of them was trained on.
     """
     expected = load_prepared(prepared).tokenizer
     for name, directory in models.items():
@@ -59,6 +61,13 @@ def measured(models: Mapping[str, Path], prepared: Path, recipe: Recipe, layout:
             raise UserError(f"{name}: its tokenizer is not the one that {prepared} was prepared with; compare others")
     config, data = recipe.evaluate, recipe.data
     length = config.sequence_length or data.sequence_length
+    longest = {name: Architecture.load(directory).max_position_embeddings for name, directory in models.items()}
+    shortest = min(longest, key=longest.__getitem__)
+    if not 0 < length <= longest[shortest]:
+        raise UserError(
+            f"evaluate.sequence_length: {length} is not within the {longest[shortest]} positions of {shortest}; give "
+            f"evaluate.sequence_length={longest[shortest]} or less"
+        )
     documents = open_heldout(prepared, length, config.documents, data.separator_weight)
     found = summarise(
         evaluate(

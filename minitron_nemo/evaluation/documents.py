@@ -51,16 +51,25 @@ class TeacherStates:
     output_weight: Tensor | None
 
 
-def check_layout(layout: Layout, sequence_length: int) -> None:
-    """Raise UserError for a layout that documents of this length cannot be measured on."""
+def check_layout(layout: Layout, sequence_length: int, compared: bool = False) -> None:
+    """Raise UserError for a layout that documents of this length cannot be measured on.
+
+    `compared`: in a validation, beside a teacher on the same ranks.
+    """
     if layout.context_parallel_size > 1:
         raise UserError(
             f"parallel.context_parallel_size: {layout.context_parallel_size} is not supported by evaluation; use 1"
         )
-    if layout.sequence_parallel and sequence_length % layout.tensor_model_parallel_size:
+    check_length(layout, sequence_length, compared)
+
+
+def check_length(layout: Layout, sequence_length: int, compared: bool) -> None:
+    """The part of `check_layout` about the length. A colocated teacher's states are split on every layout."""
+    tp = layout.tensor_model_parallel_size
+    if (layout.sequence_parallel or compared) and sequence_length % tp:
         raise UserError(
-            f"evaluate.sequence_length: {sequence_length} does not divide over "
-            f"parallel.tensor_model_parallel_size {layout.tensor_model_parallel_size} with sequence_parallel"
+            f"evaluate.sequence_length: {sequence_length} is not a multiple of parallel.tensor_model_parallel_size "
+            f"{tp}, over which hidden states are split; change one of them"
         )
 
 

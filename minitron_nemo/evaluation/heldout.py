@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minitron_nemo.config import Recipe
 from minitron_nemo.data.dataset import open_heldout
+from minitron_nemo.evaluation.checks import has_colocated_teacher
 from minitron_nemo.evaluation.documents import TeacherStates, check_layout, document_sums, share
 from minitron_nemo.evaluation.evaluate import Measured
 from minitron_nemo.evaluation.report import summarise
@@ -23,9 +24,14 @@ AGAINST_TEACHER = ("kl_to_teacher", "top1_agreement")
 class HeldOut:
     """Measures models on documents as `evaluate` does. `batches` is this data-parallel rank's share of them."""
 
-    def __init__(self, documents: Sequence[Mapping[str, Any]], layout: Layout, micro_batch_size: int = 1) -> None:
-        """`launch.initialize(layout, ...)` must have been called. Raises UserError for a layout that does not fit."""
-        check_layout(layout, len(documents[0]["tokens"]))
+    def __init__(
+        self, documents: Sequence[Mapping[str, Any]], layout: Layout, micro_batch_size: int = 1, compared: bool = False
+    ) -> None:
+        """`launch.initialize(layout, ...)` must have been called. Raises UserError for a layout that does not fit.
+
+        `compared`: with a teacher on these ranks.
+        """
+        check_layout(layout, len(documents[0]["tokens"]), compared)
         self.documents = len(documents)
         self.batches = share(documents, micro_batch_size)
 
@@ -35,7 +41,7 @@ class HeldOut:
         config = recipe.evaluate
         length = config.sequence_length or recipe.data.sequence_length
         documents = open_heldout(prepared, length, config.documents, recipe.data.separator_weight)
-        return HeldOut(documents, layout, config.micro_batch_size)
+        return HeldOut(documents, layout, config.micro_batch_size, has_colocated_teacher(recipe))
 
     def measure(
         self, model: Model, teacher_states: Iterable[Tensor] | None, output_weight: Tensor | None

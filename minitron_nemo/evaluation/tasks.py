@@ -74,15 +74,23 @@ class ChoiceTask:
 
 
 def check_tasks(specs: Sequence[str]) -> None:
-    """What can be said without reading them. Raises UserError for a file that is not there, and without lm_eval."""
+    """What can be said without a model and lm_eval. Raises UserError for a file that is not there, one that is no task,
+    two .jsonl files of one name, and a task of lm_eval without it.
+    """
     for spec in specs:
         if spec.endswith((".jsonl", ".yaml", ".yml")) and not Path(spec).is_file():
             raise UserError(f"evaluate.tasks: {spec}: no such file")
-        if not spec.endswith(".jsonl") and find_spec("lm_eval") is None:
+        if spec.endswith(".jsonl"):
+            try:
+                read_questions(Path(spec))
+            except UserError as error:
+                raise UserError(f"evaluate.tasks: {error}") from None
+        elif find_spec("lm_eval") is None:
             raise UserError(
                 f"evaluate.tasks: {spec} is a task of lm-evaluation-harness, which is not installed; "
                 "pip install '.[eval]' in the clone, or give a .jsonl file"
             )
+    _check_names([ChoiceTask(Path(spec)).name for spec in specs if spec.endswith(".jsonl")])
 
 
 def open_tasks(specs: Sequence[str]) -> list[Task]:
@@ -91,16 +99,18 @@ def open_tasks(specs: Sequence[str]) -> list[Task]:
     tasks: list[Task] = []
     for spec in specs:
         if spec.endswith(".jsonl"):
-            read_questions(Path(spec))
             tasks.append(ChoiceTask(Path(spec)))
         else:
             from minitron_nemo.evaluation.harness import open_harness_tasks
 
             tasks += open_harness_tasks(spec)
-    names = [task.name for task in tasks]
+    _check_names([task.name for task in tasks])
+    return tasks
+
+
+def _check_names(names: Sequence[str]) -> None:
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"evaluate.tasks: two of them are called {twice[0]}; rename one")
-    return tasks
 
 
 def measure_tasks(

@@ -216,6 +216,16 @@ def test_a_source_that_leaves_nothing_to_train_on_is_named(tmp_path: Path) -> No
         prepare(config, tmp_path)
 
 
+def test_a_share_that_holds_nothing_out_is_refused(tmp_path: Path) -> None:
+    texts = make_texts(5, seed=1)
+    config = DataConfig(train=[write_jsonl(tmp_path / "train.jsonl", texts)], heldout_fraction=1e-6)
+    with pytest.raises(UserError, match=r"^data\.heldout_fraction: 1e-06 holds out none of the 5 documents"):
+        prepare(config, tmp_path)
+    assert not (tmp_path / "prepared" / "prepared.json").exists()
+    config.heldout = [write_jsonl(tmp_path / "heldout.jsonl", make_texts(3, seed=2))]
+    assert len(stored_documents(prepare(config, tmp_path), "heldout")) == 3
+
+
 def _kill_at(event: int, folder: Path, work: Callable[[], object]) -> bool:
     """Run `work` in a forked process that SIGKILLs itself at its `event`-th file operation under `folder`; False if
     it had fewer and ended by itself."""

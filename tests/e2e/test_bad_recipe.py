@@ -13,6 +13,7 @@ from minitron_nemo.config import load_recipe
 from minitron_nemo.errors import UserError
 from minitron_nemo.preflight import preflight
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 GRID = "search.num_layers=[2,3]"
 
 
@@ -62,7 +63,8 @@ def test_a_search_has_no_stage(recipe: Path, capsys: pytest.CaptureFixture[str])
 
 
 PP2 = "parallel.pipeline_model_parallel_size=2 cluster.processes_per_node=2"
-TP2_SP = "parallel.tensor_model_parallel_size=2 parallel.sequence_parallel=true cluster.processes_per_node=2"
+TP2 = "parallel.tensor_model_parallel_size=2 cluster.processes_per_node=2"
+TP2_SP = f"{TP2} parallel.sequence_parallel=true"
 NO_TRAINING = "train.steps=0 teacher.correction.steps=0"  # sequences are read all the same
 TEACHER_PP2 = "teacher.layout.pipeline_model_parallel_size=2"
 
@@ -83,6 +85,11 @@ TEACHER_PP2 = "teacher.layout.pipeline_model_parallel_size=2"
         ("evaluate.generate_batch_sizes=[]", "evaluate.generate_batch_sizes: [] must be sizes of batches"),
         ("evaluate.generate_batch_sizes=[4,0]", "evaluate.generate_batch_sizes: [4, 0]"),
         ("evaluate.tasks=[nowhere.jsonl]", "evaluate.tasks: nowhere.jsonl: no such file"),
+        ("evaluate.sequence_length=-5", "evaluate.sequence_length: -5 must be greater than 0"),
+        ("evaluate.generate_tokens=-1", "evaluate.generate_tokens: -1 must not be negative; 0 generates nothing"),
+        ("data.heldout=[] data.heldout_fraction=0", "data.heldout_fraction: 0, without data.heldout, leaves nothing"),
+        ('data.train=[{"path":"a","weight":1},{"path":"b"}]', "data.train: b has no weight, but others have"),
+        ('data.train=[{"path":"a","weight":0}]', "data.train: weight 0.0 is not positive; remove the source"),
         ("prune.hidden_size=128", "prune.hidden_size"),
         ("prune.hidden_method=turn", "prune.hidden_method: 'turn' is not one of select, rotate"),
         ("prune.num_attention_heads=6", "prune.num_attention_heads"),
@@ -121,11 +128,76 @@ TEACHER_PP2 = "teacher.layout.pipeline_model_parallel_size=2"
         ),
         (f"{PP2} {TEACHER_PP2} teacher.layout.virtual_pipeline_model_parallel_size=3", "teacher.layout.virtual"),
         (f"{TEACHER_PP2} teacher.placement=cached distill.intermediate.pairs=[]", "teacher.layout: a cached teacher"),
+        ("evaluate.sequence_length=513", "evaluate.sequence_length: 513 is longer than the model's max_position_em"),
+        (f"{TP2_SP} {NO_TRAINING} evaluate.sequence_length=63", "evaluate.sequence_length: 63 is not a multiple of"),
+        (f"{TP2} evaluate.sequence_length=63", "evaluate.sequence_length: 63 is not a multiple of parallel.tensor_m"),
     ],
 )
-@pytest.mark.fast_cases(19)
+@pytest.mark.fast_cases(24)
 def test_plan_names_the_key_that_is_wrong(refused: Callable[..., str], recipe: Path, override: str, key: str) -> None:
     assert key in refused("plan", str(recipe), *override.split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "override",
+    ["train.eval_interval=0", "distill.logits_weight=0 distill.ce_weight=1", "teacher.placement=cached"],
+)
+def test_only_a_teachers_states_are_split_without_sequence_parallelism(recipe: Path, override: str) -> None:
+    wanted = f"{TP2} evaluate.sequence_length=63 distill.intermediate.pairs=[] {override}"
+    assert preflight(load_recipe(recipe, wanted.split())).layout.tensor_model_parallel_size == 2
+
+
+def test_tasks_that_are_none_are_refused_before_anything_runs(
+    refused: Callable[..., str], recipe: Path, tmp_path: Path
+) -> None:
+    broken, one, other = tmp_path / "broken.jsonl", tmp_path / "one" / "task.jsonl", tmp_path / "other" / "task.jsonl"
+    question = {"context": "Too big is the", "choices": [" box", " cup"], "answer": 1}
+    broken.write_text(json.dumps(question | {"answer": 2}))
+    for task in (one, other):
+        task.parent.mkdir()
+        task.write_text(json.dumps(question))
+    assert f"evaluate.tasks: {broken}:1: answer must be" in refused("plan", str(recipe), f"evaluate.tasks=[{broken}]")
+    twice = refused("plan", str(recipe), f"evaluate.tasks=[{one},{other}]")
+    assert "evaluate.tasks: two of them are called task; rename one" in twice
+
+
+MIXTRAL = (
+    "model.architecture={family: mixtral, model_type: mixtral, rope_scaling: null, num_moe_experts: 8,"
+    " moe_router_topk: 2, moe_ffn_hidden_size: 14336}"
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "to", "words"),
+    [
+        ("model.architecture.rope_scaling.factor=4.0", "bridge", None),
+        ("model.architecture.rope_scaling.low_freq_factor=2.0", "nemo", None),
+        ("model.architecture.rope_scaling.low_freq_factor=2.0", "bridge", "rope_scaling"),
+        ("model.architecture.model_type=mistral", "nemo", "NeMo's MistralModel has no rotary scaling"),
+        (MIXTRAL, "nemo", "NeMo has no classes for mixtral"),
+        (MIXTRAL, "bridge", "mixtral: mixtures of experts are not written for NeMo and Megatron-Bridge"),
+    ],
+)
+def test_a_student_that_a_format_cannot_express_is_refused(source: str, to: str, words: str | None) -> None:
+    sizes = ["prune.ffn_hidden_size=null", "prune.hidden_size=null"]
+    recipe = load_recipe(RECIPES / "llama31_8b_to_4b_width.yaml", [source, *sizes, f"export.formats=[hf,{to}]"])
+    if words is None:
+        assert preflight(recipe).recipe.export.formats == ["hf", to]
+    else:
+        with pytest.raises(UserError, match=f"^export.formats: {to}: {words}.*; (use|export to) another format, e.g. "):
+            preflight(recipe)
+
+
+def test_context_parallelism_is_for_trainings(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which only needs TransformerEngine, and refuses what would measure a model within a training."""
+    monkeypatch.setattr("minitron_nemo.parallel.layout.has_transformer_engine", lambda: True)
+    halves = ["parallel.context_parallel_size=2", "cluster.processes_per_node=2"]
+    with pytest.raises(UserError, match=r"^train\.eval_interval: 3 asks for validations.*; set it to 0$"):
+        preflight(load_recipe(recipe, halves))
+    said = preflight(load_recipe(recipe, [*halves, "train.eval_interval=0"])).warnings
+    assert [words for words in said if "run `minitron distill` alone with it" in words]
+    assert not [words for words in preflight(load_recipe(recipe)).warnings if "minitron distill" in words]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +245,7 @@ def test_a_recipe_that_is_not_there_or_not_yaml(refused: Callable[..., str], tmp
     ],
 )
 def test_what_needs_rms_norm_is_refused_before_anything_runs(refused: Callable[..., str], override: str) -> None:
-    recipe = Path(__file__).parents[2] / "recipes" / "nemotron4_15b_to_minitron_8b.yaml"
+    recipe = RECIPES / "nemotron4_15b_to_minitron_8b.yaml"
     assert f"{override.partition('=')[0]}: " in refused("plan", str(recipe), override)
 
 
@@ -181,7 +253,7 @@ def test_what_needs_rms_norm_is_refused_before_anything_runs(refused: Callable[.
 def test_a_tied_model_is_rotated_only_at_the_stated_price_of_an_output(
     refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["plan", str(Path(__file__).parents[2] / "recipes" / "quickstart.yaml"), "prune.hidden_size=432"]
+    arguments = ["plan", str(RECIPES / "quickstart.yaml"), "prune.hidden_size=432"]
     message = refused(*arguments, "prune.hidden_method=rotate")
     assert "set prune.untie to true, at 21,233,664 parameters, or use select" in message
     parameters = []

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from minitron_nemo.checkpoint.source import open_source
 from minitron_nemo.cli import main
 from minitron_nemo.config import DataConfig, TextSource, recipe_of
 from minitron_nemo.data.prepare import prepare_data
@@ -16,9 +18,11 @@ from minitron_nemo.errors import UserError
 from minitron_nemo.evaluation.compare import compared, measured
 from minitron_nemo.measuring import compare_recorded
 from minitron_nemo.parallel.layout import Layout
+from tests.data.corpus import make_texts, prepare, write_jsonl, write_tokenizer
 from tests.models.support import TinyModel
 from tests.pool import run_distributed
 from tests.text import write_documents
+from tests.tiny import write_tiny_llama
 
 
 def _run(directory: Path, losses: dict[str, list[float]], answers: dict[str, list[int]], **changed: Any) -> Path:
@@ -172,6 +176,20 @@ def test_changes_without_data_are_refused(runs: list[Path], capsys: pytest.Captu
 def _measured(models: dict[str, Path], prepared: Path, layout: Layout, against: str) -> Any:
     options = ["evaluate.documents=4", "evaluate.sequence_length=32", "train.precision=fp32"]
     return measured(models, prepared, recipe_of(options), layout, against)
+
+
+def test_documents_are_not_longer_than_any_model_was_trained_on(tmp_path: Path) -> None:
+    text = [write_jsonl(tmp_path / "text.jsonl", make_texts(20, seed=1))]
+    prepared = prepare(DataConfig(train=text, heldout_fraction=0.5), tmp_path)
+    models = {name: tmp_path / name for name in ("long", "short", "middle")}
+    architecture = open_source(write_tiny_llama(tmp_path / "model")).architecture
+    for positions, directory in zip((512, 64, 128), models.values(), strict=True):
+        write_tokenizer(directory / "tokenizer")
+        replace(architecture, max_position_embeddings=positions).save(directory)
+    for length, options in ((8192, []), (65, ["evaluate.sequence_length=65"]), (-5, ["evaluate.sequence_length=-5"])):
+        words = f"^evaluate.sequence_length: {length} is not within the 64 positions of short; give evaluate.sequence_"
+        with pytest.raises(UserError, match=words):
+            measured(models, prepared, recipe_of(options), Layout(), "long")
 
 
 @pytest.mark.slow

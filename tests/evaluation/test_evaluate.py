@@ -14,11 +14,15 @@ from torch import Tensor
 
 from minitron_nemo.arch.counts import non_embedding_parameters, parameters
 from minitron_nemo.checkpoint.transform import convert
+from minitron_nemo.config import DataConfig, recipe_of
 from minitron_nemo.errors import UserError
 from minitron_nemo.evaluation import generation
+from minitron_nemo.evaluation.documents import check_layout
 from minitron_nemo.evaluation.evaluate import Measured, evaluate
+from minitron_nemo.evaluation.heldout import HeldOut
 from minitron_nemo.evaluation.report import summarise
 from minitron_nemo.parallel.layout import Layout
+from tests.data.corpus import make_texts, prepare, write_jsonl
 from tests.models.support import architecture, huggingface_model
 from tests.pool import run_distributed
 from tests.tiny import write_tiny_llama
@@ -216,3 +220,18 @@ def _evaluate_odd(directory: Path) -> None:
         for document in _documents()
     ]
     evaluate({"teacher": directory}, cut, LAYOUTS["tp2-sp"][1], dtype=torch.float32)
+
+
+def test_a_validation_beside_a_teacher_splits_its_states_on_every_layout(tmp_path: Path) -> None:
+    """The teacher's are chunked over tensor-parallel ranks, with sequence parallelism or without."""
+    tp2, tp2_sp = LAYOUTS["tp2"][1], LAYOUTS["tp2-sp"][1]
+    text = [write_jsonl(tmp_path / "text.jsonl", make_texts(20, seed=1))]
+    prepared = prepare(DataConfig(train=text, heldout_fraction=0.5), tmp_path)
+    words = r"^evaluate\.sequence_length: 63 is not a multiple of parallel\.tensor_model_parallel_size 2"
+    distilled = ["train.steps=2", "train.eval_interval=1", "evaluate.sequence_length=63"]
+    with pytest.raises(UserError, match=words):
+        HeldOut.from_recipe(recipe_of(distilled), prepared, tp2)
+    with pytest.raises(UserError, match=words):
+        check_layout(tp2_sp, 63)
+    check_layout(tp2, 63)
+    check_layout(tp2, 64, compared=True)
