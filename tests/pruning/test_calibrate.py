@@ -63,7 +63,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     source = TextSource(path=str(text))
     recipe = Recipe(
         name="calibration",
-        data=DataConfig(train=[source], sequence_length=48),
+        data=DataConfig(train=[source], heldout_fraction=0.0, sequence_length=48),
         prune=PruneConfig(calibration=CalibrationConfig(samples=5)),
     )
     prepare_data(recipe.data, directory / "teacher" / "tokenizer", directory / "prepared", progress=False)

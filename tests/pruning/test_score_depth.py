@@ -58,7 +58,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     for file in text.iterdir():  # short ones: samples then have separators, which by default do not count
         file.write_text(file.read_text()[:80])
     pruning = PruneConfig(calibration=CalibrationConfig(samples=3), depth=DepthConfig(samples=SAMPLES))
-    data = DataConfig(train=[TextSource(path=str(text))], sequence_length=32)
+    data = DataConfig(train=[TextSource(path=str(text))], heldout_fraction=0.0, sequence_length=32)
     recipe = Recipe(name="depth", data=data, prune=pruning)
     prepare_data(data, directory / "teacher" / "tokenizer", directory / "prepared", progress=False)
     return Job(hugging_face, directory / "teacher", directory / "prepared", recipe)
