@@ -30,6 +30,7 @@ from transformers import AutoTokenizer
 from yaml import YAMLError
 
 from minitron_nemo.checkpoint import tokenizer
+from minitron_nemo.data.tokenizer import encode_prompt, prefix_id
 from minitron_nemo.errors import UserError
 from minitron_nemo.evaluation.scoring import Continuation, log_likelihoods
 from minitron_nemo.evaluation.task import Record, progress, record_of
@@ -65,16 +66,12 @@ class MegatronLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What stands where there is no context."""
-        first = self.tokenizer.bos_token_id
-        return self.eot_token_id if first is None else int(first)
+        first = prefix_id(self.tokenizer)
+        return self.eot_token_id if first is None else first
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
         """Token ids, with what the tokenizer adds by itself unless told otherwise; never with two first tokens."""
-        if add_special_tokens is None and string.startswith(str(self.tokenizer.decode([self.prefix_token_id]))):
-            add_special_tokens = False
-        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        ids: list[int] = self.tokenizer.encode(string, **options)
-        return ids
+        return encode_prompt(self.tokenizer, string, self.prefix_token_id, add_special_tokens)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **unused: Any
