@@ -164,6 +164,10 @@ def _apart(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _in_job(recipe: Recipe, options: argparse.Namespace, work: Callable[[], None]) -> int:
     """Do `work` in the processes of the job, or in those that cluster.launcher says."""
+    silence_known_warnings()
+    from minitron_nemo.recipe_checks import check_keys
+
+    check_keys(recipe)
     die_with_parent()
     if recipe.cluster.launcher == "local" and not launched(os.environ):
         return launch_locally(recipe.cluster.processes_per_node, options.arguments, EXIT_STOPPED)

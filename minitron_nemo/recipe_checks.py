@@ -79,10 +79,7 @@ NOT_NEGATIVE = {  # and what 0 does
 
 def check_values(recipe: Recipe) -> None:
     """Raise UserError, naming the key, for the first value that no model could make right."""
-    for key, choices in CHOICES.items():
-        if (value := _get(recipe, key)) not in choices:
-            raise UserError(f"{key}: {value!r} is not one of {', '.join(str(choice) for choice in choices)}")
-    _check_signs(recipe)
+    check_keys(recipe)
     if unknown := set(recipe.export.formats) - set(FORMATS):
         raise UserError(f"export.formats: {sorted(unknown)[0]!r} is not one of {', '.join(FORMATS)}")
     _check_data(recipe.data)
@@ -103,6 +100,19 @@ def check_values(recipe: Recipe) -> None:
     _check_cluster(recipe.cluster)
 
 
+def check_keys(recipe: Recipe) -> None:
+    """Raise UserError for the first key whose value is wrong by itself, also where not all of a recipe is given."""
+    for key, choices in CHOICES.items():
+        if (value := _get(recipe, key)) not in choices:
+            raise UserError(f"{key}: {value!r} is not one of {', '.join(str(choice) for choice in choices)}")
+    for key in POSITIVE:
+        if (value := _get(recipe, key)) is not None and value <= 0:
+            raise UserError(f"{key}: {value} must be greater than 0")
+    for key, zero in NOT_NEGATIVE.items():
+        if _get(recipe, key) < 0:
+            raise UserError(f"{key}: {_get(recipe, key)} must not be negative; 0 {zero}")
+
+
 def absent(recipe: Recipe) -> dict[str, str]:
     """What a run reads first and is not on this machine: paths of model and text, by their keys."""
     texts = {
@@ -113,15 +123,6 @@ def absent(recipe: Recipe) -> dict[str, str]:
     missing = {key: text.path for key, text in texts.items() if not is_here(text)}
     source = recipe.model.source
     return missing if source.startswith("pypi:") or Path(source).exists() else {"model.source": source, **missing}
-
-
-def _check_signs(recipe: Recipe) -> None:
-    for key in POSITIVE:
-        if (value := _get(recipe, key)) is not None and value <= 0:
-            raise UserError(f"{key}: {value} must be greater than 0")
-    for key, zero in NOT_NEGATIVE.items():
-        if _get(recipe, key) < 0:
-            raise UserError(f"{key}: {_get(recipe, key)} must not be negative; 0 {zero}")
 
 
 def _check_data(data: DataConfig) -> None:

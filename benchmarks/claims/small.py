@@ -95,7 +95,7 @@ def write_tokenizer(directory: Path, recipe: Recipe) -> None:
 
 def texts(recipe: Recipe) -> Iterator[str]:
     for source in recipe.data.train:
-        yield from (document.text for document in read_documents(source)[1])
+        yield from (document.text for document in read_documents(source)[1] if document.text)
 
 
 def write_random(directory: Path, architecture: Architecture, tokenizer: Path, seed: int) -> None:

@@ -5,8 +5,9 @@ One JSON object a line; few-shot examples, where wanted, are part of the context
     {"context": "The cup does not fit into the box. Too big is the", "choices": [" box", " cup"], "answer": 1}
 
 A choice follows its context as it is, so it brings its own space. `context` may be a list with one for each choice, as
-Winogrande needs, where the choices are in the middle and what follows them is scored. Tokens and scores are those of
-lm-evaluation-harness's `multiple_choice`: `acc`, or `acc_norm` with `normalize`.
+Winogrande needs, where the choices are in the middle and what follows them is scored. Tokens, with the first one that
+some tokenizers add, and scores are those of lm-evaluation-harness's `multiple_choice`: `acc`, or `acc_norm` with
+`normalize`.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ import torch
 from numpy.typing import NDArray
 
 from minitron_nemo.data.dataset import Sample
+from minitron_nemo.data.documents import check_encodes
 from minitron_nemo.data.tokenizer import Tokenizer
 from minitron_nemo.errors import UserError
+
+TOKENS_VERSION = 2  # raised whenever the same file gives other tokens than before
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Question:
 def read_questions(path: Path) -> list[Question]:
     """Raises UserError, naming file and line, for what is not there and what is no such task."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # other ends of lines may stand within JSON's texts
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as a task, a jsonl file in UTF-8 ({error})") from None
     questions = [_question(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
@@ -58,6 +62,8 @@ def _question(line: str, where: str) -> Question:
     contexts = context if isinstance(context, list) else [context] * len(choices)
     if not _texts(contexts) or len(contexts) != len(choices):
         raise UserError(f"{where}: context must be a text, or a list with one for each of the {len(choices)} choices")
+    for text in (*contexts, *choices):
+        check_encodes(text, where)
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise UserError(f"{where}: answer must be the place of the right choice, 0 to {len(choices) - 1}")
     return Question(tuple(contexts), tuple(choices), answer)
@@ -72,16 +78,13 @@ def choice_samples(questions: Sequence[Question], tokenizer: Tokenizer, most_tok
 
     Its weighted cross-entropy is minus the log-probability of the choice. Context and choice are encoded as one text,
     and the choice is what is left of it behind as many tokens as the context has by itself: white space at the end of
-    a context becomes part of the choice, since tokens begin with it. An empty context is the document separator.
+    a context becomes part of the choice, since tokens begin with it. An empty context is the tokenizer's first token.
     Raises UserError for a sample of more than `most_tokens`.
     """
     samples = []
     for number, question in enumerate(questions, start=1):
         for context, choice in zip(question.contexts, question.choices, strict=True):
-            kept = context.rstrip()
-            before = tokenizer.encode(kept)
-            after = tokenizer.encode(context + choice)[len(before) :]
-            before = before or [tokenizer.separator_id]
+            before, after = _encoded(context, choice, tokenizer)
             ids = [*before, *after]
             if not after or len(ids) > most_tokens + 1:
                 what = f"{len(ids)} tokens are more than the model takes" if after else "it adds no token"
@@ -91,6 +94,15 @@ def choice_samples(questions: Sequence[Question], tokenizer: Tokenizer, most_tok
             tokens = torch.tensor(ids)
             samples.append({"tokens": tokens[:-1], "labels": tokens[1:], "token_weights": weights, "id": str(number)})
     return samples
+
+
+def _encoded(context: str, choice: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Tokens of context and choice, as lm-evaluation-harness parts them."""
+    if context:
+        before = tokenizer.encode_prompt(context.rstrip())
+        return before or [tokenizer.prefix_id], tokenizer.encode_prompt(context + choice)[len(before) :]
+    before, after = [tokenizer.prefix_id], tokenizer.encode_prompt(choice, add_special_tokens=False)
+    return (before, after[1:]) if after[:1] == before else (before, after)
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,7 @@ _DOCUMENTATION = ("doc", "docs", "documentation")
 
 @dataclass(frozen=True)
 class Document:
-    text: str  # not empty, no white space at either end
+    text: str  # no white space at either end; empty where nothing is left of what was read
     size: int  # bytes read for it, for progress
 
     @property
@@ -70,7 +70,7 @@ def stamp(source: TextSource) -> str:
 
 
 def read_documents(source: TextSource) -> tuple[int, Iterator[Document]]:
-    """Bytes to be read (for progress), and the documents; those without text are left out.
+    """Bytes to be read (for progress), and the documents, also those without text.
 
     Raises UserError naming the file (and line) that is not there, not UTF-8, not JSON, not parquet or without
     `text_key`.
@@ -111,12 +111,12 @@ def _file_documents(file: Path, text_key: str) -> Iterator[Document]:
         return
     if file.suffix == ".parquet":
         for text in parquet.read_texts(file, text_key):
-            yield from _document(text, len(text.encode()))
+            yield Document(text.strip(), len(text.encode()))
         return
     with reading(file):
         content = file.read_bytes()
     text = _decode(content, str(file))
-    yield from _document(_reduce(text, file.suffix if file.suffix != ".txt" else ""), len(content))
+    yield Document(_reduce(text, file.suffix if file.suffix != ".txt" else "").strip(), len(content))
 
 
 def _json_documents(file: Path, text_key: str) -> Iterator[Document]:
@@ -132,13 +132,14 @@ def _json_documents(file: Path, text_key: str) -> Iterator[Document]:
             text = record.get(text_key) if isinstance(record, dict) else None
             if not isinstance(text, str):
                 raise UserError(f"{where}: no text under the key {text_key!r}; set text_key of this source")
-            yield from _document(text, len(line))
+            check_encodes(text, where)
+            yield Document(text.strip(), len(line))
 
 
 def _package_documents(texts: list[tuple[str, bytes]]) -> Iterator[Document]:
     for name, content in texts:
         text = content.decode("utf-8", errors="replace")  # is_prose drops what is not UTF-8
-        yield from _document(_reduce(text, ".md" if name.endswith(".md") else ".rst"), len(content))
+        yield Document(_reduce(text, ".md" if name.endswith(".md") else ".rst").strip(), len(content))
 
 
 def _is_documentation(name: str) -> bool:
@@ -152,10 +153,13 @@ def _reduce(text: str, suffix: str) -> str:
     return rst_to_prose(text) if suffix == ".rst" else text
 
 
-def _document(text: str, size: int) -> Iterator[Document]:
-    stripped = text.strip()
-    if stripped:
-        yield Document(stripped, size)
+def check_encodes(text: str, where: str) -> None:
+    """Raise UserError, naming `where`, for a text out of JSON that is none: half of a pair of escapes has no bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])[1:-1]
+        raise UserError(f"{where}: {half} is half of a surrogate pair, no character; take it out of the text") from None
 
 
 def _decode(content: bytes, where: str) -> str:

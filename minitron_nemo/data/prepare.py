@@ -27,7 +27,7 @@ from minitron_nemo.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_nemo.errors import UserError
 from minitron_nemo.progress import Progress
 
-TEXT_VERSION = 1  # raised whenever the same files give other documents than before
+TEXT_VERSION = 2  # raised whenever the same files give other documents than before
 _BATCH_DOCUMENTS = 1024
 _BATCH_CHARACTERS = 4_000_000
 
@@ -130,7 +130,7 @@ def _prepare_source(
     """Write one source's splits into `directory`; documents whose id is in `seen` are left out."""
     size, documents = read_documents(source)
     taken = set(seen)
-    read = 0
+    read = empty = 0
     with (
         Progress(f"prepare {source_name(source)}", size, "bytes", shown=progress) as bar,
         replacing_directory(directory) as partial,
@@ -140,17 +140,24 @@ def _prepare_source(
         for batch in _batches(documents):
             fresh: list[tuple[bytes, Document]] = []
             for document in batch:
-                if (id_ := document.id) not in taken:
+                if not document.text:
+                    empty += 1
+                elif (id_ := document.id) not in taken:
                     taken.add(id_)
                     fresh.append((id_, document))
             encoded = tokenizer.encode_batch([document.text for _, document in fresh])
             for (id_, document), tokens in zip(fresh, encoded, strict=True):
                 (heldout if is_held_out(id_, fraction) else train).add(id_, document, tokens)
             read += len(batch)
-            bar.advance(sum(document.size for document in batch))  # what has no text in it, at the end
+            bar.advance(sum(document.size for document in batch))  # what holds no document, at the end
         prepared = PreparedSource(source_name(source), source.path, held_out, train.finish(), heldout.finish())
-        _require_text(source, prepared, read)
+        _require_text(source, prepared, read - empty)
         write_atomic(partial / "source.json", json.dumps({"key": key, "source": asdict(prepared)}, indent=2) + "\n")
+    if empty:
+        print(
+            f"[prepare] {prepared.name}: {empty} of {read} documents have no text; of .md and .rst only prose is kept",
+            flush=True,
+        )
     return prepared
 
 

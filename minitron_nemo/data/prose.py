@@ -2,15 +2,26 @@
 
 Not a parser of either: a filter that drops what is not prose (code, tables, titles, directives, field lists) and
 reduces inline markup to its text. A paragraph that is still marked up, short or hardly made of words is left out.
+Where a script has no spaces between words, characters are counted for them.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 
 MIN_WORDS = 12
 MIN_LETTERS = 0.75  # of a paragraph's characters, spaces aside
+CHARACTERS_PER_WORD = 2  # of a script without spaces
+
+_IDEOGRAPHIC = "\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_PUNCTUATION = "\u3001-\u3003\u3008-\u301f\uff01-\uff0f\uff1a-\uff20\uff5b-\uff65"  # of the same scripts
+_WITHOUT_STOP = "\u0e00-\u0eff"  # Thai and Lao end a sentence with nothing but a space
+_UNSPACED = re.compile(f"[{_IDEOGRAPHIC}{_WITHOUT_STOP}\u1000-\u109f\u1780-\u17ff]")  # and Burmese, Khmer
+_WRAPPED = re.compile(f"(?<=[{_IDEOGRAPHIC}{_PUNCTUATION}])\n(?=[{_IDEOGRAPHIC}{_PUNCTUATION}])")
+_BEGINS = "\"'(“「『（《【"
+_ENDS = ".!?:)\"'”。！？：）」』．｡।॥؟۔។။።։"
 
 # Directives whose indented content is prose, the latter with an argument that is not; any other is dropped.
 _ADMONITIONS = ["attention", "caution", "danger", "error", "hint", "important", "note", "seealso", "tip", "warning"]
@@ -69,14 +80,25 @@ def markdown_to_prose(text: str) -> str:
 
 def is_prose(paragraph: str) -> bool:
     """At least MIN_WORDS words, mostly letters, beginning and ending as sentences do, no markup left."""
-    if len(paragraph.split()) < MIN_WORDS or paragraph[-1] not in ".!?:)\"'”":
+    if _words(paragraph) < MIN_WORDS or not (paragraph[-1] in _ENDS or re.match(f"[{_WITHOUT_STOP}]", paragraph[-1])):
         return False
-    if not (paragraph[0].isalnum() or paragraph[0] in "\"'(“"):
+    if not (paragraph[0].isalnum() or paragraph[0] in _BEGINS):
         return False
     if any(mark in paragraph for mark in ("::", "``", "\ufffd", ">>>", "|", "`")):
         return False
     dense = "".join(paragraph.split())
-    return sum(map(str.isalpha, dense)) >= MIN_LETTERS * len(dense)
+    return sum(map(_is_letter, dense)) >= MIN_LETTERS * len(dense)
+
+
+def _words(paragraph: str) -> int:
+    """A few words of such a script within another's text count as they stand there, by the spaces."""
+    spaced, unspaced = len(paragraph.split()), len(_UNSPACED.findall(paragraph))
+    return max(spaced, unspaced // CHARACTERS_PER_WORD) if 2 * unspaced > len(paragraph) else spaced
+
+
+def _is_letter(character: str) -> bool:
+    """Vowel signs and the like are parts of letters."""
+    return character.isalpha() or unicodedata.category(character)[0] == "M"
 
 
 def _join(paragraphs: Iterable[str]) -> str:
@@ -160,14 +182,19 @@ def _items(lines: list[str]) -> Iterator[str]:
         bullet = _BULLET.match(stripped)
         term_before = len(current) == 1 and _indent(line) > indent
         if current and (bullet or term_before):
-            yield " ".join(current)
+            yield _joined(current)
             current = []
         if not current:
             indent = _indent(line) + (bullet.end() if bullet else 0)
             stripped = stripped[bullet.end() :] if bullet else stripped
         current.append(stripped)
     if current:
-        yield " ".join(current)
+        yield _joined(current)
+
+
+def _joined(lines: list[str]) -> str:
+    """Lines of one paragraph, with a space between two unless both sides are of a script that has none."""
+    return _WRAPPED.sub("", "\n".join(lines)).replace("\n", " ")
 
 
 def _markdown_paragraphs(text: str) -> Iterator[str]:

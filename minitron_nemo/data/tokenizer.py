@@ -15,7 +15,7 @@ DOCUMENT_SEPARATORS = ("<|endoftext|>", "<|end_of_text|>")
 
 
 class Tokenizer:
-    """Wraps a Hugging Face tokenizer; names of special tokens inside a text are encoded as ordinary text."""
+    """Wraps a Hugging Face tokenizer; names of special tokens inside a document are encoded as ordinary text."""
 
     def __init__(self, tokenizer: Any, separator_id: int) -> None:
         self._tokenizer = tokenizer
@@ -34,6 +34,19 @@ class Tokenizer:
         """`encode` of each text, on all cores."""
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    @property
+    def prefix_id(self) -> int:
+        """See `prefix_id`; the document separator in a vocabulary that has neither."""
+        found = prefix_id(self._tokenizer)
+        return self.separator_id if found is None else found
+
+    def encode_prompt(self, text: str, add_special_tokens: bool | None = None) -> list[int]:
+        """See `encode_prompt`."""
+        try:
+            return encode_prompt(self._tokenizer, text, self.prefix_id, add_special_tokens)
+        finally:
+            self._backend.encode_special_tokens = True  # which the wrapped tokenizer sets as it needs it
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens by their names."""
         return self._backend.decode(list(ids), skip_special_tokens=False)
@@ -42,6 +55,24 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Hash of everything that decides token ids, independent of the files it was read from."""
         return hashlib.sha256(f"{self.separator_id}\n{self._backend.to_str()}".encode()).hexdigest()
+
+
+def prefix_id(tokenizer: Any) -> int | None:
+    """What stands before a text without a context, as in lm-evaluation-harness: the first token, else the end token."""
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return None if first is None else int(first)
+
+
+def encode_prompt(tokenizer: Any, text: str, prefix: int, add_special_tokens: bool | None = None) -> list[int]:
+    """Token ids as lm-evaluation-harness's adapter of Hugging Face models has them.
+
+    Special tokens are known by their names, and the tokenizer adds what it adds by itself, unless told otherwise or
+    where the text begins with the name of `prefix`: never two first tokens.
+    """
+    if add_special_tokens is None:
+        add_special_tokens = not text.startswith(str(tokenizer.decode([prefix])))
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)
+    return ids
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:

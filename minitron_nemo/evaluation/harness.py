@@ -9,13 +9,18 @@ job is one process. Text becomes tokens as in its own adapter of Hugging Face mo
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from inspect import getsource, getsourcefile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
@@ -30,6 +35,7 @@ from transformers import AutoTokenizer
 from yaml import YAMLError
 
 from minitron_nemo.checkpoint import tokenizer
+from minitron_nemo.data.tokenizer import encode_prompt, prefix_id
 from minitron_nemo.errors import UserError
 from minitron_nemo.evaluation.scoring import Continuation, log_likelihoods
 from minitron_nemo.evaluation.task import Record, progress, record_of
@@ -65,16 +71,12 @@ class MegatronLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What stands where there is no context."""
-        first = self.tokenizer.bos_token_id
-        return self.eot_token_id if first is None else int(first)
+        first = prefix_id(self.tokenizer)
+        return self.eot_token_id if first is None else first
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
         """Token ids, with what the tokenizer adds by itself unless told otherwise; never with two first tokens."""
-        if add_special_tokens is None and string.startswith(str(self.tokenizer.decode([self.prefix_token_id]))):
-            add_special_tokens = False
-        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        ids: list[int] = self.tokenizer.encode(string, **options)
-        return ids
+        return encode_prompt(self.tokenizer, string, self.prefix_token_id, add_special_tokens)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **unused: Any
@@ -164,12 +166,19 @@ class HarnessTask:
         self.task.set_fewshot_seed(seed=FEWSHOT_SEED)
         found = evaluate(adapter, {"tasks": {self.name: self.task}}, bootstrap_iters=BOOTSTRAPS)
         samples = sorted(found["samples"][self.name], key=lambda sample: int(sample["doc_id"]))
-        metrics = {
-            _metric(key): (float(value), _number(found["results"][self.name].get(key.replace(",", "_stderr,", 1))))
-            for key, value in found["results"][self.name].items()
+        results = found["results"][self.name]
+        values = {
+            key: float(value)
+            for key, value in results.items()
             if "," in key and "_stderr," not in key and isinstance(value, (int, float))
         }
-        return record_of(len({sample["doc_id"] for sample in samples}), metrics, _by_question(samples, metrics))
+        errors = {key: _number(results.get(key.replace(",", "_stderr,", 1))) for key in values}
+        by_question = {_metric(key): _by_question(samples, key, value) for key, value in values.items()}
+        return record_of(
+            len({sample["doc_id"] for sample in samples}),
+            {_metric(key): (value, errors[key]) for key, value in values.items()},
+            {name: numbers for name, numbers in by_question.items() if numbers},
+        )
 
 
 def open_harness_tasks(spec: str) -> list[HarnessTask]:
@@ -187,14 +196,35 @@ def open_harness_tasks(spec: str) -> list[HarnessTask]:
     for task in tasks.values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-    settings = path.read_text() if path.is_file() else spec
-    return [HarnessTask(name, _fingerprint(settings, task), task) for name, task in tasks.items()]
+    return [HarnessTask(name, _fingerprint(task), task) for name, task in tasks.items()]
 
 
-def _fingerprint(settings: str, task: Any) -> str:
-    """Of the task's file, or name, and of every question."""
-    content = [settings, *(repr(sorted(document.items())) for document in task.eval_docs)]
-    return hashlib.sha256("\n".join(content).encode()).hexdigest()
+def _fingerprint(task: Any) -> str:
+    """Of the harness's version, all settings whatever file they are from, code, every question and every example."""
+    settings = {**task.config.to_dict(keep_callable=True), "class": type(task)}
+    if isinstance(settings.get("metadata"), dict):
+        settings["metadata"].pop("config_source", None)  # where the file lies
+    examples = task.fewshot_docs() if task.get_config("num_fewshot") else ()
+    documents = [repr(sorted(document.items())) for part in (task.eval_docs, examples or ()) for document in part]
+    content = json.dumps([version("lm_eval"), settings, documents], default=_definition)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _definition(value: Any) -> Any:
+    """What stands for a setting that is not JSON: code with the file around it, which holds what the code calls.
+
+    Never an address in memory: every process has to say the same.
+    """
+    if isinstance(value, partial):
+        return ["partial", value.func, value.args, value.keywords]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(repr, value))
+    try:
+        return [getsource(value), Path(str(getsourcefile(value))).read_text(encoding="utf-8")]
+    except (TypeError, OSError):  # an object, or what is not written in Python
+        if hasattr(value, "__qualname__"):
+            return [getattr(value, "__module__", None), value.__qualname__]
+        return [type(value), vars(value) if hasattr(value, "__dict__") else repr(value)]
 
 
 def _metric(key: str) -> str:
@@ -207,14 +237,17 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) else None
 
 
-def _by_question(samples: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Of each metric that is a number for every question: those numbers."""
-    plain = [sample for sample in samples if sample.get("filter", "none") == "none"]
-    return {
-        name: [float(sample[name]) for sample in plain]
-        for name in metrics
-        if plain and all(isinstance(sample.get(name), (int, float)) for sample in plain)
-    }
+def _by_question(samples: Sequence[Mapping[str, Any]], key: str, value: float) -> list[float]:
+    """The numbers of the questions, one each, that `value` is the mean of; none where it is not made in this way.
+
+    A perplexity is not the mean of the log-likelihoods that the harness calls by its name.
+    """
+    name, _, chosen = key.partition(",")
+    found = [sample.get(name) for sample in samples if sample["filter"] == chosen]
+    numbers = [float(each) for each in found if isinstance(each, (int, float))]
+    if not numbers or len(numbers) < len(found):
+        return []
+    return numbers if np.isclose(np.mean(numbers), value, rtol=1e-9, atol=1e-12, equal_nan=True) else []
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from minitron_nemo.checkpoint.files import read_json, to_json, write_atomic
 from minitron_nemo.checkpoint.fingerprint import fingerprint
 from minitron_nemo.checkpoint.tokenizer import directory_of
-from minitron_nemo.data.choices import Choices, choice_samples, read_questions
+from minitron_nemo.data.choices import TOKENS_VERSION, Choices, choice_samples, read_questions
 from minitron_nemo.data.tokenizer import load_tokenizer
 from minitron_nemo.errors import UserError
 from minitron_nemo.evaluation.documents import check_layout
@@ -54,7 +54,7 @@ class ChoiceTask:
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+        return hashlib.sha256(f"{TOKENS_VERSION}\n".encode() + self.path.read_bytes()).hexdigest()
 
     def measure(self, model: Model, directory: Path, micro_batch_size: int) -> Record:
         """Collective; every rank gets the same. Raises UserError for a question that the model cannot take."""

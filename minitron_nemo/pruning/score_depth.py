@@ -124,7 +124,9 @@ def _read(teacher: Path, prepared: Path, recipe: Recipe) -> tuple[list[Sample], 
         tokenizer = load_tokenizer(teacher / "tokenizer")
         questions = read_questions(Path(config.task))
         samples = choice_samples(questions, tokenizer, Architecture.load(teacher).max_position_embeddings)
-        return samples, Choices.of(questions), _digest(tokenizer.fingerprint, questions)
+        tokens = [(sample["tokens"].tolist(), sample["labels"].tolist()[-1]) for sample in samples]
+        scored = [int(sample["token_weights"].sum()) for sample in samples]
+        return samples, Choices.of(questions), _digest(questions, tokens, scored)
     blend = open_train(data, prepared)
     samples = [blend.sample(index) for index in Sampler(blend, data.seed).global_batch(0, config.samples)]
     return samples, None, _digest(blend.fingerprint, data.seed, config.samples, data.separator_weight)

@@ -27,6 +27,7 @@ BAD = {
     "a number": (json.dumps(GOOD | {"choices": ["b", 3]}), "choices must be a list of two texts"),
     "contexts": (json.dumps(GOOD | {"context": ["a", "b", "c"]}), "one for each of the 2 choices"),
     "no text": (json.dumps(GOOD | {"context": 3}), "context must be a text"),
+    "half a character": (json.dumps(GOOD | {"context": "\ud83d"}), "half of a surrogate pair"),
     "answer outside": (json.dumps(GOOD | {"answer": 2}), "answer must be the place of the right choice, 0 to 1"),
     "answer as text": (json.dumps(GOOD | {"answer": "0"}), "answer must be the place"),
     "answer as bool": (json.dumps(GOOD | {"answer": True}), "answer must be the place"),
@@ -79,7 +80,15 @@ def test_a_choice_is_what_is_left_of_the_whole_text_behind_the_contexts_tokens()
     assert ids_and_weights("a", " b") == ([0, 4], [1.0])
     assert ids_and_weights("a ", "b") == ([0, 4], [1.0])  # the space belongs to the token behind it
     assert ids_and_weights("ca", "bcc") == ([2, 0, 2, 2], [0.0, 1.0, 1.0])  # "ab" is one token of the whole text
-    assert ids_and_weights("", "bc") == ([6, 1, 2], [1.0, 1.0])  # behind the separator
+    assert ids_and_weights("", "bc") == ([6, 1, 2], [1.0, 1.0])  # behind the end token: there is no first one
+
+
+def test_lines_end_where_jsonl_has_them_end(tmp_path: Path) -> None:
+    """Not within a text; and a mark of the byte order, which editors write, is no part of the first."""
+    question = GOOD | {"context": "one\u2028two\u0085three"}
+    line = json.dumps(question, ensure_ascii=False)
+    (tmp_path / "task.jsonl").write_bytes(f"\ufeff{line}\r\n{json.dumps(GOOD)}\n".encode())
+    assert [one.contexts[0] for one in read_questions(tmp_path / "task.jsonl")] == [question["context"], "a"]
 
 
 def test_choices_without_tokens_and_too_long_ones_are_refused() -> None:

@@ -90,7 +90,7 @@ print("fenced code is not prose, not even when it holds a sentence of more than 
 
 
 def texts(source: TextSource) -> list[str]:
-    return [document.text for document in read_documents(source)[1]]
+    return [document.text for document in read_documents(source)[1] if document.text]
 
 
 def test_restructured_text_becomes_its_sentences() -> None:
@@ -102,6 +102,38 @@ def test_markdown_becomes_its_sentences() -> None:
         "A link and code and strong words stay, but the goes away from this paragraph.",
         "A list item is a sentence that is long enough to be kept by the filter of paragraphs.",
     ]
+
+
+CHINESE = """\
+# 一个足够长的标题，它没有句号，所以不是正文里的句子，也不会被保留下来
+
+缓存首先被查询，只有当它没有答案的时候，
+才会向数据库查询同样的内容，详见[第二个查询](https://example.org)。
+
+太短了。
+
+| 表格里的句子也不是正文，即使单元格里有完整的句子，就像这里一样。 |
+|---|
+
+    缩进的代码不是正文，即使它看起来像一个很长很长的句子，就像这里一样。
+
+- 列表中的第一项是一个足够长的句子，所以它会被过滤器保留下来！
+"""
+
+
+def test_scripts_without_spaces_have_sentences_too() -> None:
+    assert markdown_to_prose(CHINESE).split("\n\n") == [
+        "缓存首先被查询，只有当它没有答案的时候，才会向数据库查询同样的内容，详见第二个查询。",
+        "列表中的第一项是一个足够长的句子，所以它会被过滤器保留下来！",
+    ]
+    japanese = "最初にキャッシュに問い合わせ、答えがないときだけ「データベース」に同じことを問い合わせます。"
+    thai = "ระบบจะถามแคชก่อนเสมอ และจะถามฐานข้อมูลก็ต่อเมื่อแคชไม่มีคำตอบเท่านั้น"
+    hindi = "पहले कैश से पूछा जाता है और जब उसके पास उत्तर नहीं होता तभी डेटाबेस से पूछा जाता है।"
+    for text in (japanese, thai, hindi):
+        assert markdown_to_prose(text) == rst_to_prose(text) == text
+    assert not rst_to_prose("この文は短い。") and not rst_to_prose(japanese[:-1])  # few characters; no end
+    quoted = "The words that another language uses for this question are: 缓存首先被查询只有当它没有答案的时候才会问."
+    assert len(quoted.split()) == 11 and not rst_to_prose(quoted)  # mostly of a script with spaces
 
 
 def test_directory_pattern_and_file_give_the_same_documents_in_the_order_of_names(tmp_path: Path) -> None:
@@ -121,6 +153,7 @@ def test_directory_pattern_and_file_give_the_same_documents_in_the_order_of_name
     [
         ("a.jsonl", b'{"text": "x"}\n{"body": "x"}\n', r"a\.jsonl:2: no text under the key 'text'; set text_key"),
         ("a.jsonl", b'{"text": "x"}\n\n{"text": 7}\n', r"a\.jsonl:3: no text under the key 'text'"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "a \\ud83d b"}\n', r"a\.jsonl:2: \\ud83d is half of a surrogate pair"),
         ("a.jsonl", b'["text"]\n', r"a\.jsonl:1: no text under the key"),
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl:2: not JSON"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl:1: not UTF-8 \(byte 10\)"),
@@ -179,7 +212,7 @@ def test_parquet_gives_a_document_a_row_in_order_and_leaves_out_rows_without_tex
     texts = ["first", None, "  second \n", "", "third: \u00e4\u00f6\u00fc"]
     file = _write_parquet(tmp_path / "texts.parquet", meta=[{"a": 1, "b": 2}] * 5, content=texts)
     size, documents = read_documents(TextSource(path=str(file), text_key="content"))
-    assert [document.text for document in documents] == ["first", "second", "third: \u00e4\u00f6\u00fc"]
+    assert [document.text for document in documents] == ["first", "second", "", "third: \u00e4\u00f6\u00fc"]
     assert size > 0
 
 

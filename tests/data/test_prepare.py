@@ -204,6 +204,19 @@ def test_a_source_without_text_is_named_and_leaves_nothing_behind(tmp_path: Path
     assert list((tmp_path / "prepared").iterdir()) == []
 
 
+def test_documents_without_text_are_counted_by_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "kept.txt").write_text("A text.")
+    (tmp_path / "files" / "code.md").write_text("# Title\n\n    code\n")
+    (tmp_path / "files" / "short.rst").write_text("Too short.")
+    whole = write_jsonl(tmp_path / "whole.jsonl", ["Another text."])
+    config = DataConfig(train=[TextSource(str(tmp_path / "files")), whole], heldout_fraction=0.0)
+    stored = stored_documents(prepare(config, tmp_path), "train")
+    assert stored == ["A text.", "Another text."]
+    line = f"[prepare] {tmp_path}/files: 2 of 3 documents have no text; of .md and .rst only prose is kept\n"
+    assert capsys.readouterr().out == line
+
+
 def test_a_source_that_leaves_nothing_to_train_on_is_named(tmp_path: Path) -> None:
     texts = make_texts(5, seed=1)
     config = DataConfig(

@@ -168,6 +168,22 @@ def test_figures_of_an_earlier_student_are_refused(runs: list[Path], capsys: pyt
         assert main(["compare", str(runs[1]), str(one)]) == 0
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("train.precision=fp16", "train.precision: 'fp16' is not one of bf16, fp32"),
+        ("evaluate.documents=0", "evaluate.documents: 0 must be greater than 0"),
+        ("evaluate.micro_batch_size=0", "evaluate.micro_batch_size: 0 must be greater than 0"),
+    ],
+)
+def test_values_are_checked_without_a_chain_too(
+    change: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in (["compare", str(tmp_path), "--data", str(tmp_path)], ["tasks", str(tmp_path), "--tasks", "x"]):
+        assert main([*arguments, change]) == 2
+        assert capsys.readouterr().err == f"minitron: error: {message}\n"
+
+
 def test_changes_without_data_are_refused(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(runs[0]), "evaluate.documents=3"]) == 2
     assert "compare: evaluate.documents=3 changes what is measured, and nothing is" in capsys.readouterr().err

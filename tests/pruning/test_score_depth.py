@@ -193,7 +193,7 @@ def hugging_face_log_probabilities(directory: Path, left_out: int | None) -> lis
         for place, choice in enumerate(question["choices"]):
             context = question["context"]
             context = context[place] if isinstance(context, list) else context
-            before = tokenizer.encode(context.rstrip()) or [tokenizer.eos_token_id]
+            before = tokenizer.encode(context.rstrip()) or [tokenizer.bos_token_id]
             after = tokenizer.encode(context[len(context.rstrip()) :] + choice)
             with torch.no_grad():
                 log_p = model(torch.tensor([before + after]), use_cache=False).logits[0].log_softmax(-1)
