@@ -165,6 +165,19 @@ def test_a_corrected_configuration_or_tokenizer_repeats_what_was_made_with_it(fi
     assert written["chat_template"] == "{{ messages }}"
 
 
+def test_figures_in_another_precision_or_of_other_text_are_measured_again(finished: Path, run_dir: Path) -> None:
+    shutil.copytree(run_dir / "pruned", run_dir / "distilled")
+    losses = set()
+    for change in ("train.steps=6", "train.precision=bf16", "data.separator_weight=1", "data.sequence_length=32"):
+        start(finished, run_dir, "evaluate.documents=2", "evaluate.generate_tokens=0", change, only="evaluate")
+        losses.add(json.loads((run_dir / "evaluation.json").read_text())["distilled"]["loss"])
+    assert len(losses) == 4
+    written = (run_dir / "evaluation.json").stat().st_mtime_ns
+    same = "evaluate.sequence_length=32", "evaluate.documents=2", "evaluate.generate_tokens=0"
+    start(finished, run_dir, *same, only="evaluate")
+    assert (run_dir / "evaluation.json").stat().st_mtime_ns == written
+
+
 def test_scores_without_samples_serve_a_run_that_is_given_them(finished: Path, tmp_path: Path) -> None:
     """As NeMo's validation leaves them, in a file of their own."""
     given, run_dir = tmp_path / "given.npz", tmp_path / "run"
