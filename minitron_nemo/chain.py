@@ -82,15 +82,12 @@ class Chain(Work):
             Step("prune", {**source, **chosen}, self._cut(), self.pruned, self._prune),
             *self._caching({**teacher, **data}),
         ]
-        evaluated = {key: value for key, value in asdict(recipe.evaluate).items() if key != "tasks"}
         if recipe.train.steps:
             inputs = {**teacher, "pruned": self.pruned, **data, **({"cache": self.cached} if self._reads_cache else {})}
             settings = {"distill": asdict(recipe.distill), "train": _numerics(recipe.train), "data": visits}
             steps.append(Step("distill", inputs, settings, self.distilled, self._distill))
-        else:
-            evaluated |= {"precision": recipe.train.precision, "data": visits}
         shown = {"recipe": self.run_dir / RECIPE_FILE, "evaluation": self.evaluation, "scores": self.scores}
-        steps.append(Step("evaluate", {**self._models(), **data}, evaluated, self.evaluation, self._evaluate))
+        steps.append(Step("evaluate", {**self._models(), **data}, self._measuring(), self.evaluation, self._evaluate))
         for to in recipe.export.formats:
             output = self.exports / to
             written = {"to": to, "dtype": recipe.export.dtype}
@@ -118,6 +115,13 @@ class Chain(Work):
         del settings["repair"]["statistics_bytes"], settings["depth"]["states_bytes"], settings["scores"]
         del settings["calibration"]["micro_batch_size"], settings["calibration"]["save_interval"]
         return settings
+
+    def _measuring(self) -> dict[str, Any]:
+        """What decides the figures of given models and text, however the models came about."""
+        recipe = self.recipe
+        settings = {key: value for key, value in asdict(recipe.evaluate).items() if key != "tasks"}
+        settings["sequence_length"] = recipe.evaluate.sequence_length or recipe.data.sequence_length
+        return settings | {"separator_weight": recipe.data.separator_weight, "precision": recipe.train.precision}
 
     @property
     def _data(self) -> dict[str, Path]:

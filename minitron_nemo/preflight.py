@@ -77,16 +77,18 @@ class Preflight:
 
     @property
     def tokens(self) -> dict[str, int]:
-        """Tokens that each step that runs the model reads; for the teacher's cache as if no sample came twice."""
-        recipe, length = self.recipe, self.recipe.data.sequence_length
-        correction = correction_config(recipe)
+        """Tokens that each step that runs the model reads; for the teacher's cache as if no sample came twice.
+
+        None for the steps of the run in `from_run`, nor for Scores that are given.
+        """
+        recipe, job, length = self.recipe, self.job, self.recipe.data.sequence_length
         distillation = sum(segment.samples * segment.sequence_length for segment in self.segments)
         return {
-            "correction": correction.steps * correction.global_batch_size * length,
-            "calibration": recipe.prune.calibration.samples * length,
+            "correction": 0 if job.correction is None else job.correction.samples * length,
+            "calibration": recipe.prune.calibration.samples * length * job.calibrates,
             "depth": recipe.prune.depth.samples * length * (recipe.prune.depth.metric == "loss") * bool(self.drop),
             "repair": recipe.prune.repair.samples * length * fits(self.source, self.student, recipe.prune.repair),
-            "cache": distillation * self.job.caches,
+            "cache": distillation * job.caches,
             "distillation": distillation,
         }
 

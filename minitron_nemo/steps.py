@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import minitron_nemo
-from minitron_nemo.checkpoint.fingerprint import fingerprint
+from minitron_nemo.checkpoint.fingerprint import checkpoint_identity
 from minitron_nemo.distillation.status import write_status
 from minitron_nemo.errors import UserError
 from minitron_nemo.manifest import Manifest, file_fingerprint, step_key
@@ -144,11 +144,11 @@ def run_step(step: Step, run_dir: Path, steps: Sequence[Step]) -> None:
 
 
 def fingerprint_of(path: Path) -> str | None:
-    """Layout-free hash of a checkpoint's weights, hash of the bytes of anything else, None for what is not there."""
+    """A checkpoint's layout-free identity, hash of the bytes of anything else, None for what is not there."""
     if not path.exists():
         return None
     is_checkpoint = (path / "architecture.json").exists() or (path / "config.json").exists()
-    return fingerprint(path) if is_checkpoint else file_fingerprint(path)
+    return checkpoint_identity(path) if is_checkpoint else file_fingerprint(path)
 
 
 def _input_fingerprint(step: Step, name: str, path: Path, steps: Sequence[Step]) -> str:

@@ -41,7 +41,7 @@ _SAMPLE = 2**_SAMPLE_BITS - 1
 class Identity:
     """What decides every stored number, beside the sample itself."""
 
-    teacher: str  # fingerprint of its weights
+    teacher: str  # hash of its weights and architecture
     vocab_size: int
     sequence_length: int
     temperature: float

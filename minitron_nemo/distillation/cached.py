@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from minitron_nemo.arch import Architecture
-from minitron_nemo.checkpoint.fingerprint import fingerprint
+from minitron_nemo.checkpoint.fingerprint import model_identity
 from minitron_nemo.config import Recipe
 from minitron_nemo.data.dataset import Blend, open_train
 from minitron_nemo.data.sampler import Microbatch, Sampler
@@ -119,7 +119,7 @@ def needed_caches(recipe: Recipe, teacher_dir: Path, prepared: Path) -> list[Nee
     """One for each sequence length that the training has. Collective. Raises UserError for data that does not fit."""
     cache = recipe.teacher.cache
     directory = Path(cache.path or Path(recipe.run_dir) / "teacher_cache")
-    teacher = launch.from_rank_0(lambda: fingerprint(teacher_dir))
+    teacher = launch.from_rank_0(lambda: model_identity(teacher_dir))
     vocab_size = Architecture.load(teacher_dir).vocab_size
     blend = open_train(recipe.data, prepared)
     sampler = Sampler(blend, recipe.data.seed, stretches(recipe.train, blend))

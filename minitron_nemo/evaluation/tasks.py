@@ -3,8 +3,8 @@
     {"schema_version": 1, "models": {NAME: {"fingerprint", "precision", "tasks": {TASK: {"fingerprint", Record}}}}}
 
 A .jsonl file is a task of our own (`data.choices`); anything else is one of lm-evaluation-harness. The file is written
-after every model and task, and what it holds of the same model, precision and task is not measured again. In it, null
-stands for what is not finite.
+after every model and task, and what it holds of the same model (weights, architecture and tokenizer), precision and
+task is not measured again. In it, null stands for what is not finite.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minitron_nemo.checkpoint.files import read_json, to_json, write_atomic
-from minitron_nemo.checkpoint.fingerprint import fingerprint
+from minitron_nemo.checkpoint.fingerprint import checkpoint_identity
 from minitron_nemo.checkpoint.tokenizer import directory_of
 from minitron_nemo.data.choices import TOKENS_VERSION, Choices, choice_samples, read_questions
 from minitron_nemo.data.tokenizer import load_tokenizer
@@ -217,7 +217,7 @@ def _identified(models: Mapping[str, Path], precision: str, path: Path) -> Conte
     before = read_tasks(path)
     content: Content = {}
     for name, directory in models.items():
-        identity = {"fingerprint": fingerprint(directory), "precision": precision}
+        identity = {"fingerprint": checkpoint_identity(directory), "precision": precision}
         same = [model for model in before.values() if identity.items() <= model.items()]
         content[name] = {**identity, "tasks": same[0]["tasks"] if same else {}}
     return content

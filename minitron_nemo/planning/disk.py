@@ -35,10 +35,12 @@ def disk(job: Job) -> list[Kept]:
     """By arithmetic; the tokenised text, logs and a cut's Plan are left out, and the cache is not compressed here."""
     recipe, trained = job.recipe, job.element_size
     stored = SIZES[recipe.model.dtype or "bfloat16"]
-    found = [Kept("teacher, converted", parameters(job.source) * stored)] if job.first else []
+    own = recipe.from_run is None  # or teacher and correction are in another run's directory
+    found = [Kept("teacher, converted", parameters(job.source) * stored)] if job.first and own else []
     if recipe.teacher.correction.steps:
-        found.append(_training("teacher's correction, checkpoints", job.source, job))
-        found.append(Kept("teacher, corrected", parameters(job.source) * trained))
+        if own:
+            found.append(_training("teacher's correction, checkpoints", job.source, job))
+            found.append(Kept("teacher, corrected", parameters(job.source) * trained))
         stored = trained
     if amount := matrix_bytes(job.source, job.student, recipe.prune):
         found.append(Kept(MATRICES, amount))

@@ -41,7 +41,7 @@ class Estimate:
     def without_transformer_engine(self) -> int | None:
         """Bytes of the fullest rank if the job's environment lacks what the plan takes for granted; else None."""
         granted = self.device.transformer_engine and not has_transformer_engine()
-        if not granted or self.job.recipe.cluster.container is not None:
+        if not self.memory or not granted or self.job.recipe.cluster.container is not None:
             return None
         return worst(memory(self.job, replace(self.device, transformer_engine=False))).total
 
@@ -94,7 +94,7 @@ class Estimate:
             "memory": [{**asdict(each), "total": each.total} for each in self.memory],
             "memory_without_transformer_engine": self.without_transformer_engine,
             "memory_other_recompute": None if other is None else {**asdict(other), "total": other.total},
-            "fits": device.fits(self.fullest[0].total),
+            "fits": device.fits(self.fullest[0].total) if self.fullest else None,
             "update": None
             if update is None or device.peak_flops is None
             else {

@@ -53,9 +53,16 @@ class Job:
 
     @property
     def correction(self) -> Segment | None:
-        """The updates of the teacher's correction, if there are any."""
+        """The updates of the teacher's correction, if there are any; another run's are not this job's."""
         config = correction_config(self.recipe)
-        return segments(config, self.recipe.data.sequence_length)[0] if config.steps else None
+        if not config.steps or self.recipe.from_run is not None:
+            return None
+        return segments(config, self.recipe.data.sequence_length)[0]
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the Scores are made, and not those of a file or of another run."""
+        return self.recipe.prune.scores is None and self.recipe.from_run is None
 
     def distillation(self, segment: Segment) -> Update:
         """One update of the distillation."""

@@ -105,8 +105,8 @@ def _runs(job: Job, layout: Layout) -> bool:
             layout.check(model, job.world_size)
         layout.check_processes(job.students)
         check_phases(recipe.train, recipe.data, layout, job.students, longest)
-        if job.correction is not None:
-            check_phases(correction_config(recipe), recipe.data, layout, job.world_size, longest)
+        if (correction := correction_config(recipe)).steps:
+            check_phases(correction, recipe.data, layout, job.world_size, longest)
     except UserError:
         return False
     return True

@@ -48,7 +48,7 @@ class RankMemory:
 
 
 def memory(job: Job, device: Device) -> list[RankMemory]:
-    """Every pipeline rank in every step, in the order of the chain."""
+    """Every pipeline rank in every step of this run, in the order of the chain; nothing where none is planned."""
     found = _calibrating(job, device)
     if (correction := job.correction) is not None:
         found += _training("correct", job, job.correcting(correction), device)
@@ -263,7 +263,7 @@ def _calibrating(job: Job, device: Device) -> list[RankMemory]:
     )
     forward = {"forward": {"work": own.forward_work()}}
     ranks = range(layout.pipeline_model_parallel_size)
-    steps = [("calibrate", rank, forward) for rank in ranks]
+    steps = [("calibrate", rank, forward) for rank in ranks if job.calibrates]
     steps += [("repair", rank, repair_moments(job, own, rank)) for rank in ranks]
     found = []
     for step, rank, moments in steps:

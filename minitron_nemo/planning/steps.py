@@ -47,7 +47,7 @@ def untimed(job: Job, device: Device) -> dict[str, str]:
     measured = bool(layers_to_drop(job.source, job.student, config))
     if device.calibration_peak_flops is None:
         repaired = fits(job.source, job.student, config.repair)
-        steps = ("calibrate", *["score-depth"] * measured, *["repair"] * repaired)
+        steps = (*["calibrate"] * job.calibrates, *["score-depth"] * measured, *["repair"] * repaired)
         why = f"no peak FLOP/s are known for prune.calibration.precision {config.calibration.precision}"
         found = dict.fromkeys(steps, why)
     if measured and config.depth.metric == "task":

@@ -57,6 +57,8 @@ def _candidate(each: Candidate, device: Device) -> str:
 
 def _memory(estimate: Estimate) -> list[Row]:
     device, found = estimate.device, estimate.fullest
+    if not found:
+        return [("memory", "none planned: no step of this run calibrates, repairs or trains")]
     lacking = estimate.without_transformer_engine
     core = "TransformerEngine's layers" if device.transformer_engine else "layers without TransformerEngine"
     without = "without it, as where no cluster.container brings it and the environment of the nodes has none"

@@ -55,6 +55,7 @@ def calibrate(teacher: Path, prepared: Path, recipe: Recipe, layout: Layout, dir
     }
     identity = {
         "model": model_fingerprint,
+        "architecture": model.architecture.to_dict(),
         "order": order,  # which the seed, first_sample, the blend's weights and the packing decide
         "settings": settings,
         "micro_batch_size": config.micro_batch_size,

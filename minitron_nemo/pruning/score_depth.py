@@ -7,7 +7,7 @@ the choices of a task. The file is written again and again on the way: who start
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,8 @@ def score_depth(
     if not weights.any():
         raise UserError("score-depth: no token has a weight other than 0; give longer text")
     scores = DepthScores(source, identity, weights, choices)
-    scores.sums = launch.from_rank_0(partial(_measured_before, path, identity))
-    borrowed = launch.from_rank_0(lambda: _all_measured(lent, identity))
+    scores.sums = launch.from_rank_0(partial(_measured_before, path, scores))
+    borrowed = launch.from_rank_0(lambda: _all_measured(lent, scores))
     model, save = None, partial(_save, scores, path)
     while branches := wanted(scores, config.depth_method, drop, config.depth.normalize):
         if known := {branch: borrowed.pop(branch) for branch in branches if branch in borrowed}:
@@ -136,16 +136,17 @@ def _digest(*content: Any) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
-def _measured_before(path: Path, identity: Mapping[str, Any]) -> dict[Branch, Any]:
+def _measured_before(path: Path, scores: DepthScores) -> dict[Branch, Any]:
     if not path.exists():
         return {}
     before = DepthScores.load(path)
-    return before.sums if before.identity == identity else {}
+    same = before.architecture == scores.architecture and before.identity == scores.identity
+    return before.sums if same else {}
 
 
-def _all_measured(paths: Sequence[Path], identity: Mapping[str, Any]) -> dict[Branch, Any]:
+def _all_measured(paths: Sequence[Path], scores: DepthScores) -> dict[Branch, Any]:
     """What the files have measured to the end."""
-    found = [sums for path in paths for sums in _measured_before(path, identity).items()]
+    found = [sums for path in paths for sums in _measured_before(path, scores).items()]
     return {branch: sums for branch, sums in found if not np.isnan(sums).any()}
 
 

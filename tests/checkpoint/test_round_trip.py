@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from minitron_nemo.checkpoint import blocks, huggingface, sink
-from minitron_nemo.checkpoint.fingerprint import fingerprint
+from minitron_nemo.checkpoint.fingerprint import checkpoint_identity, fingerprint, model_identity
 from minitron_nemo.checkpoint.source import open_source
 from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.errors import UserError
@@ -161,6 +162,33 @@ def test_fingerprint_sees_weights_and_nothing_else(tmp_path: Path, monkeypatch: 
         assert fingerprint(tmp_path / same) == expected
     assert fingerprint(tmp_path / "half") != expected
     assert fingerprint(other) != expected
+
+
+def test_an_identity_sees_architecture_and_tokenizer_besides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = write_tiny_llama(tmp_path / "hf")
+    convert(original, tmp_path / "megatron", "megatron")
+    monkeypatch.setattr(blocks, "PART_BYTES", 50_000)
+    convert(original, tmp_path / "megatron-cut", "megatron")
+    identity, model = checkpoint_identity(tmp_path / "megatron"), model_identity(tmp_path / "megatron")
+    assert checkpoint_identity(tmp_path / "megatron-cut") == identity
+    changes = (
+        ("megatron", "architecture.json", {"rotary_base": 5e5}),
+        ("megatron", "architecture.json", {"layernorm_epsilon": 1e-6}),
+        ("megatron", "architecture.json", {"max_position_embeddings": 1024}),
+        ("megatron", "tokenizer/tokenizer_config.json", {"chat_template": "{{ messages }}"}),
+        ("hf", "config.json", {"rope_theta": 5e5}),
+        ("hf", "tokenizer_config.json", {"chat_template": "{{ messages }}"}),
+    )
+    for number, (name, file, change) in enumerate(changes):
+        changed = shutil.copytree(tmp_path / name, tmp_path / f"changed-{number}")
+        content = json.loads((changed / file).read_text())
+        (changed / file).write_text(json.dumps(content | change))
+        assert checkpoint_identity(changed) != checkpoint_identity(tmp_path / name), change
+        assert (model_identity(changed) == model) == ("chat_template" in change), change
+        assert fingerprint(changed) == fingerprint(original)
+    shutil.rmtree(tmp_path / "megatron-cut" / "tokenizer")
+    assert checkpoint_identity(tmp_path / "megatron-cut") != identity
+    assert model_identity(tmp_path / "megatron-cut") == model
 
 
 def test_cached_fingerprint_is_used_until_the_weights_change(tmp_path: Path) -> None:

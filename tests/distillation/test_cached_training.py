@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from minitron_nemo.arch import Architecture
 from minitron_nemo.chain import Chain
 from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.config import (
@@ -135,6 +136,10 @@ def test_a_cache_that_does_not_fit_is_refused(place: Path, tmp_path: Path) -> No
             trained(place, tmp_path, other)
     with pytest.raises(UserError, match="cache.json: the teacher was"):
         trained(place, tmp_path, of, teacher="other")
+    turned = shutil.copytree(place / "teacher", tmp_path / "turned")  # the same weights at other angles
+    replace(Architecture.load(turned), rotary_base=5e5).save(turned)
+    with pytest.raises(UserError, match="cache.json: the teacher was"):
+        trained(place, tmp_path, of, teacher=str(turned))
     with pytest.raises(UserError, match="made for other data: .* the tokenizer changed"):
         trained(place, tmp_path, of, prepared="prepared_otherwise")
     shorter = replace(of, data=replace(of.data, sequence_length=16))

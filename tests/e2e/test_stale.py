@@ -16,6 +16,7 @@ from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.config import load_recipe
 from minitron_nemo.errors import UserError
 from minitron_nemo.importance.scores import Scores
+from minitron_nemo.models.branches import Branch
 from minitron_nemo.pruning.depth_scores import DepthScores
 from minitron_nemo.run import run_chain
 from minitron_nemo.verification import verify_run
@@ -140,6 +141,41 @@ def test_scores_of_a_teacher_that_was_corrected_since_decide_nothing(
     says = f"{run_dir}/scores.npz: measured on another model than {run_dir / 'corrected'}; run `minitron calibrate`"
     assert refusal(finished, run_dir, "prune", corrected, PLAIN).startswith(says)
     assert "plan: made of another source than is there now" in refusal(finished, run_dir, "prune", corrected)
+
+
+def test_a_corrected_configuration_or_tokenizer_repeats_what_was_made_with_it(finished: Path, tmp_path: Path) -> None:
+    """The weights are those of before: nothing in the run tells but the files beside them."""
+    run_dir = shutil.copytree(finished / "run", tmp_path / "run")
+    model = shutil.copytree(finished / "model", tmp_path / "model")
+
+    def corrected(file: str, **change: object) -> None:
+        content = json.loads((model / file).read_text())
+        (model / file).write_text(json.dumps(content | change))
+        start(finished, run_dir, f"model.source={model}", until="prune")
+
+    corrected("config.json", rope_theta=500.0)
+    assert Architecture.load(run_dir / "pruned").rotary_base == 500
+    for measured in (
+        lambda path: Scores.load(path / "scores.npz").ffn,
+        lambda path: DepthScores.load(path / "depth.npz").sums[Branch()],
+    ):
+        assert (measured(finished / "run") != measured(run_dir)).any()
+    corrected("tokenizer_config.json", chat_template="{{ messages }}")
+    written = json.loads((run_dir / "pruned" / "tokenizer" / "tokenizer_config.json").read_text())
+    assert written["chat_template"] == "{{ messages }}"
+
+
+def test_figures_in_another_precision_or_of_other_text_are_measured_again(finished: Path, run_dir: Path) -> None:
+    shutil.copytree(run_dir / "pruned", run_dir / "distilled")
+    losses = set()
+    for change in ("train.steps=6", "train.precision=bf16", "data.separator_weight=1", "data.sequence_length=32"):
+        start(finished, run_dir, "evaluate.documents=2", "evaluate.generate_tokens=0", change, only="evaluate")
+        losses.add(json.loads((run_dir / "evaluation.json").read_text())["distilled"]["loss"])
+    assert len(losses) == 4
+    written = (run_dir / "evaluation.json").stat().st_mtime_ns
+    same = "evaluate.sequence_length=32", "evaluate.documents=2", "evaluate.generate_tokens=0"
+    start(finished, run_dir, *same, only="evaluate")
+    assert (run_dir / "evaluation.json").stat().st_mtime_ns == written
 
 
 def test_scores_without_samples_serve_a_run_that_is_given_them(finished: Path, tmp_path: Path) -> None:

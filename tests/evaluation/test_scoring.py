@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from math import inf, isnan, nan
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from minitron_nemo.evaluation.scoring import Continuation
 from minitron_nemo.evaluation.task import Record, record_of
 from minitron_nemo.evaluation.tasks import FILE_NAME, measure_tasks, open_tasks, read_tasks, table
 from minitron_nemo.parallel.layout import Layout
+from minitron_nemo.steps import fingerprint_of
 from tests.evaluation.support import LAYOUTS, QUESTIONS, opened
 from tests.models.support import TinyModel, huggingface_model
 from tests.pool import run_distributed
@@ -152,6 +154,25 @@ class Unbounded:
 def _measured_unbounded(models: dict[str, Path], path: Path) -> Any:
     with patch("minitron_nemo.evaluation.tasks.open_tasks", lambda specs: [Unbounded()]):
         return _measured(models, ["unbounded"], Layout(), path)
+
+
+def test_a_model_of_the_same_weights_with_another_configuration_or_tokenizer_is_another_one(
+    tiny: TinyModel, tmp_path: Path
+) -> None:
+    path, models = tmp_path / FILE_NAME, {"same": tiny.megatron}
+    run_distributed(1, _measured_unbounded, models, path)
+    path.write_text(path.read_text().replace('"questions": 2', '"questions": 7'))
+    for file, change in (
+        ("architecture.json", {"rotary_base": 5e5}),
+        ("tokenizer/tokenizer_config.json", {"chat_template": "{{ messages }}"}),
+    ):
+        models[file] = shutil.copytree(tiny.megatron, tmp_path / file)
+        content = json.loads((models[file] / file).read_text())
+        (models[file] / file).write_text(json.dumps(content | change))
+    [found] = run_distributed(1, _measured_unbounded, models, path)
+    assert [model["tasks"]["unbounded"]["questions"] for model in found.values()] == [7, 2, 2]
+    # What the manifest has of it, by which the report knows outdated figures.
+    assert found["same"]["fingerprint"] == fingerprint_of(tiny.megatron)
 
 
 def test_what_is_not_finite_is_null_in_the_file(tiny: TinyModel, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from math import ceil
+from pathlib import Path
 
 import pytest
 
@@ -82,6 +83,32 @@ def test_no_cache_is_planned_that_the_chain_does_not_fill() -> None:
     assert found.tokens["cache"] == found.flops["cache"] == 0
     assert found.flops["distillation"] == 3 * forward_flops_per_token(found.student, 8192) * 9960 * 1152 * 8192
     assert all("cache" not in each.what for each in disk(found.job))
+
+
+@pytest.mark.parametrize("borrowed", [False, True])
+def test_no_step_is_planned_that_a_file_or_another_run_spares(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], borrowed: bool
+) -> None:
+    """Given Scores spare the calibration, `from_run` the correction and the converted teacher besides."""
+    (tmp_path / "scores.npz").touch()
+    key = f"from_run={tmp_path}" if borrowed else f"prune.scores={tmp_path / 'scores.npz'}"
+    whole, spared = plan(WIDTH), plan(WIDTH, key)
+    tokens = {"calibration": 0, **({"correction": 0} if borrowed else {})}
+    assert spared.tokens == whole.tokens | tokens and all(whole.tokens[name] for name in tokens)
+    assert spared.flops == whole.flops | tokens
+    steps = {"calibrate", *(["correct"] if borrowed else [])}
+    assert {step for step, taken in seconds(whole).items() if step in steps and taken} == steps
+    assert not {step for step, taken in seconds(spared).items() if step in steps and taken}
+    assert spared.estimate.memory == [each for each in whole.estimate.memory if each.step not in steps]
+    files = {"teacher, converted", "teacher's correction, checkpoints", "teacher, corrected"} if borrowed else set()
+    assert spared.estimate.disk == [each for each in whole.estimate.disk if each.what not in files]
+    assert files <= {each.what for each in whole.estimate.disk}
+    fp32 = "prune.calibration.precision=fp32"
+    assert plan(WIDTH, fp32).estimate.untimed.keys() == {"calibrate", "repair"}
+    assert plan(WIDTH, fp32, key).estimate.untimed.keys() == {"repair"}
+    cut = "prune.repair.ffn=false", "prune.repair.hidden=false", "train.steps=0", "teacher.correction.steps=0"
+    assert main(["plan", str(RECIPES / f"{WIDTH}.yaml"), *cut, key]) == 0
+    assert f"{'memory':26}none planned: no step of this run calibrates, repairs or trains\n" in capsys.readouterr().out
 
 
 def test_passes_are_timed_at_the_peak_of_the_precision_they_compute_in() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import minitron_nemo
-from minitron_nemo.arch import Axis
+from minitron_nemo.arch import Architecture, Axis
 from minitron_nemo.checkpoint.fingerprint import fingerprint
 from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.cli import main
@@ -257,6 +258,15 @@ def test_a_pass_of_another_version_starts_again(job: Job, tmp_path: Path) -> Non
     run_distributed(1, interrupted, 1, *arguments)
     _, lines = run_distributed(1, resumed_by_another_version, *arguments)[0]
     assert lines[0] == f"[calibrate] {tmp_path / 'unfinished'} {STARTS_AGAIN}"
+
+
+def test_a_pass_of_the_same_weights_with_another_configuration_starts_again(job: Job, tmp_path: Path) -> None:
+    job = job._replace(unfinished=tmp_path / "unfinished", teacher=shutil.copytree(job.teacher, tmp_path / "teacher"))
+    arguments = job.calibrated(Layout(), samples=6, save_interval=2)
+    run_distributed(1, interrupted, 1, *arguments)
+    replace(Architecture.load(job.teacher), rotary_base=5e5).save(job.teacher)
+    _, lines = run_distributed(1, resumed, *arguments)[0]
+    assert lines[0] == f"[calibrate] {job.unfinished} {STARTS_AGAIN}"
 
 
 def test_a_damaged_state_is_named(job: Job, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 import minitron_nemo
+from minitron_nemo.arch import Architecture
 from minitron_nemo.checkpoint.transform import convert
 from minitron_nemo.config import CalibrationConfig, DataConfig, DepthConfig, PruneConfig, Recipe, TextSource
 from minitron_nemo.data.dataset import open_train
@@ -156,6 +158,10 @@ def test_what_was_measured_serves_other_methods_and_depths(job: Job, tmp_path: P
         run_distributed(1, run_without_a_model, *job.arguments(Layout(), path, samples=SAMPLES + 1))
     with pytest.raises(AssertionError, match="there is nothing to measure"):
         run_distributed(1, run_as_another_version, *job.arguments(Layout(), path, num_layers=2))
+    teacher = shutil.copytree(job.teacher, tmp_path / "teacher")
+    replace(Architecture.load(teacher), rotary_base=5e5).save(teacher)
+    with pytest.raises(AssertionError, match="there is nothing to measure"):
+        run_distributed(1, run_without_a_model, *job._replace(teacher=teacher).arguments(Layout(), path))
 
 
 def test_what_other_runs_have_measured_is_copied_as_far_as_it_is_needed(job: Job, tmp_path: Path) -> None:
