@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from minitron_nemo.arch import Architecture
+from minitron_nemo.checkpoint.fingerprint import fingerprint
 from minitron_nemo.checkpoint.transform import convert
 from tests.documents import DOCUMENTS, blocks, commands
 from tests.importance.synthetic import random_values, scores_from
@@ -26,7 +28,8 @@ def recipe(tmp_path: Path) -> Path:
     run_dir.mkdir()
     convert(source, run_dir / "teacher", "megatron", progress=False)
     shape = Architecture.load(run_dir / "teacher")
-    scores_from(random_values(shape), shape).save(run_dir / "scores.npz")
+    scores = scores_from(random_values(shape), shape)
+    replace(scores, model_fingerprint=fingerprint(run_dir / "teacher")).save(run_dir / "scores.npz")
     (tmp_path / "text.txt").write_text("Nothing here is read.\n")
     path = tmp_path / "recipe.yaml"
     content = {
