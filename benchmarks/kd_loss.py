@@ -17,7 +17,8 @@ Columns on a CPU:
   B/entry     bytes moved between memory and a 2 MiB cache per token x vocabulary entry, without the products
 Columns on a GPU: time; what bytes / copy bandwidth + FLOPs / GEMM rate would take, both measured just before, for fp32
 chunk logits written by the products, read by the statistics, read and written by the gradients (20 B/entry) and the
-four products; time / floor; peak of allocated memory beyond inputs and gradients.
+four products; time / floor; peak of allocated memory beyond inputs and gradients. Then the kernels that read a chunk's
+logits: least time of each, and what bytes / copy bandwidth would take as a share of it.
 """
 
 from __future__ import annotations
@@ -36,8 +37,13 @@ import torch
 from counters import PeakTensors, Traffic, forget_peak, peak_resident_bytes, resident_bytes
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
+from torch.profiler import ProfilerActivity, profile
 
 from minitron_nemo.kernels import linear_kd_loss, logits_kd_loss
+from minitron_nemo.kernels.backend import backend
+from minitron_nemo.kernels.dense import logit_gradients, loss_rows
+from minitron_nemo.kernels.objective import DIVERGENCES, Objective
+from minitron_nemo.kernels.shard import Shard
 
 MIB = 1024**2
 PRODUCTS = "four products"
@@ -307,6 +313,38 @@ def on_gpu(size: Size, dtype: torch.dtype, options: argparse.Namespace) -> None:
         best = min(milliseconds[name])
         ratio = best / min(milliseconds[PRODUCTS])
         print(f"| {name} | {best:.2f} | {best / floor / 1e3:.2f} | {ratio:.2f} | {peaks[name] / MIB:.0f} |")
+    on_gpu_rows(size, options, bandwidth)
+
+
+def on_gpu_rows(size: Size, options: argparse.Namespace, bandwidth: float) -> None:
+    """The kernels that read a chunk's logits: in fp32, as `linear_kd_loss` has them, and in bf16."""
+    print("\n| divergence | logits | kernel | ms | of bandwidth |\n|---|---|---|---|---|")
+    shape, device = (options.chunk_tokens, size.vocab), torch.device("cuda")
+    for divergence in DIVERGENCES:
+        for dtype in (torch.float32, torch.bfloat16):
+            student, teacher = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
+            for kernel, seconds in row_seconds(student, teacher, divergence, options.repetitions).items():
+                share = (3 if kernel == "gradients" else 2) * student.nbytes / seconds / bandwidth
+                logits = str(dtype).removeprefix("torch.")
+                print(f"| {divergence} | {logits} | {kernel} | {seconds * 1e3:.3f} | {share:.0%} |", flush=True)
+
+
+def row_seconds(student: Tensor, teacher: Tensor, divergence: str, repetitions: int) -> dict[str, float]:
+    """Least time of each kernel, by torch's profiler: small operations between them are no part of it."""
+    tokens, vocab = student.shape
+    objective, shard = Objective(divergence), Shard.of(vocab, vocab, None)
+    kernels, labels = backend(student.device).rows, torch.randint(vocab, (tokens,), device=student.device)
+    weights = torch.ones(tokens, device=student.device)
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(1 + repetitions):  # for the first one Triton compiles
+            rows = loss_rows(student, teacher, labels, shard, objective, kernels)
+            logit_gradients(student, teacher, labels, weights, rows, shard, objective, kernels)
+        torch.cuda.synchronize()
+    events = {kernel: f"{kernel}_kernel" for kernel in ("statistics", "mixture", "gradients")}
+    times = {
+        kernel: [each.device_time for each in found.events() if each.name == name] for kernel, name in events.items()
+    }
+    return {kernel: min(each) / 1e6 for kernel, each in times.items() if each}
 
 
 def event_seconds(function: Callable[..., object], *arguments: object) -> float:

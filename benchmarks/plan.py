@@ -50,6 +50,7 @@ from minitron_nemo.distillation.step import Step
 from minitron_nemo.distillation.teacher import ColocatedTeacher
 from minitron_nemo.models.build import Model, build_model
 from minitron_nemo.parallel import launch
+from minitron_nemo.parallel.device import current_device, reset_peak_memory
 from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.planning.devices import Device
 from minitron_nemo.planning.job import Job
@@ -272,22 +273,25 @@ def train(job: Job, repeat: int) -> Measured:
     teacher = ColocatedTeacher(
         randomised(build_model(job.teacher, layout, dtype=dtype)),
         sequence_length=length,
-        micro_batch_size=1,
+        micro_batch_size=config.micro_batch_size,
         buffer_bytes=job.recipe.teacher.buffer_bytes,
         student_layout=layout,
     )
     step = Step(randomised(student), teacher, DistillationObjective.from_config(job.recipe.distill))
     optimizer = build_optimizer(config, student)
-    count = config.global_batch_size // layout.data_parallel_size(job.world_size)
-    batches = random_batches(job.student.vocab_size, length, count)
+    count = config.global_batch_size // config.micro_batch_size // layout.data_parallel_size(job.world_size)
+    batches = random_batches(job.student.vocab_size, config.micro_batch_size, length, count)
     wall = cpu = float("inf")
     for turn in range(repeat + 1):
         if turn == 1:
             forget_peak()  # the optimizer's state is there from the first update on; building is no update
+            reset_peak_memory()
         launch.barrier()
+        torch.cuda.synchronize()  # on a CPU that is nothing (`parallel.device`)
         start, spent = time.perf_counter(), time.process_time()
         step(batches)
         update(optimizer)
+        torch.cuda.synchronize()
         if turn:
             wall, cpu = min(wall, time.perf_counter() - start), min(cpu, time.process_time() - spent)
     return Measured(wall, cpu, 0.0)
@@ -320,15 +324,15 @@ def randomised(model: Model) -> Model:
     return model
 
 
-def random_batches(vocab_size: int, length: int, count: int) -> list[dict[str, Any]]:
-    shape = (1, length)
+def random_batches(vocab_size: int, micro_batch_size: int, length: int, count: int) -> list[dict[str, Any]]:
+    shape, device = (micro_batch_size, length), current_device()
     return [
         {
-            "tokens": torch.randint(0, vocab_size, shape),
-            "labels": torch.randint(0, vocab_size, shape),
-            "position_ids": torch.arange(length).expand(shape),
-            "token_weights": torch.ones(shape),
-            "sample_ids": [str(index)],
+            "tokens": torch.randint(0, vocab_size, shape, device=device),
+            "labels": torch.randint(0, vocab_size, shape, device=device),
+            "position_ids": torch.arange(length, device=device).expand(shape),
+            "token_weights": torch.ones(shape, device=device),
+            "sample_ids": [f"{index}/{row}" for row in range(micro_batch_size)],
         }
         for index in range(count)
     ]

@@ -85,6 +85,7 @@ def main() -> None:
                 seconds[name] = [min(pair) for pair in zip(seconds[name], measured, strict=True)]
     if launch.rank() == 0:
         print(table(seconds, options, layout))
+    launch.shutdown()
 
 
 def parse() -> argparse.Namespace:

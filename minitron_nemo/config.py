@@ -187,7 +187,8 @@ class DistillConfig:
     jsd_beta: float = 0.5  # of jsd: the teacher's share of the mixture
     temperature: float = 1.0
     temperature_squared: bool = True  # multiply L_logits by temperature^2, so that gradients keep their size
-    chunk_bytes: int = 256 * 1024**2  # of fp32 logits, both models together, held at once
+    # Of fp32 logits, both models together, held at once; null: those of 2048 tokens on a GPU, of 512 on a CPU.
+    chunk_bytes: int | None = None
     intermediate: IntermediateConfig = field(default_factory=IntermediateConfig)
 
 

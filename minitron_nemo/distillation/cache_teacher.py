@@ -70,7 +70,13 @@ def cache_teacher(recipe: Recipe, *, teacher_dir: Path, prepared: Path, summary:
 
 
 def write_blocks(
-    model: Model, cache: TeacherCache, blocks: Sequence[int], blend: Blend, micro_batch_size: int, *, chunk_bytes: int
+    model: Model,
+    cache: TeacherCache,
+    blocks: Sequence[int],
+    blend: Blend,
+    micro_batch_size: int,
+    *,
+    chunk_bytes: int | None,
 ) -> None:
     """Compute these blocks of the cache, each in one data-parallel replica of the teacher, which gives hidden states.
 
@@ -93,7 +99,7 @@ def write_blocks(
 
 
 def _entries(
-    model: Model, identity: Identity, chunk_bytes: int, output: Tensor, microbatch: Microbatch
+    model: Model, identity: Identity, chunk_bytes: int | None, output: Tensor, microbatch: Microbatch
 ) -> SparseEntries:
     """Entries of [b*s] tokens, on the CPU, from states after the final norm, [b, s, h] or [b, s/tp, h]."""
     samples, tokens = microbatch["tokens"].shape

@@ -14,7 +14,6 @@ from torch import Tensor
 from minitron_nemo.config import DistillConfig
 from minitron_nemo.distillation.balance import DYNAMIC
 from minitron_nemo.kernels import LossSums, SparseTeacher, linear_kd_loss
-from minitron_nemo.kernels.linear_kd import CHUNK_BYTES
 from minitron_nemo.kernels.objective import Objective
 
 
@@ -22,7 +21,7 @@ from minitron_nemo.kernels.objective import Objective
 class DistillationObjective(Objective):
     """The weights of the losses, the divergence, and how much memory the fused loss may take."""
 
-    chunk_bytes: int = CHUNK_BYTES
+    chunk_bytes: int | None = None
 
     @staticmethod
     def from_config(config: DistillConfig) -> DistillationObjective:
@@ -33,7 +32,7 @@ class DistillationObjective(Objective):
         return DistillationObjective(**settings)
 
     @staticmethod
-    def cross_entropy(chunk_bytes: int) -> DistillationObjective:
+    def cross_entropy(chunk_bytes: int | None) -> DistillationObjective:
         """Training on labels alone: no teacher."""
         return DistillationObjective(logits_weight=0.0, ce_weight=1.0, chunk_bytes=chunk_bytes)
 

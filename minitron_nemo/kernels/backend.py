@@ -17,6 +17,9 @@ from minitron_nemo.kernels.products import Products, products
 from minitron_nemo.kernels.rows import RowKernels
 
 OVERRIDE = "MINITRON_KERNELS"
+# Of a chunk where nobody says how many bytes it may take. With fewer, products are bound by reading weights and adding
+# to dW (docs/kernels.md, "The size of a chunk").
+CUDA_CHUNK_TOKENS, CPU_CHUNK_TOKENS = 2048, 512
 
 
 @dataclass(frozen=True)
@@ -26,13 +29,15 @@ class Backend:
     # Whether `rows` takes logits of any dtype, -inf among them, and overwrites nothing before `gradients` and then only
     # the student's; otherwise callers that hold logits copy them into fp32 buffers first.
     any_dtype: bool
+    chunk_tokens: int
 
 
 def backend(device: torch.device) -> Backend:
     """The one for tensors on `device`. ValueError for an unknown override, ImportError where Triton is missing."""
     name = os.environ.get(OVERRIDE) or ("triton" if device.type == "cuda" else "torch")
+    chunk_tokens = CUDA_CHUNK_TOKENS if device.type == "cuda" else CPU_CHUNK_TOKENS
     if name == "torch":
-        return Backend(torch_rows, products(device), any_dtype=False)
+        return Backend(torch_rows, products(device), any_dtype=False, chunk_tokens=chunk_tokens)
     if name != "triton":
         raise ValueError(f"{OVERRIDE}={name}: expected torch or triton")
     try:
@@ -42,4 +47,4 @@ def backend(device: torch.device) -> Backend:
             f"the loss kernels for {device.type} need Triton ({error}): pip install '.[triton]' in the clone, "
             f"or set {OVERRIDE}=torch"
         ) from error
-    return Backend(triton_rows, products(device), any_dtype=True)
+    return Backend(triton_rows, products(device), any_dtype=True, chunk_tokens=chunk_tokens)

@@ -25,8 +25,6 @@ from minitron_nemo.kernels.shard import Shard
 from minitron_nemo.kernels.sparse import SparseTeacher
 from minitron_nemo.kernels.sums import LossSums, TokenSums, check_tokens
 
-CHUNK_BYTES = 256 * 1024**2
-
 
 @dataclass(frozen=True)
 class Projections:
@@ -68,9 +66,12 @@ def project(
     vocab_size: int,
     tp_group: dist.ProcessGroup | None,
     sequence_parallel: bool,
-    chunk_bytes: int,
+    chunk_bytes: int | None,
 ) -> Projections:
-    """`tokens`: of the whole sequence. Raises ValueError for shapes that do not fit."""
+    """`tokens`: of the whole sequence. Without `chunk_bytes` chunks are of the device's own size.
+
+    Raises ValueError for shapes that do not fit.
+    """
     shard = Shard.of(student_weight.shape[0], vocab_size, tp_group)
     if (teacher_hidden is None) != (teacher_weight is None):
         raise ValueError("teacher_hidden and teacher_weight: give both or neither")
@@ -97,14 +98,15 @@ def project(
             )
     # Rows of the padded weight, equal on all ranks, so that every rank cuts the same chunks.
     token_bytes = 4 * student_weight.shape[0] * (1 if teacher_hidden is None else 2)
+    here = backend(student_hidden.device)
     return Projections(
         student_hidden=student_hidden.detach(),
         student_weight=student_weight.detach()[: shard.rows],
         teacher_hidden=None if teacher_hidden is None else teacher_hidden.detach(),
         teacher_weight=teacher_weight,
         shard=shard,
-        chunk_tokens=max(1, chunk_bytes // token_bytes),
-        backend=backend(student_hidden.device),
+        chunk_tokens=here.chunk_tokens if chunk_bytes is None else max(1, chunk_bytes // token_bytes),
+        backend=here,
     )
 
 
@@ -125,7 +127,7 @@ def linear_kd_loss(
     ce_weight: float = 0.0,
     tp_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
     sparse_teacher: SparseTeacher | None = None,
 ) -> tuple[Tensor, LossSums]:
     """Weighted sums over tokens of divergence(student, teacher) and cross-entropy, from hidden states.
@@ -139,7 +141,7 @@ def linear_kd_loss(
         gathered hidden states.
     divergence: forward_kl, reverse_kl or jsd, with `jsd_beta`; formulas at `Objective`. Cross-entropy is at
         temperature 1.
-    chunk_bytes: of fp32 logits of both models held at once.
+    chunk_bytes: of fp32 logits of both models held at once; None: of 2048 tokens on a GPU, of 512 on a CPU.
     sparse_teacher: of as many tokens as labels, whole on every rank, instead of teacher_hidden and teacher_weight;
         anything where the token's weight is 0.
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron_nemo.kernels.linear_kd import CHUNK_BYTES, project
+from minitron_nemo.kernels.linear_kd import project
 from minitron_nemo.kernels.shard import Shard
 from minitron_nemo.kernels.sparse import SparseTeacher
 
@@ -63,7 +63,7 @@ def sparse_entries(
     temperature: float = 1.0,
     tp_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> SparseEntries:
     """The `top_k` likeliest entries per token and a sample of the rest; the same on all ranks of `tp_group`.
 
@@ -72,7 +72,7 @@ def sparse_entries(
     uniforms: fp64 [tokens, m] in [0, 1), whole on every rank: one per draw, none for the bucket form. A token's draws
         are a function of its own uniforms and logits.
     top_k: at least 1; at most `vocab_size`, which leaves no tail.
-    chunk_bytes: of fp32 logits held at once.
+    chunk_bytes: of fp32 logits held at once; None as for `linear_kd_loss`.
 
     Raises ValueError for shapes that do not fit and a `top_k` or temperature out of range.
     """

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron_nemo.kernels.linear_kd import CHUNK_BYTES, project
+from minitron_nemo.kernels.linear_kd import project
 from minitron_nemo.kernels.objective import Objective
 from minitron_nemo.kernels.rows import agreement, likeliest, merge
 from minitron_nemo.kernels.sums import check_tokens
@@ -22,7 +22,7 @@ def token_statistics(
     vocab_size: int,
     tp_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per token, without gradients: cross-entropy fp64, KL(teacher || student) fp64, same most likely token bool.
 
@@ -63,7 +63,7 @@ def label_statistics(
     *,
     vocab_size: int,
     tp_group: dist.ProcessGroup | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Per token, without gradients: log-probability of the label fp64, and whether it is the most likely token, bool.
 

@@ -47,7 +47,7 @@ class Activations:
 
     def states(self) -> int:
         """The residual stream of a microbatch, [s(/tp), b, h]: what a layer keeps that is recomputed as a whole."""
-        return self._local_tokens * self.model.hidden_size * self.element_size
+        return self.local_tokens * self.model.hidden_size * self.element_size
 
     def layer(self) -> int:
         """What one layer keeps of a microbatch."""
@@ -60,7 +60,7 @@ class Activations:
 
     def norm(self, width: int, tokens: int | None = None) -> int:
         """What a norm over `width` channels keeps of the local tokens."""
-        tokens = self._local_tokens if tokens is None else tokens
+        tokens = self.local_tokens if tokens is None else tokens
         if self.transformer_engine:
             return tokens * (width * self.element_size + FP32)
         if family(self.model.family).normalization == "RMSNorm":
@@ -74,25 +74,25 @@ class Activations:
     def backward_work(self) -> int:
         """Gradients of states at once in one layer's backward pass, and of its largest matrix before it is added."""
         width = 5 if family(self.model.family).gated_linear_unit else 2
-        mlp = self.tokens * width * self._neurons * self.element_size // self._tp
+        mlp = self.tokens * width * self.neurons * self.element_size // self._tp
         # Of the probabilities, of the softmax's output and its input in fp32.
-        attention = self._scores() * (self.element_size + 2 * FP32)
+        attention = self.scores() * (self.element_size + 2 * FP32)
         return max(mlp, attention) + 2 * self.states() + self._largest_matrix()
 
     def forward_work(self) -> int:
         """States at once in one layer's forward pass where none is kept, and what attention's products take."""
         kept = 3 if self.transformer_engine else 5
         width = kept if family(self.model.family).gated_linear_unit else 2
-        mlp = self.tokens * width * self._neurons * self.element_size // self._tp
+        mlp = self.tokens * width * self.neurons * self.element_size // self._tp
         scores = self.element_size + FP32 if self.element_size == FP32 else 2 * (self.element_size + FP32)
-        return max(mlp, self._scores() * scores + self._queries_keys_values()) + 2 * self.states()
+        return max(mlp, self.scores() * scores + self._queries_keys_values()) + 2 * self.states()
 
     @property
     def _tp(self) -> int:
         return self.layout.tensor_model_parallel_size
 
     @property
-    def _local_tokens(self) -> int:
+    def local_tokens(self) -> int:
         return self.tokens // self._tp if self.layout.sequence_parallel else self.tokens
 
     @property
@@ -100,14 +100,14 @@ class Activations:
         return self.layout.padded(self.model)
 
     @property
-    def _neurons(self) -> int:
+    def neurons(self) -> int:
         """Of all experts that a token meets, over tensor-parallel ranks."""
         shape = self.model
         if shape.num_moe_experts is None:
             return shape.ffn_hidden_size
         return (shape.moe_router_topk or 0) * shape.ffn_hidden_size + shape.size(Axis.SHARED_FFN)
 
-    def _scores(self) -> int:
+    def scores(self) -> int:
         """Elements of attention's scores, [b, n/tp, s, s]; 0 where they are never held."""
         if self.transformer_engine and self.element_size < FP32:
             return 0
@@ -129,8 +129,8 @@ class Activations:
         if family(shape.family).qk_layernorm:
             groups = shape.num_query_groups // self._tp
             kept += self.norm(shape.kv_channels, self.tokens * (heads + groups))
-        if self._scores():
-            kept += self._scores() * (FP32 if e == FP32 else FP32 + e)
+        if self.scores():
+            kept += self.scores() * (FP32 if e == FP32 else FP32 + e)
         else:
             kept += self.tokens * heads * FP32
         if self.transformer_engine:
@@ -145,8 +145,8 @@ class Activations:
     def _mlp(self) -> int:
         shape, e = self.model, self.element_size
         if not family(shape.family).gated_linear_unit:
-            return 2 * self.tokens * self._neurons * e // self._tp
-        kept = (3 if self.transformer_engine else 5) * self.tokens * self._neurons * e // self._tp
+            return 2 * self.tokens * self.neurons * e // self._tp
+        kept = (3 if self.transformer_engine else 5) * self.tokens * self.neurons * e // self._tp
         if shape.num_moe_experts is None:
             return kept
         if not self.transformer_engine:  # an expert's product is multiplied by the token's weight, too
@@ -154,9 +154,9 @@ class Activations:
         # Of every token: its row for each of its experts, where it goes, with what weight (fp32, int64).
         chosen = self.tokens * (shape.moe_router_topk or 0)
         kept += chosen * (shape.hidden_size * e + FP32 + 8) + self.tokens * shape.num_moe_experts * (1 + FP32)
-        kept += self._local_tokens * (shape.moe_router_topk or 0) * (8 + FP32)
+        kept += self.local_tokens * (shape.moe_router_topk or 0) * (8 + FP32)
         if shape.has(Axis.SHARED_FFN):
-            kept += self.states() + self._local_tokens * e  # its output, and the gate
+            kept += self.states() + self.local_tokens * e  # its output, and the gate
         return kept
 
     def _largest_matrix(self) -> int:

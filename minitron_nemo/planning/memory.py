@@ -6,7 +6,7 @@
     embedding   those without the last microbatch's + the gradient of the embedding's rows
     teacher     one layer's forward pass; nothing of the student's in flight
     reduction   on CPUs, a copy of the gradients, which gloo reduces in
-    optimizer   temporaries of torch's AdamW; TransformerEngine's needs none
+    optimizer   temporaries of torch's AdamW, where TransformerEngine brings none that does without
 
 Of the moments the largest counts. Ranks that differ in tensor- or data-parallel place alone hold the same.
 """
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from minitron_nemo.arch import Architecture
 from minitron_nemo.distillation.communication import Update
 from minitron_nemo.distillation.stages import buffer_elements, held_elements
+from minitron_nemo.kernels.backend import CPU_CHUNK_TOKENS, CUDA_CHUNK_TOKENS
 from minitron_nemo.kernels.products import UPCAST_BYTES
 from minitron_nemo.models.build import padded_vocab_size
 from minitron_nemo.models.states import owners
@@ -98,13 +99,16 @@ def frozen(model: Architecture, layout: Layout, rank: int, element_size: int) ->
     return sum(size for stage in stages for _, size in held_elements(model, layout, stage)) * element_size
 
 
-def loss_bytes(update: Update, chunk_bytes: int, cpu: bool = False) -> int:
+def loss_bytes(update: Update, chunk_bytes: int | None, cpu: bool = False) -> int:
     """What the loss of one microbatch holds on the last stage: logits of a chunk, dX, dW, states gathered over tp."""
     rows = padded_vocab_size(update.student, update.layout) // update.tp
     models = [update.student]
     if update.teacher is not None and update.placement != "cached":
         models.append(update.teacher)
-    chunk = max(1, chunk_bytes // (4 * rows * len(models)))
+    if chunk_bytes is None:
+        chunk = CPU_CHUNK_TOKENS if cpu else CUDA_CHUNK_TOKENS
+    else:
+        chunk = max(1, chunk_bytes // (4 * rows * len(models)))
     chunks = -(-update.tokens // chunk)
     chunk = -(-update.tokens // chunks)
     logits = chunk * min(rows, update.student.vocab_size) * FP32
@@ -173,7 +177,7 @@ def _trained_rank(step: str, job: Job, update: Update, rank: int, device: Device
         gradient = rows * update.student.hidden_size * update.element_size
         moments["embedding"] = {"activations": in_flight - chunks[0], "work": gradient}
     if not device.transformer_engine:
-        moments["optimizer"] = {"work": _adam_work(update, rank)}
+        moments["optimizer"] = {"work": _adam_work(update, rank, device.cpu)}
     if device.cpu:
         # Virtual stages one after the other. The parameters that are gathered are copied, too, but are smaller.
         reduced = max(_buffers(update.student, update.layout, rank, update.dp))
@@ -186,8 +190,14 @@ def _trained_rank(step: str, job: Job, update: Update, rank: int, device: Device
     return RankMemory(step, rank, moment, staying | _map(update, rank) | _teacher(job, update, rank) | moments[moment])
 
 
-def _adam_work(update: Update, rank: int) -> int:
-    """What torch's AdamW computes a parameter's step in, of the rank's shard of its largest: two fp32 tensors."""
+def _adam_work(update: Update, rank: int, cpu: bool) -> int:
+    """What torch's AdamW computes steps in, in fp32.
+
+    On a CPU it takes one parameter after the other: two tensors of the rank's shard of the largest. On a GPU it takes
+    all at once: one tensor of each.
+    """
+    if not cpu:
+        return FP32 * sum(_buffers(update.student, update.layout, rank, update.dp)) // update.dp
     sizes = [
         size
         for stage in range(rank, update.layout.stages, update.pp)

@@ -1,6 +1,7 @@
 """Seconds of an update, and of a cached teacher's pass: arithmetic over a device's figures, nothing is measured.
 
-    a stage      executed FLOPs / (efficiency x peak) + tensor-parallel messages, for one microbatch
+    a stage      executed FLOPs / (efficiency x peak) + tensor-parallel messages, for one microbatch;
+                 on a GPU without TransformerEngine + what its layers move (`traffic`) / (COPIES x bandwidth)
     a pass       all microbatches through all stages, with filling and draining (`schedule.pass_time`)
     an update    the teacher's passes + the student's + pipeline, data-parallel messages + the optimizer's traffic
 
@@ -22,13 +23,17 @@ from minitron_nemo.distillation.phases import Segment
 from minitron_nemo.distillation.stages import buffer_elements, held_elements, layers_of
 from minitron_nemo.errors import UserError
 from minitron_nemo.parallel.layout import Layout
+from minitron_nemo.planning.activations import Activations
 from minitron_nemo.planning.devices import Device
 from minitron_nemo.planning.job import Job
 from minitron_nemo.planning.schedule import bubble, pass_time
+from minitron_nemo.planning.traffic import backward_traffic, forward_traffic
 
 # Megatron-LM reports up to 47% of an H100's peak for whole updates of models from 2B to 462B parameters, bubbles and
 # messages included, so about this while a rank computes.
 EFFICIENCY = 0.5
+# Of a GPU's bandwidth by its data sheet: what a large copy reached on an H200, and on an H100.
+COPIES = 0.88
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,7 @@ def _training(
     own = [[each for each in found if each.part not in ("teacher", "parameters", "gradients")] for found in all_sent]
     stages = [
         _student_flops(update, rank, device) / _speed(device, share)
+        + _moving(update.student, layout, rank, update, device, backward=True)
         + network.seconds(found, "tp") / update.microbatches
         for rank, found in enumerate(own)
     ]
@@ -203,7 +209,8 @@ def _teacher_stages(
         if network is not None:
             sent = [each for each in transfers(update, rank) if each.part == "teacher"]
             messages = (network.seconds(sent, "tp") + network.seconds(sent, "pp")) / microbatches
-        stages.append(flops / _speed(device, share) + messages)
+        moving = _moving(update.teacher, layout, rank, update, device)
+        stages.append(flops / _speed(device, share) + moving + messages)
     return stages
 
 
@@ -230,6 +237,22 @@ def _layers_flops(model: Architecture, layout: Layout, rank: int, update: Update
     tokens = update.micro_batch_size * length // layout.context_parallel_size
     share = layers_of(model, layout, rank) / model.num_layers
     return per_token * share * tokens / layout.tensor_model_parallel_size
+
+
+def _moving(
+    model: Architecture, layout: Layout, rank: int, update: Update, device: Device, backward: bool = False
+) -> float:
+    """Seconds in which a rank's layers wait for memory, of one microbatch. 0 where that is not known.
+
+    On a CPU the share of the peak is fitted with them (docs/evidence/plan.md), TransformerEngine's have little of it.
+    """
+    if device.cpu or device.transformer_engine or device.memory_bandwidth is None:
+        return 0.0
+    own = Activations(model, layout, update.micro_batch_size, update.sequence_length, update.element_size)
+    moved = forward_traffic(own) * (2 if backward and update.recompute else 1)
+    if backward:
+        moved += backward_traffic(own)
+    return moved * layers_of(model, layout, rank) / (COPIES * device.memory_bandwidth)
 
 
 def _optimizer(update: Update, rank: int, device: Device) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from minitron_nemo.kernels import linear_kd_loss, token_statistics
+from minitron_nemo.kernels.linear_kd import project
 from minitron_nemo.kernels.reference import reference_loss
 from tests.kernels.counting import Count
 from tests.kernels.inputs import DIVERGENCES, SETTINGS, VOCAB_SIZE, chunk_bytes, inputs, relative_error
@@ -33,6 +34,12 @@ def test_loss_and_gradients_match_the_fp64_formula(settings: dict[str, Any], tok
     ours, theirs = _gradients(total, *tensors[:2]), _gradients(expected, *tensors[:2])
     for mine, reference in zip(ours, theirs, strict=True):
         assert relative_error(mine, reference) < 1e-5
+
+
+def test_without_a_limit_a_cpu_takes_chunks_of_512_tokens_at_most() -> None:
+    states = inputs(tokens=1200)[:4]
+    chunks = project(*states, 1200, VOCAB_SIZE, None, False, None).chunks()
+    assert [tokens.stop - tokens.start for tokens, _, _ in chunks] == [400, 400, 400]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minitron_nemo.kernels import SparseTeacher, logits_kd, logits_kd_loss, torch_rows
-from minitron_nemo.kernels.backend import Backend, backend
+from minitron_nemo.kernels.backend import backend
 from minitron_nemo.kernels.objective import Objective
 from minitron_nemo.kernels.reference import reference_loss
 from minitron_nemo.kernels.rows import Rows
@@ -76,7 +77,7 @@ def _fp32(logits: Any) -> Any:
 def handling(request: pytest.FixtureRequest) -> Any:
     """How the kernels get at the logits."""
     if request.param == "read where they are":
-        reading = Backend(_ReadingRows(), backend(torch.device("cpu")).products, any_dtype=True)
+        reading = replace(backend(torch.device("cpu")), rows=_ReadingRows(), any_dtype=True)
         with patch.object(logits_kd, "backend", lambda device: reading):
             yield
     else:

@@ -99,7 +99,8 @@ def test_vocabulary_shards_give_the_same_entries(top_k: int, size: int, sequence
     for entries in run_distributed(size, _on_a_shard, top_k, sequence_parallel, padded):
         used = whole.log_probs > -float("inf")
         assert torch.equal(entries.token_ids[used], whole.token_ids[used])
-        torch.testing.assert_close(entries.log_probs, whole.log_probs, rtol=0, atol=1e-6)
+        # Products of other widths round other sums: twice the 2e-6 of fp32 logits of up to 10.
+        torch.testing.assert_close(entries.log_probs, whole.log_probs, rtol=0, atol=4e-6)
         torch.testing.assert_close(entries.tail_log_probs, whole.tail_log_probs, rtol=0, atol=4e-6)
 
 
