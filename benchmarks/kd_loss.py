@@ -205,7 +205,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=49152, help="with --tokens")
     parser.add_argument("--student-width", type=int, default=576, help="with --tokens")
     parser.add_argument("--teacher-width", type=int, default=576, help="with --tokens")
-    parser.add_argument("--chunk-tokens", type=int, help="of linear_kd_loss and Liger; default 256, on GPUs 1024")
+    parser.add_argument("--chunk-tokens", type=int, help="of linear_kd_loss and Liger; default 256, on GPUs 2048")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument(
@@ -217,7 +217,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    options.chunk_tokens = options.chunk_tokens or (1024 if options.device == "cuda" else 256)
+    options.chunk_tokens = options.chunk_tokens or (2048 if options.device == "cuda" else 256)
     if PRODUCTS not in options.methods:
         options.methods.insert(0, PRODUCTS)
     return options

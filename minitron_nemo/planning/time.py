@@ -32,7 +32,7 @@ from minitron_nemo.planning.traffic import backward_traffic, forward_traffic
 # Megatron-LM reports up to 47% of an H100's peak for whole updates of models from 2B to 462B parameters, bubbles and
 # messages included, so about this while a rank computes.
 EFFICIENCY = 0.5
-# Of a GPU's bandwidth by its data sheet: what a large copy reached on an H200, and on an H100.
+# Of a GPU's bandwidth by its data sheet: what a large copy reached on an H200.
 COPIES = 0.88
 
 
@@ -67,7 +67,7 @@ def efficiency(job: Job, device: Device) -> float:
     if (reached := distillation(job, segment, device, most).mfu(peak)) < wanted:
         raise UserError(
             f"cluster.mfu: {wanted:g} is more than the {reached:.3f} that this layout has, by arithmetic, with all of "
-            "the peak while a rank computes; leave it out, or correct train.peak_flops"
+            "the peak while a rank computes; leave it out, or correct train.peak_flops or cluster.gpu"
         )
     for _ in range(50):
         middle = (least + most) / 2

@@ -22,6 +22,7 @@ from minitron_nemo.distillation.optimizer import build_optimizer, ddp_config
 from minitron_nemo.distillation.optimizer import update as apply
 from minitron_nemo.distillation.step import Step
 from minitron_nemo.kernels import linear_kd_loss
+from minitron_nemo.kernels.backend import CPU_CHUNK_TOKENS, CUDA_CHUNK_TOKENS
 from minitron_nemo.models.build import build_model
 from minitron_nemo.parallel import launch
 from minitron_nemo.parallel.layout import Layout
@@ -224,3 +225,19 @@ def test_updates_allocate_what_is_predicted_for_the_fullest_moment(
     world_size = layout.tensor_model_parallel_size
     for measured in run_distributed(world_size, allocated_by_updates, layout, sequence_length):
         assert measured == pytest.approx(predicted.total, rel=0.02)
+
+
+def test_without_a_limit_a_chunk_has_the_tokens_that_the_kernels_take() -> None:
+    model = replace(DENSE, vocab_size=1280)
+    update = Update(model, Layout(), 1, 1, 2, 2048, 2, teacher=model)
+    of_token = 2 * 4 * model.vocab_size  # both models' logits, in fp32
+    for cpu, tokens in ((False, CUDA_CHUNK_TOKENS), (True, CPU_CHUNK_TOKENS)):
+        assert loss_bytes(update, None, cpu) == loss_bytes(update, tokens * of_token, cpu)
+
+
+def test_on_a_gpu_adam_takes_all_parameters_at_once() -> None:
+    sizes = Namespace(layers=2, vocab_size=1024, sequence_length=16, microbatches=1, chunk_bytes=2**20)
+    job = job_of(sizes, 1, Layout(), True)
+    (rank,) = [each for each in memory(job, Device()) if each.step == "distill"]
+    assert rank.moment == "optimizer"
+    assert rank.parts["work"] == rank.parts["gradients"]  # fp32, too
