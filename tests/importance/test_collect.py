@@ -52,9 +52,11 @@ LAYOUTS = {
 def accuracy_of(axis: Axis, aggregations: tuple[str, str]) -> float:
     """To what layouts agree: 1e-5. Variances of what experts do, the shared one's too, were seen to differ by 2.8e-5.
 
-    An expert sees few tokens of a sequence: the variance over them, of fp32 numbers, may be small against these.
+    An expert sees few tokens of a sequence: the variance over them, of fp32 numbers, may be small against these. So may
+    a variance of variances, which differed by 1.4e-5 on one kind of processor.
     """
-    return 5e-5 if axis in (Axis.MOE_FFN, Axis.SHARED_FFN) and "var" in aggregations else 1e-5
+    experts = axis in (Axis.MOE_FFN, Axis.SHARED_FFN) and "var" in aggregations
+    return 5e-5 if experts or aggregations == ("var", "var") else 1e-5
 
 
 def assert_scores_agree(

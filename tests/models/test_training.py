@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -162,7 +163,8 @@ def test_overlapped_communication_trains_on_the_gathered_weights(
     plain = run_distributed(2, _losses_with_overlap, tiny, False, use_head)
     overlapped = run_distributed(2, _losses_with_overlap, tiny, True, use_head)
     assert plain[0][2] < plain[0][0] - 0.05
-    assert overlapped == plain
+    # Shards of other sizes add up the gradient's norm in another order: its last bit may differ, and with it the rest.
+    np.testing.assert_allclose(overlapped, plain, rtol=1e-6)
 
 
 @pytest.mark.slow
