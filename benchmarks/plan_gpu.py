@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from kd_loss import copy_bandwidth, gemm_rate
@@ -31,7 +31,7 @@ from minitron_nemo.parallel.layout import Layout
 from minitron_nemo.planning.devices import Device
 from minitron_nemo.planning.job import Job
 from minitron_nemo.planning.memory import memory, worst
-from minitron_nemo.planning.time import EFFICIENCY, distillation
+from minitron_nemo.planning.time import EFFICIENCY, distillation, efficiency
 
 LLAMA_1B = Architecture(
     num_layers=16,
@@ -125,7 +125,7 @@ def row(job: Job, repeat: int) -> str:
     held, reserved = peak_memory() - before, torch.cuda.max_memory_reserved()
     expected = worst([each for each in memory(job, device) if each.step == "distill"])
     predicted = distillation(job, segment, device, EFFICIENCY).seconds
-    share = fitted(job, device, seconds)
+    share = share_of(job, device, seconds)
     cells = [
         *(f"{held / 1e9:.2f}", f"{expected.total / 1e9:.2f}", f"{expected.total / held - 1:+.1%}", expected.moment),
         *(f"{reserved / 1e9:.2f}", f"{seconds:.3f}", f"{predicted:.3f}", f"{predicted / seconds - 1:+.1%}"),
@@ -134,14 +134,12 @@ def row(job: Job, repeat: int) -> str:
     return " | ".join(cells)
 
 
-def fitted(job: Job, device: Device, seconds: float) -> float:
-    """The share of the peak at which the prediction is what was measured."""
-    least, most = 0.0, 1.0
-    for _ in range(40):
-        middle = (least + most) / 2
-        slow = distillation(job, job.segments[-1], device, middle).seconds > seconds
-        least, most = (middle, most) if slow else (least, middle)
-    return most
+def share_of(job: Job, device: Device, seconds: float) -> float:
+    """The share of the peak at which the prediction is what was measured: a plan's own, for the MFU of the run."""
+    flops = distillation(job, job.segments[-1], device, EFFICIENCY).flops
+    assert device.peak_flops is not None, "every GPU that can be named has one"
+    recipe = replace(job.recipe, cluster=replace(job.recipe.cluster, mfu=flops / seconds / device.peak_flops))
+    return efficiency(replace(job, recipe=recipe), device)
 
 
 if __name__ == "__main__":

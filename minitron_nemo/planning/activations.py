@@ -47,7 +47,7 @@ class Activations:
 
     def states(self) -> int:
         """The residual stream of a microbatch, [s(/tp), b, h]: what a layer keeps that is recomputed as a whole."""
-        return self.local_tokens * self.model.hidden_size * self.element_size
+        return self._local_tokens * self.model.hidden_size * self.element_size
 
     def layer(self) -> int:
         """What one layer keeps of a microbatch."""
@@ -60,7 +60,7 @@ class Activations:
 
     def norm(self, width: int, tokens: int | None = None) -> int:
         """What a norm over `width` channels keeps of the local tokens."""
-        tokens = self.local_tokens if tokens is None else tokens
+        tokens = self._local_tokens if tokens is None else tokens
         if self.transformer_engine:
             return tokens * (width * self.element_size + FP32)
         if family(self.model.family).normalization == "RMSNorm":
@@ -92,7 +92,7 @@ class Activations:
         return self.layout.tensor_model_parallel_size
 
     @property
-    def local_tokens(self) -> int:
+    def _local_tokens(self) -> int:
         return self.tokens // self._tp if self.layout.sequence_parallel else self.tokens
 
     @property
@@ -154,9 +154,9 @@ class Activations:
         # Of every token: its row for each of its experts, where it goes, with what weight (fp32, int64).
         chosen = self.tokens * (shape.moe_router_topk or 0)
         kept += chosen * (shape.hidden_size * e + FP32 + 8) + self.tokens * shape.num_moe_experts * (1 + FP32)
-        kept += self.local_tokens * (shape.moe_router_topk or 0) * (8 + FP32)
+        kept += self._local_tokens * (shape.moe_router_topk or 0) * (8 + FP32)
         if shape.has(Axis.SHARED_FFN):
-            kept += self.states() + self.local_tokens * e  # its output, and the gate
+            kept += self.states() + self._local_tokens * e  # its output, and the gate
         return kept
 
     def _largest_matrix(self) -> int:
